@@ -1,0 +1,164 @@
+"""Checkpoints: save, read and load. This is the only file that touches torch.load, and it never executes what a file says.
+
+A checkpoint of ours is one dict of plain types and tensors: yaml + masks + state_dict is the whole model.
+Official YOLOv5 files are pickles of whole modules. They are read with stand-in classes that do nothing but hold
+attributes, through torch's restricted unpickler; the weights are then loaded into a Model built from their yaml.
+"""
+from __future__ import annotations
+
+import os
+import re
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models.yolo import Model
+from utils.errors import UserError
+from utils.slimming.surgery import resize_like
+
+FORMAT = "yolov5-slimming/1"
+# Names that a foreign file may mention. Each gets an inert stand-in: nothing that they name is imported or called.
+FOREIGN = re.compile(r"(models\.(yolo|common|experimental)|torch\.nn\.modules\.\w+|utils\.(loss|autoanchor))\.\w+"
+                     r"|(__builtin__|builtins)\.set|pathlib(\._local)?\.(Posix|Windows|PurePosix|PureWindows)?Path"
+                     r"|argparse\.Namespace|numpy\.(_?core\.multiarray\.(scalar|_reconstruct)|dtype|ndarray)|numpy\.dtypes\.\w+")
+OTHER_TASKS = {"SegmentationModel": "segmentation", "ClassificationModel": "classification", "Segment": "segmentation",
+               "Classify": "classification"}
+
+
+class _Inert:
+    """Holds what an object of a foreign file held, as attributes."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        self.args = args
+
+    def __setstate__(self, state: Any) -> None:
+        if isinstance(state, dict):
+            self.__dict__.update(state)
+
+
+def save(path: str | Path, model: Model, ema: Model | None = None, **meta: Any) -> None:
+    """Write a checkpoint atomically: a crash at any instant leaves the previous file whole.
+
+    model's weights go under "state_dict", ema's (if there is one) under "ema". `meta` must be plain data: data, imgsz,
+    hyp, command, metrics, training state, ...
+    """
+    data = {"format": FORMAT, "yaml": model.yaml, "names": dict(model.names),
+            "masks": {k: v.cpu() for k, v in model.masks.items()}, "state_dict": _cpu(model.state_dict()),
+            "ema": _cpu(ema.state_dict()) if ema is not None else None, **meta}
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            torch.save(data, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"{path}: can't be written ({error}); free some space or choose another --project") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """Everything in a checkpoint, ours or an official one, as plain data with the keys of ours.
+
+    Raises UserError when it is not a detection checkpoint, or holds what it must not.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: {'is a folder, not a checkpoint' if path.is_dir() else 'no such checkpoint'}")
+    if not zipfile.is_zipfile(path):
+        raise UserError(f"{path}: not a PyTorch checkpoint, or cut off (a .pt file is a zip archive)")
+    try:
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
+    except Exception as error:
+        raise UserError(f"{path}: can't be read as a checkpoint ({_short(error)})") from None
+    refused = [n for n in names if not FOREIGN.fullmatch(n)]
+    if refused:
+        raise UserError(f"{path}: refused, it names {', '.join(refused[:3])}, which no detection checkpoint needs")
+    for name in names:
+        task = OTHER_TASKS.get(name.rpartition(".")[2])
+        if task:
+            raise UserError(f"{path}: a {task} checkpoint; this project trains and prunes detection models")
+    try:
+        with torch.serialization.safe_globals([_stand_in(n) for n in names]):
+            data = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise UserError(f"{path}: can't be read as a checkpoint ({_short(error)})") from None
+    if isinstance(data, dict) and str(data.get("format", "")).startswith("yolov5-slimming/"):
+        if data["format"] != FORMAT:
+            raise UserError(f"{path}: has format {data['format']}, this version reads {FORMAT}; update the repository")
+        return data
+    return _from_official(path, data)
+
+
+def load(path: str | Path, device: str | torch.device = "cpu") -> Model:
+    """The model of a checkpoint, fp32, in eval mode; the EMA weights where there are two."""
+    return build(read(path), device, path)
+
+
+def build(data: dict[str, Any], device: str | torch.device = "cpu", path: str | Path = "checkpoint", ema: bool = True) -> Model:
+    """The Model that read()'s dict describes: built from its yaml, narrowed to the shapes of its weights, loaded."""
+    state = data["ema"] if ema and data.get("ema") else data["state_dict"]
+    if any(key.endswith(".conv.bias") for key in state) and not any(".bn." in key for key in state):
+        raise UserError(f"{path}: BatchNorm is fused into the convolutions; use the file from before fusing or exporting")
+    model = Model(data["yaml"], names=data["names"])
+    try:
+        resize_like(model, state)
+        model.load_state_dict(state)
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise UserError(f"{path}: the weights do not fit the yaml inside ({_short(error)})") from None
+    model.masks = dict(data.get("masks") or {})
+    return model.float().to(device).eval()
+
+
+def _cpu(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {k: v.detach().cpu() for k, v in state.items()}
+
+
+def _short(error: Exception) -> str:
+    """The first line of an error, as far as it fits on one."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+
+
+def _stand_in(name: str) -> type:
+    module, _, cls = name.rpartition(".")
+    return type(cls, (_Inert,), {"__module__": module, "__qualname__": cls})
+
+
+def _from_official(path: Path, data: Any) -> dict[str, Any]:
+    """An official file's stand-in objects -> a dict with our keys. The EMA model is taken where there is one."""
+    whole = next((data[k] for k in ("ema", "model") if data.get(k) is not None), None) if isinstance(data, dict) else data
+    if not isinstance(whole, _Inert) or not isinstance(getattr(whole, "yaml", None), dict):
+        raise UserError(f"{path}: holds no YOLOv5 model (needs a 'model' or 'ema' entry with its yaml)")
+    state = {k: v.float() if v.is_floating_point() else v for k, v in _tensors(whole, "")}
+    state = {k: v for k, v in state.items() if not k.endswith(".anchor_grid")}  # older files carry it; Detect derives it
+    config = dict(whole.yaml)
+    head = max((k for k in state if k.endswith(".anchors")), default=None)
+    names = getattr(whole, "names", None) or [str(i) for i in range(config.get("nc", 80))]
+    names = dict(names) if isinstance(names, dict) else dict(enumerate(names))
+    config["nc"] = len(names)
+    if head is not None and hasattr(whole, "stride"):  # autoanchor may have changed them since the yaml was written
+        pixels = state[head] * whole.stride.float().view(-1, 1, 1)
+        config["anchors"] = [[round(v, 3) for v in level.flatten().tolist()] for level in pixels]
+    return {"format": FORMAT, "yaml": config, "names": names, "masks": {}, "state_dict": state, "ema": None}
+
+
+def _tensors(module: Any, prefix: str) -> list[tuple[str, Tensor]]:
+    """(name, tensor) of every parameter and buffer below a stand-in module, as state_dict would name them."""
+    found = []
+    for store in ("_parameters", "_buffers"):
+        found += [(prefix + k, v.detach()) for k, v in (getattr(module, store, None) or {}).items() if isinstance(v, Tensor)]
+    for name, child in (getattr(module, "_modules", None) or {}).items():
+        found += _tensors(child, f"{prefix}{name}.")
+    return found
+
+
+def command_line() -> str:
+    """The command that runs now, for the checkpoint's record."""
+    return " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])

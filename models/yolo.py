@@ -1,0 +1,217 @@
+"""From a yaml to a model: Detect, the yaml reader and Model. A slim model is this same Model with narrower layers."""
+from __future__ import annotations
+
+import math
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml as pyyaml
+from torch import Tensor, nn
+
+from models.common import BLOCKS, Conv, block
+from utils.errors import UserError
+
+FOLDER = Path(__file__).resolve().parent
+ACTIVATIONS = {"nn.SiLU": nn.SiLU, "nn.ReLU": nn.ReLU, "nn.LeakyReLU": nn.LeakyReLU, "nn.Hardswish": nn.Hardswish,
+               "nn.ReLU6": nn.ReLU6, "nn.Mish": nn.Mish, "nn.GELU": nn.GELU, "nn.Identity": nn.Identity}
+
+
+@block(channels="detect")
+class Detect(nn.Module):
+    """The head: one 1x1 convolution a level, and the decoding of its output into boxes.
+
+    nl levels, na anchors a level, no = nc + 5 numbers an anchor: x, y, w, h, objectness, classes.
+    """
+
+    stride: Tensor
+
+    def __init__(self, nc: int, anchors: list[list[float]], ch: list[int]):
+        super().__init__()
+        self.nc, self.no = nc, nc + 5
+        self.nl, self.na = len(anchors), len(anchors[0]) // 2
+        # In grid units once Model has divided by the strides; a buffer, because autoanchor's result must travel with the weights.
+        self.register_buffer("anchors", torch.tensor(anchors, dtype=torch.float32).view(self.nl, -1, 2))
+        self.register_buffer("stride", torch.zeros(self.nl), persistent=False)
+        self.m = nn.ModuleList(nn.Conv2d(c, self.no * self.na, 1) for c in ch)
+
+    def forward(self, x: list[Tensor]) -> Any:
+        """Training: list of (B, na, ny, nx, no). Eval: (decoded (B, N, no) with xywh in pixels, that list)."""
+        raw = []
+        for features, head in zip(x, self.m):
+            y = head(features)
+            b, _, ny, nx = y.shape
+            raw.append(y.view(b, self.na, self.no, ny, nx).permute(0, 1, 3, 4, 2))
+        if self.training:
+            return [r.contiguous() for r in raw]
+        decoded = [self.decode(r, level) for level, r in enumerate(raw)]
+        return torch.cat(decoded, 1), raw
+
+    def decode(self, raw: Tensor, level: int) -> Tensor:
+        """(B, na, ny, nx, no) logits -> (B, na*ny*nx, no): centre and size in pixels, confidences in 0..1."""
+        b, _, ny, nx, _ = raw.shape
+        y = raw.sigmoid()
+        gy, gx = torch.meshgrid(torch.arange(ny, device=y.device, dtype=y.dtype),
+                                torch.arange(nx, device=y.device, dtype=y.dtype), indexing="ij")
+        grid = torch.stack((gx, gy), 2) - 0.5
+        stride = self.stride[level].to(y.dtype)
+        anchor = (self.anchors[level].to(y.dtype) * stride).view(1, self.na, 1, 1, 2)
+        xy = (y[..., :2] * 2 + grid) * stride
+        wh = (y[..., 2:4] * 2) ** 2 * anchor
+        return torch.cat((xy, wh, y[..., 4:]), -1).view(b, -1, self.no)
+
+    def start_biases(self) -> None:
+        """Prior for the focal-free head (Lin et al. 2017): about 8 objects in a 640 px image, classes equally likely."""
+        for head, s in zip(self.m, self.stride):
+            with torch.no_grad():
+                bias = head.bias.view(self.na, -1)
+                bias[:, 4] += math.log(8 / (640 / float(s)) ** 2)
+                bias[:, 5:] += math.log(0.6 / (self.nc - 0.99999))
+
+
+def read_yaml(cfg: str | Path | dict) -> dict:
+    """A model description as a dict. A name is looked for as given, then in models/ and models/hub/."""
+    if isinstance(cfg, dict):
+        return deepcopy(cfg)
+    for path in (Path(cfg), FOLDER / cfg, FOLDER / Path(cfg).name, FOLDER / "hub" / Path(cfg).name):
+        if path.is_file():
+            break
+    else:
+        raise UserError(f"--cfg {cfg}: no such file; the models here are {', '.join(sorted(p.name for p in FOLDER.glob('*.yaml')))}")
+    try:
+        data = pyyaml.safe_load(path.read_text(encoding="utf-8", errors="replace"))
+    except pyyaml.YAMLError as error:
+        raise UserError(f"{path}: not a readable yaml ({str(error).splitlines()[0]})") from None
+    if not isinstance(data, dict) or not {"backbone", "head", "anchors"} <= data.keys():
+        raise UserError(f"{path}: a model yaml needs the keys nc, anchors, backbone and head")
+    return data
+
+
+def _resolve(value: Any, cfg: dict) -> Any:
+    """A yaml argument as a value: the words nc, anchors, None, True and False stand for what they name."""
+    words = {"nc": cfg["nc"], "anchors": cfg["anchors"], "None": None, "True": True, "False": False}
+    return words.get(value, value) if isinstance(value, str) else value
+
+
+def build_layers(cfg: dict, ch: int) -> tuple[nn.Sequential, list[tuple[int, ...]]]:
+    """Rows [from, number, module, args] -> (layers, inputs): inputs[i] are the layers (-1 = the image) that layer i reads."""
+    depth, width = cfg.get("depth_multiple", 1.0), cfg.get("width_multiple", 1.0)
+    layers: list[nn.Module] = []
+    inputs: list[tuple[int, ...]] = []
+    channels = {-1: ch}
+    for i, (source, number, name, args) in enumerate(cfg["backbone"] + cfg["head"]):
+        spec = BLOCKS.get(name)
+        if spec is None:
+            raise UserError(f"model yaml, row {i}: no block named '{name}'; known are {', '.join(sorted(BLOCKS))} (see models/common.py)")
+        read = tuple(j if j >= 0 else i + j for j in (source if isinstance(source, list) else [source]))
+        if any(not -1 <= j < i for j in read):
+            raise UserError(f"model yaml, row {i} ({name}): reads from layer {source}, which does not come before it")
+        args = [_resolve(a, cfg) for a in args]
+        c1, c2 = [channels[j] for j in read], 0
+        if spec.channels == "detect":
+            anchors = args[1] if isinstance(args[1], list) else [list(range(args[1] * 2))] * len(read)
+            layer = spec.cls(args[0], anchors, c1)
+        else:
+            if spec.channels == "first":
+                c2 = math.ceil(args[0] * width / 8) * 8
+                args = [c1[0], c2, *args[1:]]
+            else:
+                c2 = sum(c1) if spec.channels == "sum" else c1[0]
+            repeat = max(round(number * depth), 1) if number > 1 else number
+            if spec.repeats:
+                layer = spec.cls(*args[:2], repeat, *args[2:])
+            else:
+                layer = spec.cls(*args) if repeat == 1 else nn.Sequential(*_stack(spec, args, repeat))
+        layers.append(layer)
+        inputs.append(read)
+        channels[i] = c2
+    return nn.Sequential(*layers), inputs
+
+
+def _stack(spec: Any, args: list, repeat: int) -> list[nn.Module]:
+    """`repeat` copies in a row; from the second on, the input has the output's channels."""
+    if spec.channels != "first":
+        return [spec.cls(*args) for _ in range(repeat)]
+    return [spec.cls(args[0] if k == 0 else args[1], *args[1:]) for k in range(repeat)]
+
+
+class Model(nn.Module):
+    """A detector built from a yaml. Input (B, ch, H, W) in 0..1, H and W multiples of the largest stride.
+
+    .yaml    the description it was built from (nc and anchors as really used)
+    .names   dict class index -> name
+    .stride  (nl,) pixels a grid cell
+    .masks   dict BN name -> bool mask over the channels of the first, dense model; empty when nothing was cut
+    """
+
+    def __init__(self, cfg: str | Path | dict = "yolov5s.yaml", ch: int = 3, nc: int | None = None,
+                 anchors: int | list | None = None, names: dict[int, str] | None = None):
+        super().__init__()
+        self.yaml = read_yaml(cfg)
+        ch = self.yaml["ch"] = self.yaml.get("ch", ch)
+        self.yaml["nc"] = int(nc or self.yaml.get("nc") or len(names or ()) or 80)
+        if anchors:
+            self.yaml["anchors"] = round(anchors) if isinstance(anchors, (int, float)) else anchors
+        self.model, self.inputs = build_layers(self.yaml, ch)
+        # Only what a later layer reads by number is kept during the forward pass.
+        self.kept = frozenset(j for i, read in enumerate(self.inputs) for j in read if j != i - 1)
+        self.names = dict(names) if names else {i: str(i) for i in range(self.yaml["nc"])}
+        self.masks: dict[str, Tensor] = {}
+        if "activation" in self.yaml:
+            self._set_activation(str(self.yaml["activation"]))
+        self._set_strides(ch)
+        self.detect.start_biases()
+
+    @property
+    def detect(self) -> Detect:
+        """The head (always the last layer)."""
+        head = self.model[-1]
+        assert isinstance(head, Detect)
+        return head
+
+    @property
+    def stride(self) -> Tensor:
+        """(nl,) strides in pixels, ascending for P3..P5."""
+        return self.detect.stride
+
+    def forward(self, x: Tensor) -> Any:
+        """Training: list of (B, na, ny, nx, nc+5). Eval: (decoded (B, N, nc+5), that list)."""
+        kept: dict[int, Tensor] = {-1: x}
+        for i, (layer, read) in enumerate(zip(self.model, self.inputs)):
+            sources = [x if j == i - 1 else kept[j] for j in read]
+            x = layer(sources if len(sources) > 1 or isinstance(layer, Detect) else sources[0])
+            if i in self.kept:
+                kept[i] = x
+        return x
+
+    def _set_activation(self, name: str) -> None:
+        """Replace every block's SiLU; the yaml names the class, as in `activation: nn.ReLU()`."""
+        cls = ACTIVATIONS.get(name.removesuffix("()"))
+        if cls is None:
+            raise UserError(f"model yaml: activation '{name}' is not one of {', '.join(ACTIVATIONS)}")
+        for module in self.modules():
+            if isinstance(module, Conv) and isinstance(module.act, nn.SiLU):
+                module.act = cls()
+
+    def _set_strides(self, ch: int, size: int = 256) -> None:
+        """Measure the strides with one blank image, bring the anchors to grid units and into the strides' order."""
+        self.eval()  # the blank image must leave the BN statistics alone
+        self.detect.train()
+        with torch.no_grad():
+            outputs = self.forward(torch.zeros(1, ch, size, size))
+        self.train()
+        head = self.detect
+        head.stride.copy_(torch.tensor([size / y.shape[-2] for y in outputs]))
+        areas = head.anchors.prod(-1).mean(-1)
+        if head.nl > 1 and (areas[-1] - areas[0]) * (head.stride[-1] - head.stride[0]) < 0:
+            head.anchors.copy_(head.anchors.flip(0))
+        head.anchors /= head.stride.view(-1, 1, 1)
+
+
+def set_anchors(model: Model, pixels: Tensor) -> None:
+    """Give the head new anchors, (nl, na, 2) in pixels, and write them into the yaml so that a rebuild has them too."""
+    head = model.detect
+    with torch.no_grad():
+        head.anchors.copy_(pixels.to(head.anchors) / head.stride.view(-1, 1, 1))
+    model.yaml["anchors"] = [[round(float(v), 2) for v in level.flatten()] for level in pixels]

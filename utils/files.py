@@ -1,0 +1,73 @@
+"""Paths of runs and files that are written whole or not at all."""
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from utils.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def new_run_folder(project: str | Path, name: str = "exp", exist_ok: bool = False) -> Path:
+    """Make and return project/name, or project/name2, name3 ... where that is taken and exist_ok is not given."""
+    base = Path(project) / name
+    try:
+        if exist_ok:
+            base.mkdir(parents=True, exist_ok=True)
+            return base
+        for n in range(1, 100_000):
+            folder = base if n == 1 else base.with_name(f"{name}{n}")
+            try:
+                folder.mkdir(parents=True)
+                return folder
+            except FileExistsError:
+                continue
+    except OSError as error:
+        raise UserError(f"{base}: can't be made ({error.strerror}); choose another --project") from None
+    raise UserError(f"{base}: too many runs; choose another --name")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{path}: can't be written ({error.strerror})") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write plain data as indented JSON, atomically."""
+    write_text(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_yaml(path: Path, data: dict) -> None:
+    """Write plain data as yaml in its own order, atomically."""
+    write_text(path, yaml.safe_dump(data, sort_keys=False, allow_unicode=True))
+
+
+def read_yaml_mapping(path: Path, what: str) -> dict:
+    """A yaml file that must be a mapping, such as hyper-parameters; `what` names the flag for the error."""
+    if not path.is_file():
+        raise UserError(f"{what} {path}: no such file")
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8", errors="replace"))
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not a readable yaml ({str(error).splitlines()[0]})") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: must be a mapping 'key: value'")
+    return data
+
+
+def newest(pattern: str, folder: Path = Path()) -> Path | None:
+    """The most recently written file that matches a glob pattern, or None."""
+    files = [p for p in folder.glob(pattern) if p.is_file()]
+    return max(files, key=lambda p: p.stat().st_mtime) if files else None

@@ -1,0 +1,39 @@
+"""Where a run's numbers go: results.csv and TensorBoard. One row and one step an epoch."""
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+from utils.files import write_text
+
+
+class RunLog:
+    """results.csv and TensorBoard events in a run's folder. `tb` is a SummaryWriter for what hooks add of their own.
+
+    On resume, rows from `start_epoch` on are dropped from both, so that no epoch is lost or doubled.
+    """
+
+    def __init__(self, folder: Path, start_epoch: int = 0):
+        from torch.utils.tensorboard import SummaryWriter  # slow to import, and only the main process needs it
+
+        self.path = folder / "results.csv"
+        self.rows: list[dict[str, Any]] = []
+        if start_epoch and self.path.is_file():
+            with open(self.path, newline="", encoding="utf-8") as file:
+                self.rows = [row for row in csv.DictReader(file) if int(row["epoch"]) < start_epoch]
+        self.tb = SummaryWriter(str(folder), purge_step=start_epoch or None)
+
+    def epoch(self, epoch: int, values: dict[str, float]) -> None:
+        """Write one epoch. Columns that are new get empty cells in the rows before."""
+        self.rows.append({"epoch": epoch, **{k: f"{v:.6g}" for k, v in values.items()}})
+        columns = list(dict.fromkeys(k for row in self.rows for k in row))
+        lines = [",".join(columns)] + [",".join(str(row.get(c, "")) for c in columns) for row in self.rows]
+        write_text(self.path, "\n".join(lines) + "\n")
+        for key, value in values.items():
+            self.tb.add_scalar(key, value, epoch)
+        self.tb.flush()
+
+    def close(self) -> None:
+        """Flush and close the event file."""
+        self.tb.close()

@@ -1,0 +1,209 @@
+"""The channel graph: which channels of a network are the same channel.
+
+Every output channel of a convolution gets a number (an id). The real model is traced with torch.fx and each tensor on
+the way carries the ids of its channels: a convolution makes new ones, BatchNorm, activations and pools pass them on,
+concat appends, an addition unites them one by one. An operation that is not known here freezes the channels it touches
+and leaves a note, so that a strange block is never corrupted, only left whole. After that, one boolean per id decides
+everything: masks, kept inputs and outputs, cost. No layer number and no class of a particular architecture appears.
+
+Networks are taken to be image networks: dimension 1 of every 4-D tensor is the channel.
+"""
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+# Leave the channels in place and map 0 to 0, so that a channel whose gamma and beta are 0 stays 0 behind them.
+PASSING_MODULES: tuple[type[nn.Module], ...] = (
+    nn.SiLU, nn.ReLU, nn.LeakyReLU, nn.ReLU6, nn.Hardswish, nn.Mish, nn.GELU, nn.ELU, nn.Tanh, nn.Identity,
+    nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.Upsample, nn.Dropout, nn.Dropout2d, nn.ZeroPad2d)
+PASSING_FUNCTIONS = {F.silu, F.relu, F.leaky_relu, F.relu6, F.hardswish, F.mish, F.gelu, F.interpolate, F.max_pool2d,
+                     F.avg_pool2d, F.adaptive_avg_pool2d, F.dropout, torch.relu, torch.tanh, torch.neg, operator.neg}
+PASSING_METHODS = {"contiguous", "clone", "detach", "float", "half", "to", "relu", "tanh"}
+ADDITIONS = {operator.add, operator.iadd, operator.sub, torch.add, torch.sub, "add", "add_", "sub"}
+PRODUCTS = {operator.mul, operator.imul, operator.truediv, torch.mul, torch.div, "mul", "mul_", "div"}
+SHAPE_QUERIES = {"size", "dim", "shape", getattr}
+
+
+@dataclass
+class ChannelGraph:
+    """What trace() found. Ids are integers 0..n-1; `group[id]` is equal for ids that live or die together."""
+
+    inputs: dict[str, np.ndarray] = field(default_factory=dict)   # convolution name -> ids of its input channels
+    outputs: dict[str, np.ndarray] = field(default_factory=dict)  # convolution name -> ids of its output channels
+    norms: dict[str, np.ndarray] = field(default_factory=dict)    # BatchNorm name -> ids of its channels
+    group: np.ndarray = field(default_factory=lambda: np.zeros(0, int))
+    frozen: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))  # per id: must be kept
+    tied: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))    # per id: united with others by an addition
+    notes: list[str] = field(default_factory=list)
+
+    def prunable(self) -> dict[str, Tensor]:
+        """BatchNorm name -> bool (channels,): may be cut alone, that is neither frozen nor tied by a shortcut."""
+        return {name: torch.from_numpy(~(self.frozen | self.tied)[ids]) for name, ids in self.norms.items()}
+
+    def prunable_norms(self) -> list[str]:
+        """Names of the BatchNorms whose channels may all be cut: those that sparsity training penalises."""
+        return [name for name, mask in self.prunable().items() if bool(mask.all())]
+
+
+def trace(model: nn.Module) -> ChannelGraph:
+    """Follow `model` from its input to its outputs and return its channel graph. The model is not changed.
+
+    It is traced in training mode, where detection heads return their raw maps.
+    Raises ValueError if torch.fx can't trace it (control flow that depends on data).
+    """
+    was_training = {module: module.training for module in model.modules()}
+    try:
+        nodes = fx.Tracer().trace(model.train())
+    except Exception as error:  # fx raises many kinds
+        raise ValueError(f"torch.fx can't trace {type(model).__name__}: {error}") from error
+    finally:
+        for module, flag in was_training.items():
+            module.training = flag
+    return _Walker(dict(model.named_modules())).walk(nodes)
+
+
+class _Walker:
+    """Carries the ids along the traced nodes.
+
+    The value of a node is an int array (the ids of a tensor's channels), a list of values, or None: not a tensor, or
+    one whose channels are not known, such as the image.
+    """
+
+    def __init__(self, modules: dict[str, nn.Module]):
+        self.modules = modules
+        self.graph = ChannelGraph()
+        self.parent: list[int] = []
+        self.frozen: set[int] = set()
+        self.tied: set[int] = set()
+
+    # --- ids ---
+    def new(self, count: int) -> np.ndarray:
+        start = len(self.parent)
+        self.parent.extend(range(start, start + count))
+        return np.arange(start, start + count)
+
+    def root(self, i: int) -> int:
+        while self.parent[i] != i:
+            self.parent[i] = self.parent[self.parent[i]]
+            i = self.parent[i]
+        return i
+
+    def unite(self, a: np.ndarray, b: np.ndarray) -> None:
+        for i, j in zip(a.tolist(), b.tolist()):
+            self.parent[self.root(j)] = self.root(i)
+
+    def freeze(self, value: Any) -> None:
+        """Freeze every channel in a value, however nested."""
+        if isinstance(value, np.ndarray):
+            self.frozen.update(value.tolist())
+        elif isinstance(value, (list, tuple)):
+            for v in value:
+                self.freeze(v)
+
+    # --- nodes ---
+    def walk(self, nodes: fx.Graph) -> ChannelGraph:
+        values: dict[fx.Node, Any] = {}
+        for node in nodes.nodes:
+            args = fx.map_arg(node.args, lambda n: values[n])
+            kwargs = fx.map_arg(node.kwargs, lambda n: values[n])
+            if node.op == "call_module":
+                values[node] = self.module(str(node.target), args)
+            elif node.op in ("call_function", "call_method"):
+                values[node] = self.function(node, list(args), dict(kwargs))
+            else:
+                values[node] = None
+                if node.op == "output":
+                    self.freeze(args)
+        return self.finish()
+
+    def finish(self) -> ChannelGraph:
+        graph, n = self.graph, len(self.parent)
+        graph.group = np.array([self.root(i) for i in range(n)], int)
+        for flags, ids in (("frozen", self.frozen), ("tied", self.tied)):
+            marked = np.zeros(n, bool)
+            marked[graph.group[list(ids)]] = True  # one marked member marks its whole group
+            setattr(graph, flags, marked[graph.group])
+        return graph
+
+    def module(self, name: str, args: tuple) -> Any:
+        module = self.modules[name]
+        x = args[0] if args else None
+        if isinstance(module, nn.Conv2d):
+            return self.convolution(name, module, x)
+        if isinstance(module, _BatchNorm) and isinstance(x, np.ndarray):
+            self.graph.norms[name] = x
+            return x
+        if isinstance(module, PASSING_MODULES):
+            return x
+        return self.unknown(args, {}, f"{name} ({type(module).__name__})")
+
+    def convolution(self, name: str, conv: nn.Conv2d, x: Any) -> np.ndarray:
+        if not isinstance(x, np.ndarray):
+            x = self.new(conv.in_channels)  # the image, or what an unknown operation made
+            self.freeze(x)
+        depthwise = conv.groups > 1 and conv.groups == conv.in_channels == conv.out_channels
+        if depthwise:
+            out = x
+        else:
+            out = self.new(conv.out_channels)
+            if conv.groups > 1:
+                self.note(f"{name}: grouped convolution, its channels stay", x, out)
+        self.graph.inputs[name], self.graph.outputs[name] = x, out
+        return out
+
+    def function(self, node: fx.Node, args: list, kwargs: dict) -> Any:
+        target = node.target
+        x = args[0] if args else None
+        if target in SHAPE_QUERIES:
+            return None
+        if target in (torch.cat, torch.concat):
+            parts, dim = x, kwargs.get("dim", args[1] if len(args) > 1 else 0)
+            if dim in (1, -3) and all(isinstance(p, np.ndarray) for p in parts):
+                return np.concatenate(parts)
+            self.freeze(parts)
+            return None
+        if target is operator.getitem:
+            return self.item(node, x, args[1])
+        if target in ADDITIONS or target in PRODUCTS:
+            return self.elementwise(node, x, args[1] if len(args) > 1 else kwargs.get("other"))
+        if target in PASSING_FUNCTIONS or target in PASSING_METHODS:
+            return x
+        return self.unknown(args, kwargs, f"operation '{getattr(target, '__name__', target)}' ({node.name})")
+
+    def item(self, node: fx.Node, x: Any, index: Any) -> Any:
+        """x[index]: an element of a list, or a crop in space that leaves the channels alone."""
+        if isinstance(x, (list, tuple)):
+            return x[index]
+        crop = isinstance(index, tuple) and index[0] is Ellipsis and len(index) <= 3
+        if x is None or (crop and all(isinstance(i, slice) for i in index[1:])):
+            return x
+        return self.unknown([x], {}, f"index {index} ({node.name})")
+
+    def elementwise(self, node: fx.Node, a: Any, b: Any) -> Any:
+        """Sum or product of two tensors: their channels live or die together. A factor leaves them alone."""
+        if isinstance(a, np.ndarray) and isinstance(b, np.ndarray) and len(a) == len(b):
+            self.unite(a, b)
+            if node.target in ADDITIONS:
+                self.tied.update(a.tolist())
+            return a
+        tensors = [v for v in (a, b) if isinstance(v, np.ndarray)]
+        if len(tensors) == 1 and node.target in PRODUCTS and any(isinstance(v, (int, float)) for v in node.args):
+            return tensors[0]
+        return self.unknown([a, b], {}, f"operation '{node.name}' on unlike shapes") if tensors else None
+
+    def unknown(self, args: Any, kwargs: dict, what: str) -> None:
+        touched = [v for v in (*args, *kwargs.values()) if v is not None]
+        if any(isinstance(v, (np.ndarray, list, tuple)) for v in touched):
+            self.note(f"{what}: not known to the channel graph, what it reads stays whole", *touched)
+
+    def note(self, text: str, *values: Any) -> None:
+        self.freeze(values)
+        self.graph.notes.append(text)
