@@ -215,3 +215,25 @@ def set_anchors(model: Model, pixels: Tensor) -> None:
     with torch.no_grad():
         head.anchors.copy_(pixels.to(head.anchors) / head.stride.view(-1, 1, 1))
     model.yaml["anchors"] = [[round(float(v), 2) for v in level.flatten()] for level in pixels]
+
+
+def with_classes(model: Model, names: dict[int, str]) -> Model:
+    """Make `model` detect these classes, in place: where their number differs the head's last layers start afresh."""
+    head = model.detect
+    if len(names) != head.nc:
+        head.nc, head.no = len(names), len(names) + 5
+        head.m = nn.ModuleList(nn.Conv2d(conv.in_channels, head.no * head.na, 1) for conv in head.m)  # type: ignore[arg-type]
+        head.start_biases()
+        model.yaml["nc"] = len(names)
+    model.names = dict(names)
+    return model
+
+
+def fused(model: Model) -> Model:
+    """A copy for inference: every BatchNorm folded into the convolution before it."""
+    model = deepcopy(model).eval()
+    for module in model.modules():
+        if isinstance(module, Conv) and isinstance(module.bn, nn.BatchNorm2d):
+            module.conv = nn.utils.fuse_conv_bn_eval(module.conv, module.bn)
+            module.bn = nn.Identity()
+    return model

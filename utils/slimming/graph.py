@@ -83,6 +83,7 @@ class _Walker:
         self.parent: list[int] = []
         self.frozen: set[int] = set()
         self.tied: set[int] = set()
+        self.notes: list[tuple[str, set[int]]] = []
 
     # --- ids ---
     def new(self, count: int) -> np.ndarray:
@@ -126,6 +127,8 @@ class _Walker:
 
     def finish(self) -> ChannelGraph:
         graph, n = self.graph, len(self.parent)
+        normed = {int(i) for ids in graph.norms.values() for i in ids}
+        graph.notes = [text for text, ids in self.notes if ids & normed]  # an output's view() holds back nothing prunable
         graph.group = np.array([self.root(i) for i in range(n)], int)
         for flags, ids in (("frozen", self.frozen), ("tied", self.tied)):
             marked = np.zeros(n, bool)
@@ -205,5 +208,8 @@ class _Walker:
             self.note(f"{what}: not known to the channel graph, what it reads stays whole", *touched)
 
     def note(self, text: str, *values: Any) -> None:
+        """Freeze what the values carry and remember why."""
+        before, self.frozen = self.frozen, set()
         self.freeze(values)
-        self.graph.notes.append(text)
+        self.notes.append((text, self.frozen))
+        self.frozen = before | self.frozen

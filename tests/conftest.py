@@ -1,0 +1,79 @@
+"""Fixtures: the real assets (skipped where they are missing), a tiny data set, a way to run a script as a user does."""
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _threads() -> None:
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def assets() -> Path:
+    """The folder of real data and reference values: $YOLO_ASSETS, or ../shared/assets beside the repository."""
+    folder = Path(os.environ.get("YOLO_ASSETS") or ROOT.parent / "shared" / "assets")
+    if not (folder / "golden").is_dir():
+        pytest.skip(f"no assets at {folder} (set YOLO_ASSETS)")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def golden(assets: Path) -> dict[str, np.ndarray]:
+    """Values that stock YOLOv5 computes."""
+    with np.load(assets / "golden" / "yolov5-v7.npz") as file:
+        return {k: file[k] for k in file.files}
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data yaml with 12 training and 6 validation images of coloured squares and circles, 96 x 72 pixels."""
+    root = tmp_path_factory.mktemp("tiny set")
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 12), ("val", 6)):
+        (root / "images" / split).mkdir(parents=True)
+        (root / "labels" / split).mkdir(parents=True)
+        for i in range(count):
+            image = rng.integers(90, 160, (72, 96, 3), dtype=np.uint8)
+            rows = []
+            for _ in range(i % 3):
+                c, x, y, r = int(rng.integers(2)), int(rng.integers(20, 76)), int(rng.integers(20, 52)), int(rng.integers(8, 18))
+                if c:
+                    cv2.circle(image, (x, y), r, (255, 40, 40), -1)
+                else:
+                    cv2.rectangle(image, (x - r, y - r), (x + r, y + r), (40, 40, 255), -1)
+                rows.append(f"{c} {x / 96:.6f} {y / 72:.6f} {2 * r / 96:.6f} {2 * r / 72:.6f}")
+            cv2.imwrite(str(root / "images" / split / f"{i:03d}.png"), image)
+            (root / "labels" / split / f"{i:03d}.txt").write_text("\n".join(rows) + "\n" if rows else "")
+    path = root / "tiny.yaml"
+    path.write_text("path: .\ntrain: images/train\nval: images/val\nnames: [square, circle]\n")
+    return path
+
+
+Script = Callable[..., subprocess.CompletedProcess]
+
+
+@pytest.fixture(scope="session")
+def script() -> Script:
+    """script("train.py", "--epochs", 1, cwd=folder, code=0) runs a command of the repository as a user would."""
+
+    def run(name: str, *args: object, cwd: Path, code: int | None = 0, env: dict[str, str] | None = None) -> subprocess.CompletedProcess:
+        command = [sys.executable, str(ROOT / name), *map(str, args)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "2", **(env or {})}
+        done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=600, env=environment)
+        if code is not None:
+            assert done.returncode == code, f"{' '.join(command)}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+        return done
+
+    return run

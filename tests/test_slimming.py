@@ -1,0 +1,170 @@
+"""The heart: graph, selection, surgery. Properties on random masks, exactness in float64."""
+from __future__ import annotations
+
+from copy import deepcopy
+
+import pytest
+import torch
+from torch import nn
+
+from models.common import Conv
+from models.yolo import Model
+from utils.slimming.cost import latency, profile
+from utils.slimming.graph import trace
+from utils.slimming.selection import limit, select
+from utils.slimming.surgery import compose, largest_difference, masked, resize_like, slim
+
+
+def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Trained-looking BatchNorms: no two scales alike, shifts and statistics that are not zero."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for m in model.modules():
+            if isinstance(m, nn.BatchNorm2d):
+                for key, low, high in (("weight", 0.1, 1.5), ("bias", -0.5, 0.5), ("running_mean", -0.3, 0.3), ("running_var", 0.5, 2)):
+                    getattr(m, key).copy_(torch.rand(m.num_features, generator=generator) * (high - low) + low)
+    return model
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    torch.manual_seed(0)
+    return randomised(Model("yolov5n.yaml", nc=3))
+
+
+def random_masks(model: nn.Module, seed: int) -> dict[str, torch.Tensor]:
+    """Masks that keep at least one channel a layer; tied and frozen channels stay."""
+    generator = torch.Generator().manual_seed(seed)
+    share = float(torch.rand(1, generator=generator))
+    masks = {}
+    for name, can_go in trace(model).prunable().items():
+        keep = torch.rand(len(can_go), generator=generator) > share
+        keep |= ~can_go
+        keep[int(torch.randint(len(keep), (1,), generator=generator))] = True
+        masks[name] = keep
+    return masks
+
+
+def test_graph_of_a_yolov5(model):
+    graph = trace(model)
+    out = set(graph.norms) - set(graph.prunable_norms())
+    # Tied by the backbone's shortcuts: each such C3's cv1 and its Bottlenecks' cv2. The inner cv1 is free.
+    assert out == {"model.2.cv1.bn", "model.2.m.0.cv2.bn", "model.4.cv1.bn", "model.4.m.0.cv2.bn", "model.4.m.1.cv2.bn", "model.6.cv1.bn",
+                   "model.6.m.0.cv2.bn", "model.6.m.1.cv2.bn", "model.6.m.2.cv2.bn", "model.8.cv1.bn", "model.8.m.0.cv2.bn"}
+    assert len(graph.norms) == 57 and not graph.notes
+    assert model.training  # tracing left the mode alone
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_slim_equals_masked_for_random_masks(model, seed):
+    masks = random_masks(model, seed)
+    before = deepcopy(model.state_dict())
+    narrow = slim(model, masks)
+    assert largest_difference(masked(model, masks), narrow) < 1e-9
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    for name, m in narrow.named_modules():
+        if name in masks:
+            assert m.num_features == int(masks[name].sum())
+
+
+@pytest.mark.parametrize("percent", [0.0, 0.3, 0.5, 0.8, 0.999])
+def test_selection_cuts_what_was_asked_and_no_layer_vanishes(model, percent):
+    graph = trace(model)
+    masks = select(graph, model, percent, min_channels=2)
+    prunable = graph.prunable()
+    total, gone = sum(int(p.sum()) for p in prunable.values()), sum(int((~m).sum()) for m in masks.values())
+    assert all(int(m.sum()) >= 2 for m in masks.values())
+    assert all(bool(m[~prunable[n]].all()) for n, m in masks.items())
+    if percent < 0.9:
+        assert gone == round(percent * total)
+    assert largest_difference(masked(model, masks), slim(model, masks)) < 1e-9
+    if percent == 0.0:
+        assert profile(slim(model, masks), 64) == profile(model, 64)
+
+
+def test_selection_ranks_by_order_when_all_scores_are_equal(model):
+    flat = deepcopy(model)
+    with torch.no_grad():
+        for m in flat.modules():
+            if isinstance(m, nn.BatchNorm2d):
+                m.weight.zero_()
+    graph = trace(flat)
+    total = sum(int(p.sum()) for p in graph.prunable().values())
+    first, second = select(graph, flat, 0.5), select(graph, flat, 0.5)
+    assert sum(int((~m).sum()) for m in first.values()) == round(0.5 * total)
+    assert all(torch.equal(first[n], second[n]) for n in first)
+
+
+def test_selection_cuts_the_smallest(model):
+    graph = trace(model)
+    bound = limit(graph, model)
+    masks = select(graph, model, bound.percent)
+    modules, prunable = dict(model.named_modules()), graph.prunable()
+    cut = torch.cat([modules[n].weight.detach()[~m] for n, m in masks.items()])
+    kept = torch.cat([modules[n].weight.detach()[m & prunable[n]] for n, m in masks.items()])
+    assert cut.max() <= kept.min() and cut.max() < bound.gamma
+
+
+def test_two_rounds_compose(model):
+    first = select(trace(model), model, 0.4)
+    once = slim(model, first)
+    second = select(trace(once), once, 0.4)
+    twice, both = slim(once, second), compose(first, second)
+    direct = slim(model, both)
+    assert all(torch.equal(a, b) for a, b in zip(twice.state_dict().values(), direct.state_dict().values()))
+
+
+def test_shapes_rebuild_a_slim_model(model):
+    narrow = slim(model, select(trace(model), model, 0.6))
+    again = Model(model.yaml)
+    resize_like(again, narrow.state_dict())
+    again.load_state_dict(narrow.state_dict())
+    assert largest_difference(narrow, again) == 0.0
+    assert profile(again, 64) == profile(narrow, 64)
+
+
+def test_masks_that_cut_a_tied_or_frozen_channel_alone_are_refused(model):
+    masks = {"model.2.cv1.bn": torch.tensor([False] + [True] * 15), "model.2.m.0.cv2.bn": torch.ones(16, dtype=torch.bool)}
+    with pytest.raises(ValueError, match="same ones"):
+        slim(model, masks)
+
+
+class _Strange(nn.Module):
+    """A shortcut, an unknown operation, a grouped and a depthwise convolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.dw = Conv(3, 8, 3), Conv(8, 8, 3), Conv(8, 8, 3, g=8)
+        self.c, self.grouped, self.d = Conv(8, 8, 1), Conv(8, 8, 3, g=2), Conv(8, 4, 1)
+
+    def forward(self, x):
+        x = self.b(self.a(x))
+        x = x + self.dw(x)
+        x = torch.flip(self.c(x), dims=(3,))
+        return self.d(self.grouped(x)).mean((2, 3))
+
+
+def test_unknown_operations_freeze_and_say_so():
+    strange = randomised(_Strange())
+    graph = trace(strange)
+    free = {n: bool(p.all()) for n, p in graph.prunable().items()}
+    assert free == {"a.bn": True, "b.bn": False, "dw.bn": False, "c.bn": False, "grouped.bn": False, "d.bn": False}
+    assert any("flip" in note for note in graph.notes) and any("grouped" in note for note in graph.notes)
+    masks = random_masks(strange, 3)
+    assert largest_difference(masked(strange, masks), slim(strange, masks)) < 1e-9
+
+
+def test_depthwise_channels_go_with_the_convolution_before():
+    net = randomised(nn.Sequential(Conv(3, 8, 3), Conv(8, 8, 3, g=8), Conv(8, 6, 1), nn.Conv2d(6, 2, 1)))
+    masks = select(trace(net), net, 0.5)
+    assert torch.equal(masks["0.bn"], masks["1.bn"])
+    narrow = slim(net, masks)
+    assert narrow[1].conv.groups == narrow[0].conv.out_channels == int(masks["0.bn"].sum())
+    assert largest_difference(masked(net, masks), narrow) < 1e-9
+
+
+def test_cost_counts(model):
+    cost = profile(Model("yolov5n.yaml"), 640)
+    assert cost.parameters == 1_872_157 and cost.gflops == pytest.approx(4.5, abs=0.1)
+    assert profile(model, 320).flops * 4 == profile(model, 640).flops
+    assert all(ms > 0 for ms in latency([deepcopy(model).eval()], 64, runs=2))

@@ -1,0 +1,422 @@
+"""Train a YOLOv5 detector.
+
+    python train.py                                              # the built-in data set
+    python train.py --data data/VOC.yaml --weights yolov5s.pt --adam --epochs 100
+
+This file is the only training loop. Sparsity, fine-tuning of a slim model and whatever you invent are hooks on it: see Hook.
+"""
+from __future__ import annotations
+
+import math
+import os
+import time
+from argparse import Namespace
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from models import checkpoint
+from models.yolo import Model, set_anchors, with_classes
+from utils.autoanchor import fit_anchors
+from utils.data_config import DataConfig, read_data
+from utils.dataloaders import Batch, DetectionDataset, build_loader
+from utils.distributed import World, barrier, broadcast, world
+from utils.errors import NonFiniteError, UserError, run_cli
+from utils.files import new_run_folder, write_yaml
+from utils.loggers import RunLog
+from utils.loss import DetectionLoss, scale_gains
+from utils.optim import EarlyStopping, ModelEMA, Schedule, build_optimizer
+from utils.options import resolve, resume_file, training_parser
+from utils.slimming.cost import profile
+from val import Evaluation, evaluate, plot_curves, validation_loader
+
+LOSSES = ("box_loss", "obj_loss", "cls_loss")
+
+
+class Hook:
+    """The one extension point of the loop: override what you need.
+
+    In a step the order is: backward of every micro-batch, unscale, clip, before_step, optimizer, EMA, after_step.
+    """
+
+    def start(self, run: Run) -> None:
+        """Everything is built, nothing has been trained."""
+
+    def extra_loss(self, batch: Batch, outputs: list[Tensor]) -> Tensor | None:
+        """A term to add to the loss of a micro-batch."""
+        return None
+
+    def before_step(self) -> None:
+        """Gradients are complete, unscaled and clipped; the optimizer has not used them yet."""
+
+    def after_step(self, skipped: bool) -> None:
+        """The weights have moved, unless the scaler skipped the step."""
+
+    def epoch_end(self, log: dict[str, float]) -> None:
+        """Add what results.csv and TensorBoard should carry for this epoch."""
+
+    def state_dict(self) -> dict:
+        """What a resumed run needs, as plain data and tensors."""
+        return {}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Take state_dict()'s data back."""
+
+
+@dataclass
+class Run:
+    """Everything of a training run; hooks may look at all of it."""
+
+    opt: Namespace
+    world: World
+    folder: Path
+    config: DataConfig
+    model: Model
+    wrapped: nn.Module            # the model, in DistributedDataParallel where there are several processes
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    schedule: Schedule
+    ema: ModelEMA
+    loss: DetectionLoss
+    loader: DataLoader
+    val_loader: DataLoader | None
+    hooks: Sequence[Hook]
+    stopper: EarlyStopping
+    log: RunLog | None            # None on all processes but the main one
+    epoch: int = 0
+    step_share: float = 1.0       # images this step has seen / nominal batch: 1 for a whole step
+    results: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def amp(self) -> torch.dtype | None:
+        """Type of autocast, or None."""
+        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.opt.amp)
+
+
+def train(opt: Namespace, hooks: Sequence[Hook] = ()) -> Run:
+    """A whole run, from the options of the command line to the last picture."""
+    with world(opt.device) as place:
+        run = build_run(opt, place, hooks)
+        first, started = run.epoch, time.time()
+        if place.main:
+            describe(run)
+            if not first:
+                save(run, "last.pt")  # there is something to resume before the first step
+        for run.epoch in range(first, run.opt.epochs):
+            final = run.epoch + 1 == run.opt.epochs
+            log = train_epoch(run)
+            best = False
+            if place.main and (final or not run.opt.noval):
+                best = validate(run, log)
+            for hook in run.hooks:
+                hook.epoch_end(log)
+            stop = False
+            if run.log is not None:
+                run.results = log
+                run.log.epoch(run.epoch, log)
+                stop = not final and run.stopper.over(run.epoch)
+                if not run.opt.nosave or final or stop:
+                    save_epoch(run, best)
+            if broadcast(stop, place.size):
+                if place.main:
+                    print(f"No better fitness for {run.opt.patience} epochs (best: epoch {run.stopper.best_epoch}); stopping. --patience 0 goes on.")
+                break
+        if place.main:
+            finish(run, (time.time() - started) / 3600)
+        barrier(place.size)
+    return run
+
+
+def train_epoch(run: Run) -> dict[str, float]:
+    """One pass over the training images; returns the epoch's mean losses and learning rates."""
+    run.wrapped.train()
+    run.loader.batch_sampler.set_epoch(run.epoch)  # type: ignore[union-attr]
+    device, batches = run.world.device, len(run.loader)
+    mean = torch.zeros(3, device=device)
+    gathered, images = 0, 0
+    bar = tqdm(run.loader, total=batches, disable=None if run.world.main else True, leave=False)
+    for i, batch in enumerate(bar):
+        iteration = run.epoch * batches + i
+        run.schedule.apply(run.optimizer, iteration)
+        gathered, images = gathered + 1, images + len(batch.images) * run.world.size
+        stepping = gathered >= run.schedule.accumulate(iteration) or i + 1 == batches
+        x = batch.images.to(device, non_blocking=True).to(torch.float32, memory_format=torch.channels_last) / 255
+        with nullcontext() if stepping or run.world.size == 1 else run.wrapped.no_sync():  # type: ignore[operator]
+            with torch.autocast(device.type, run.amp, enabled=run.amp is not None):
+                outputs = run.wrapped(x)
+            loss, items = run.loss([y.float() for y in outputs], batch.targets.to(device, non_blocking=True))
+            for hook in run.hooks:
+                extra = hook.extra_loss(batch, outputs)
+                loss = loss if extra is None else loss + extra
+            check_finite(run, loss, batch)
+            run.scaler.scale(loss * run.world.size).backward()
+        if stepping:
+            run.step_share = images / run.opt.nbs
+            optimizer_step(run)
+            gathered, images = 0, 0
+        mean = (mean * i + items) / (i + 1)
+        if not bar.disable:
+            bar.set_description(f"epoch {run.epoch + 1}/{run.opt.epochs}  " + "  ".join(
+                f"{name[:3]} {value:.4f}" for name, value in zip(LOSSES, mean.tolist())))
+        if run.epoch == 0 and i < 3 and run.world.main and not run.opt.noplots:
+            from utils.plots import plot_batch
+
+            plot_batch(batch.images, batch.targets, batch.paths, run.model.names, run.folder / f"train_batch{i}.png")
+    return {**{f"train/{name}": value for name, value in zip(LOSSES, mean.tolist())},
+            **{f"x/lr{j}": group["lr"] for j, group in enumerate(run.optimizer.param_groups)}}
+
+
+def optimizer_step(run: Run) -> None:
+    """Unscale, clip, hooks, step, EMA. Whatever touches gradients comes after unscaling, or AMP would shrink it to nothing."""
+    run.scaler.unscale_(run.optimizer)
+    nn.utils.clip_grad_norm_(run.model.parameters(), max_norm=10.0, foreach=True)
+    for hook in run.hooks:
+        hook.before_step()
+    scale = run.scaler.get_scale()
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
+    skipped = run.scaler.get_scale() < scale  # the scaler backs off exactly when it met an infinity and skipped
+    run.optimizer.zero_grad(set_to_none=True)
+    if not skipped:
+        run.ema.update()
+    for hook in run.hooks:
+        hook.after_step(skipped)
+
+
+def check_finite(run: Run, loss: Tensor, batch: Batch) -> None:
+    """Stop before a NaN gets into the weights."""
+    if not math.isfinite(float(loss.detach())):
+        raise NonFiniteError(f"the loss is {float(loss.detach())} in epoch {run.epoch + 1}, batch of {', '.join(Path(p).name for p in batch.paths[:4])} ...; "
+                             f"{run.folder / 'weights' / 'last.pt'} is whole; try a smaller lr0 in --hyp, --amp off, or a smaller --sr")
+
+
+def validate(run: Run, log: dict[str, float]) -> bool:
+    """Evaluate the EMA model, print the epoch's line, add the numbers to `log`; True if it is the best so far."""
+    assert run.val_loader is not None
+    result = evaluate(run.ema.ema, run.val_loader, run.world.device, loss=run.loss)
+    log.update(result.metrics())
+    log.update({f"val/{name}": float(value) for name, value in zip(LOSSES, result.losses)})
+    losses = "  ".join(f"{log[f'train/{name}']:>7.4f}" for name in LOSSES)
+    print(f"{run.epoch + 1:>5}/{run.opt.epochs:<5}{losses}  " + "".join(f"{v:>10.3f}" for v in result.metrics().values()), flush=True)
+    return run.stopper.better(run.epoch, result.fitness)
+
+
+# ---------------------------------------------------------------------------------------------------------- building
+
+
+def build_run(opt: Namespace, place: World, hooks: Sequence[Hook]) -> Run:
+    """Options -> a run that is ready for its first, or its next, epoch."""
+    data: dict[str, Any] = {}
+    if opt.resume:
+        opt, data = resumed_options(opt)
+    torch.manual_seed(opt.seed)
+    config = read_data(opt.data)
+    names = {0: "object"} if opt.single_cls else config.names
+    opt.amp = opt.amp or ("fp16" if place.device.type == "cuda" else "off")
+    model = start_model(opt, names, data, place)
+    stride = int(model.stride.max())
+    opt.imgsz = math.ceil(opt.imgsz / stride) * stride
+    loader = training_loader(opt, config, stride, place)
+    if not data:
+        adapt_anchors(opt, model, loader.dataset, place)
+    model = model.to(place.device, memory_format=torch.channels_last)
+    freeze(model, opt.freeze)
+    val_loader = validation_loader(config, "val", opt.imgsz, max(opt.batch_size // place.size, 1) * 2, stride, opt.workers,
+                                   opt.cache, opt.single_cls) if place.main else None
+    folder = Path(data["folder"]) if data else Path(str(broadcast(str(new_run_folder(opt.project, opt.name, opt.exist_ok)) if place.main else "", place.size)))
+    schedule = Schedule(opt.hyp, opt.epochs, len(loader), opt.batch_size, opt.nbs, opt.cos_lr)
+    share = opt.batch_size * schedule.accumulate(schedule.warmup) / opt.nbs
+    optimizer = build_optimizer(model, opt.optimizer, opt.hyp["lr0"], opt.hyp["momentum"], opt.hyp["weight_decay"] * share)
+    gains = {**scale_gains(opt.hyp, model.detect.nl, model.detect.nc, opt.imgsz), "label_smoothing": opt.label_smoothing}
+    run = Run(opt=opt, world=place, folder=folder, config=config, model=model, wrapped=model, optimizer=optimizer,
+              scaler=torch.amp.GradScaler(place.device.type, enabled=opt.amp == "fp16"), schedule=schedule,
+              ema=ModelEMA(model), loss=DetectionLoss(model, gains), loader=loader, val_loader=val_loader, hooks=hooks,
+              stopper=EarlyStopping(opt.patience), log=None)
+    if data:
+        restore(run, data)
+    if place.main:
+        run.log = RunLog(folder, run.epoch)
+    if place.size > 1:
+        gpu = [place.device.index] if place.device.type == "cuda" else None
+        run.wrapped = DistributedDataParallel(model, device_ids=gpu)
+    for hook in hooks:
+        hook.start(run)
+    for hook, state in zip(hooks, data.get("training", {}).get("hooks", [])):
+        hook.load_state_dict(state)
+    return run
+
+
+def start_model(opt: Namespace, names: dict[int, str], resumed: dict[str, Any], place: World) -> Model:
+    """From a resumed run, from a checkpoint (slim ones stay slim), from a yaml, or from a yaml with a checkpoint's weights."""
+    if resumed:
+        return checkpoint.build(resumed, ema=False)
+    if opt.weights and not opt.cfg:
+        return with_classes(checkpoint.load(opt.weights), names)
+    if not opt.cfg:
+        raise UserError("--weights '' needs --cfg, a model yaml such as models/yolov5s.yaml")
+    model = Model(opt.cfg, nc=len(names), names=names)
+    if opt.weights:
+        theirs, mine = checkpoint.load(opt.weights).state_dict(), model.state_dict()
+        same = {k: v for k, v in theirs.items() if k in mine and v.shape == mine[k].shape and not k.endswith("anchors")}
+        model.load_state_dict(same, strict=False)
+        if place.main:
+            print(f"{len(same)} of {len(mine)} tensors taken from {opt.weights}")
+    return model
+
+
+def training_loader(opt: Namespace, config: DataConfig, stride: int, place: World) -> DataLoader:
+    """Loader of the augmented training images."""
+    if opt.batch_size % place.size:
+        raise UserError(f"--batch-size {opt.batch_size}: must be a multiple of the {place.size} processes")
+    if not config.train:
+        raise UserError(f"{config.file}: has no 'train:' entry")
+    per_process = opt.batch_size // place.size
+    dataset = DetectionDataset(config.train, opt.imgsz, hyp=opt.hyp, augment=True, rect=opt.rect, batch_size=per_process,
+                               stride=stride, cache=opt.cache, single_cls=opt.single_cls, nc=config.nc, seed=opt.seed, prefix="train")
+    if place.main and dataset.summary():
+        print(dataset.summary())
+    return build_loader(dataset, per_process, opt.workers, shuffle=not opt.rect, seed=opt.seed, rank=place.rank, world_size=place.size)
+
+
+def adapt_anchors(opt: Namespace, model: Model, dataset: Any, place: World) -> None:
+    """Autoanchor: fit the anchors to the data set's boxes unless they fit already."""
+    if opt.noautoanchor:
+        return
+    largest = dataset.shapes.max(1, keepdims=True)
+    sizes = dataset.shapes / largest * opt.imgsz
+    wh = np.concatenate([labels[:, 3:5] * size for labels, size in zip(dataset.labels, sizes)])
+    pixels = (model.detect.anchors * model.stride.view(-1, 1, 1)).cpu().numpy()
+    better, message = fit_anchors(wh, pixels, opt.imgsz, opt.hyp["anchor_t"], opt.seed)
+    if place.main:
+        print(message)
+    if better is not None:
+        set_anchors(model, torch.as_tensor(better, dtype=torch.float32).view(pixels.shape))
+
+
+def freeze(model: Model, layers: Sequence[int]) -> None:
+    """--freeze 10 freezes layers 0 to 9, --freeze 0 3 5 those three."""
+    wanted = range(layers[0]) if len(layers) == 1 else layers
+    for i in wanted:
+        if not 0 <= i < len(model.model):
+            raise UserError(f"--freeze {i}: the model has layers 0 to {len(model.model) - 1}")
+        model.model[i].requires_grad_(False)
+
+
+# ----------------------------------------------------------------------------------------------- saving and resuming
+
+
+def save(run: Run, name: str) -> None:
+    """Write a checkpoint with the whole training state into the run's folder."""
+    training = {"epoch": run.epoch, "optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict(),
+                "updates": run.ema.updates, "stopper": {"best": run.stopper.best, "best_epoch": run.stopper.best_epoch},
+                "rng": {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []},
+                "hooks": [hook.state_dict() for hook in run.hooks]}
+    checkpoint.save(run.folder / "weights" / name, run.model, run.ema.ema, training=training, **record(run))
+
+
+def save_epoch(run: Run, best: bool) -> None:
+    """last.pt, best.pt (the averaged weights only) and what --save-period asks for, after an epoch."""
+    done, run.epoch = run.epoch, run.epoch + 1  # the file says which epoch comes next
+    save(run, "last.pt")
+    if best:
+        checkpoint.save(run.folder / "weights" / "best.pt", run.ema.ema, **record(run))
+    if run.opt.save_period > 0 and run.epoch % run.opt.save_period == 0:
+        save(run, f"epoch{run.epoch}.pt")
+    run.epoch = done
+
+
+def record(run: Run) -> dict[str, Any]:
+    """What every checkpoint tells about where it came from."""
+    return {"opt": vars(run.opt), "folder": str(run.folder.resolve()), "data": run.opt.data, "imgsz": run.opt.imgsz, "hyp": run.opt.hyp,
+            "epochs_done": run.epoch, "command": checkpoint.command_line(), "metrics": dict(run.results)}
+
+
+def resumed_options(opt: Namespace) -> tuple[Namespace, dict[str, Any]]:
+    """--resume: the options of the interrupted run, with the device, workers, cache and --epochs of this command."""
+    path = resume_file(opt)
+    data = checkpoint.read(path)
+    if not data.get("training"):
+        raise UserError(f"{path}: holds weights only, nothing to resume; start from it with --weights {path}")
+    before = Namespace(**data["opt"])
+    if before.script != opt.script:
+        raise UserError(f"{path}: was made by {before.script}; resume it with: python {before.script} --resume {path}")
+    before.device, before.workers = opt.device, opt.workers
+    before.epochs, before.resume = opt.epochs or before.epochs, str(path)
+    if data["training"]["epoch"] >= before.epochs:
+        raise UserError(f"{path}: all {before.epochs} epochs are done; give more, as in --resume {path} --epochs {before.epochs * 2}")
+    data["folder"] = str(path.resolve().parent.parent)
+    return before, data
+
+
+def restore(run: Run, data: dict[str, Any]) -> None:
+    """Put a resumed checkpoint's training state back."""
+    training = data["training"]
+    run.epoch = training["epoch"]
+    run.optimizer.load_state_dict(training["optimizer"])
+    run.scaler.load_state_dict(training["scaler"])
+    run.ema.ema.load_state_dict(data["ema"])
+    run.ema.updates = training["updates"]
+    run.stopper.best, run.stopper.best_epoch = training["stopper"]["best"], training["stopper"]["best_epoch"]
+    torch.set_rng_state(training["rng"]["torch"])
+    if training["rng"]["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(training["rng"]["cuda"])
+
+
+# ------------------------------------------------------------------------------------------------- beginning and end
+
+
+def describe(run: Run) -> None:
+    """Say what is about to be trained, and write it down."""
+    cost = profile(run.model, run.opt.imgsz)
+    shape = "slim" if run.model.masks else "dense"
+    print(f"{shape} model: {cost.parameters:,} parameters, {cost.gflops:.2f} GFLOPs at {run.opt.imgsz} px; {run.world.device}, "
+          f"{run.world.size} process{'es' if run.world.size > 1 else ''}, amp {run.opt.amp}")
+    print(f"{run.opt.optimizer}, {len(run.loader.dataset)} training images, {len(run.loader)} batches of {run.opt.batch_size} an epoch, "  # type: ignore[arg-type]
+          f"a step every {run.schedule.accumulate(run.schedule.warmup)}; epochs {run.epoch + 1} to {run.opt.epochs}")
+    write_yaml(run.folder / "opt.yaml", {k: v for k, v in vars(run.opt).items() if k != "hyp"})
+    write_yaml(run.folder / "hyp.yaml", run.opt.hyp)
+    if not run.opt.noplots:
+        from utils.plots import plot_labels
+
+        plot_labels(np.concatenate(run.loader.dataset.labels), run.model.names, run.folder / "labels.png")  # type: ignore[attr-defined]
+    print(f"{'epoch':>8}" + "".join(f"{name[:3]:>9}" for name in LOSSES) + "".join(f"{n:>10}" for n in ("P", "R", "mAP50", "mAP50-95")))
+
+
+def finish(run: Run, hours: float) -> Evaluation:
+    """The best model's table and the run's pictures."""
+    from val import print_table
+
+    best = run.folder / "weights" / "best.pt"
+    model = checkpoint.load(best if best.is_file() else run.folder / "weights" / "last.pt", run.world.device)
+    assert run.val_loader is not None and run.log is not None
+    result = evaluate(model.to(memory_format=torch.channels_last), run.val_loader, run.world.device, confusion=True)
+    print(f"\n{run.epoch + 1} epochs in {hours:.3f} hours. {best.name}, epoch {run.stopper.best_epoch + 1}:")
+    print_table(result, run.model.names, per_class=run.config.nc <= 20)
+    if not run.opt.noplots:
+        from utils.plots import plot_results
+
+        plot_curves(result, run.model.names, run.folder)
+        plot_results(run.folder / "results.csv", run.folder / "results.png")
+    run.log.close()
+    print(f"Results in {run.folder}")
+    return result
+
+
+def main(argv: list[str] | None = None) -> Run:
+    """Command line -> training."""
+    opt = training_parser(__doc__).parse_args(argv)
+    opt.script = os.path.basename(__file__)
+    return train(opt if opt.resume else resolve(opt))
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,56 @@
+"""The record of a pruning: tables on the screen, plain data for report.json."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from utils.slimming.cost import Cost
+
+
+def table(rows: Sequence[Sequence[Any]], header: Sequence[str]) -> str:
+    """Plain text table; numbers to the right, the first column to the left."""
+    cells = [[str(c) for c in row] for row in (header, *rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    lines = ["  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))) for row in cells]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def layer_rows(masks: dict[str, Tensor], prunable: dict[str, Tensor]) -> list[dict[str, Any]]:
+    """One row a BatchNorm: its name, original and remaining channels, and whether it could be cut at all."""
+    return [{"layer": name, "original": len(mask), "remaining": int(mask.sum()), "prunable": bool(prunable[name].any())}
+            for name, mask in masks.items()]
+
+
+def layer_table(rows: list[dict[str, Any]]) -> str:
+    """layer | original | remaining; layers that shortcuts or outputs hold whole are marked."""
+    return table([(r["layer"], r["original"], r["remaining"], "" if r["prunable"] else "kept whole") for r in rows],
+                 ("layer", "original", "remaining", ""))
+
+
+def cost_rows(before: Cost, after: Cost, ms: Sequence[float] | None) -> list[dict[str, Any]]:
+    """One row a figure: before, after, and what is left of it."""
+    figures = [("parameters", before.parameters, after.parameters), ("GFLOPs", before.gflops, after.gflops),
+               ("MB (fp32 weights)", before.megabytes, after.megabytes)]
+    if ms:
+        figures.append(("ms an image (torch, batch 1)", ms[0], ms[1]))
+    return [{"figure": name, "before": a, "after": b, "left": b / a if a else 0.0} for name, a, b in figures]
+
+
+def cost_table(rows: list[dict[str, Any]]) -> str:
+    """figure | before | after | left."""
+    def show(value: float) -> str:
+        return f"{value:,}" if isinstance(value, int) else f"{value:.2f}"
+
+    return table([(r["figure"], show(r["before"]), show(r["after"]), f"{r['left']:.0%}") for r in rows],
+                 ("", "before", "after", "left"))
+
+
+def stage_table(rows: list[dict[str, Any]]) -> str:
+    """stage | mAP50 | mAP50-95 ... for rows of equal keys; the first key is the row's name."""
+    def show(value: Any) -> str:
+        return value if isinstance(value, str) else f"{value:,}" if isinstance(value, int) else f"{value:.3f}"
+
+    keys = list(rows[0])
+    return table([[show(row.get(k, "")) for k in keys] for row in rows], keys)
