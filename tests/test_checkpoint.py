@@ -1,0 +1,132 @@
+"""Checkpoints: round trips, official files, refusals. Nothing a file says is ever executed."""
+from __future__ import annotations
+
+import os
+import pickle
+import sys
+import types
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from models import checkpoint
+from models.yolo import Model
+from utils.errors import UserError
+from utils.slimming.graph import trace
+from utils.slimming.selection import select
+from utils.slimming.surgery import compose, slim
+
+
+def small() -> Model:
+    return Model({**Model("yolov5n.yaml").yaml, "width_multiple": 0.125}, nc=2, names={0: "a", 1: "ü"})
+
+
+def test_slim_model_round_trip(tmp_path):
+    model = small()
+    masks = select(trace(model), model, 0.5)
+    narrow = slim(model, masks)
+    narrow.masks = compose(model.masks, masks)
+    checkpoint.save(tmp_path / "slim.pt", narrow, data="x.yaml", imgsz=64)
+    again = checkpoint.load(tmp_path / "slim.pt")
+    assert again.names == {0: "a", 1: "ü"} and not again.training
+    assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), narrow.state_dict().values(), strict=True))
+    assert all(torch.equal(again.masks[k], masks[k]) for k in masks)
+    assert torch.load(tmp_path / "slim.pt", weights_only=True)["data"] == "x.yaml"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["slim.pt"]
+
+
+def test_ema_is_preferred(tmp_path):
+    model, ema = small(), small()
+    checkpoint.save(tmp_path / "x.pt", model, ema)
+    loaded = checkpoint.load(tmp_path / "x.pt").state_dict()
+    assert all(torch.equal(v, loaded[k]) for k, v in ema.state_dict().items())
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
+    checkpoint.save(tmp_path / "x.pt", small())
+    before = (tmp_path / "x.pt").read_bytes()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(UserError, match="No space left"):
+        checkpoint.save(tmp_path / "x.pt", small())
+    assert (tmp_path / "x.pt").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+
+
+class _Evil:
+    def __reduce__(self):
+        return os.system, ("touch executed",)
+
+
+class _Eval:
+    def __reduce__(self):
+        return eval, ("open('executed', 'w')",)
+
+
+@pytest.mark.parametrize("content", [_Evil(), {"model": _Eval()}, {"model": [1, {"x": _Evil()}]}])
+def test_hostile_files_are_refused_and_not_executed(tmp_path, monkeypatch, content):
+    monkeypatch.chdir(tmp_path)
+    torch.save(content, "evil.pt")
+    with pytest.raises(UserError, match="refused, it names"):
+        checkpoint.load("evil.pt")
+    assert not Path("executed").exists()
+
+
+def _write(path: Path, kind: str) -> None:
+    if kind == "text":
+        path.write_text("hello")
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "cut":
+        torch.save({"x": torch.zeros(1000)}, path)
+        path.write_bytes(path.read_bytes()[:1500])
+    elif kind == "zip":
+        with zipfile.ZipFile(path, "w") as file:
+            file.writestr("a", "b")
+    elif kind == "pickle":
+        path.write_bytes(pickle.dumps({"a": 1}))
+    elif kind == "tensor":
+        torch.save(torch.zeros(3), path)
+    elif kind == "newer":
+        torch.save({"format": "yolov5-slimming/99"}, path)
+
+
+@pytest.mark.parametrize("kind", ["missing", "text", "folder", "cut", "zip", "pickle", "tensor", "newer"])
+def test_what_is_no_checkpoint_is_refused_in_one_line(tmp_path, kind):
+    path = tmp_path / "x.pt"
+    _write(path, kind)
+    with pytest.raises(UserError) as caught:
+        checkpoint.load(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def _official(module: str, name: str) -> nn.Module:
+    """A module whose pickle names a class as official files do."""
+    cls = type(name, (nn.Module,), {"__module__": module, "__qualname__": name})
+    sys.modules.setdefault(module, types.ModuleType(module))
+    setattr(sys.modules[module], name, cls)
+    return cls()
+
+
+@pytest.mark.parametrize("name, task", [("SegmentationModel", "segmentation"), ("ClassificationModel", "classification")])
+def test_other_tasks_are_refused_by_name(tmp_path, monkeypatch, name, task):
+    import models.yolo
+
+    whole = _official("models.yolo", name)
+    torch.save({"model": whole}, tmp_path / "x.pt")
+    monkeypatch.delattr(models.yolo, name)
+    with pytest.raises(UserError, match=f"a {task} checkpoint"):
+        checkpoint.load(tmp_path / "x.pt")
+
+
+def test_a_fused_file_is_refused_with_the_mend(tmp_path):
+    from models.yolo import fused
+
+    checkpoint.save(tmp_path / "fused.pt", fused(small()))
+    with pytest.raises(UserError, match="from before fusing"):
+        checkpoint.load(tmp_path / "fused.pt")

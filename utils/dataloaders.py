@@ -1,0 +1,596 @@
+"""From image and label files to batches of tensors.
+
+A data set is read once: headers and labels only, what can't be used is counted and left out, the user's files are never
+changed. The sampler hands (epoch, index) to the data set, and a sample is a pure function of (seed, epoch, index): the
+number of workers, their order and a resumed run change nothing.
+"""
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import cv2
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+from tqdm import tqdm
+
+from utils.augmentations import (
+    Labelled,
+    augment_hsv,
+    flip_lr,
+    flip_ud,
+    mixup,
+    mosaic,
+    random_perspective,
+    to_tensor_layout,
+)
+from utils.boxes import letterbox, xywh2xyxy, xyxy2xywh
+from utils.errors import UserError
+
+IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".mpo", ".png", ".tif", ".tiff", ".webp"})
+LEAST_SIDE = 10          # pixels; smaller images are left out
+EXIF_ORIENTATION = 274
+HYP = ("degrees", "translate", "scale", "shear", "perspective", "mosaic", "mixup", "hsv_h", "hsv_s", "hsv_v", "flipud",
+       "fliplr", "copy_paste")
+DISK_CACHE = "~/.cache/yolov5-slimming"
+
+# ((h0, w0) of the file, ((gain_h, gain_w), (pad_w, pad_h))): how an image got from the file into the batch
+Geometry = tuple[tuple[int, int], tuple[tuple[float, float], tuple[float, float]]]
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class Sample(NamedTuple):
+    """One image, ready for a batch."""
+
+    image: Tensor      # uint8 (3, h, w), RGB
+    targets: Tensor    # float32 (m, 6): 0, class, x, y, w, h normalised
+    path: str
+    shapes: Geometry   # gain 1 and pad 0 where augmentation has moved the pixels: there is no way back from that
+
+
+@dataclass
+class Batch:
+    """What the loader yields."""
+
+    images: Tensor     # uint8 (B, 3, h, w), RGB
+    targets: Tensor    # float32 (n, 6): image in the batch, class, x, y, w, h normalised
+    paths: list[str]
+    shapes: list[Geometry]
+
+    def pin_memory(self) -> Batch:
+        """The same batch in page-locked memory (DataLoader calls this)."""
+        return Batch(self.images.pin_memory(), self.targets.pin_memory(), self.paths, self.shapes)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        """The same batch with its tensors on `device`."""
+        return Batch(self.images.to(device, non_blocking=non_blocking),
+                     self.targets.to(device, non_blocking=non_blocking), self.paths, self.shapes)
+
+
+# -------------------------------------------------------------------------------------------------- reading the files
+
+
+class Record(NamedTuple):
+    """What the scan learns about one image."""
+
+    path: Path
+    size: tuple[int, int]          # w, h as seen, after the EXIF rotation
+    orientation: int               # EXIF, 1..8
+    labels: np.ndarray             # (m, 5)
+    problems: Counter[str]
+    refused: str = ""              # why the image can't be used
+
+
+def find_images(source: Path) -> list[Path]:
+    """Images of a folder and all below it, of a txt list, or the one that `source` is. UserError if it is missing."""
+    if source.is_dir():
+        return [Path(folder, name) for folder, _, names in os.walk(source, followlinks=True) for name in names
+                if Path(name).suffix.lower() in IMAGE_SUFFIXES]
+    if not source.is_file():
+        raise UserError(f"{source}: no such folder, list or image; correct the data yaml")
+    if source.suffix.lower() != ".txt":
+        return [source] if source.suffix.lower() in IMAGE_SUFFIXES else []
+    lines = source.read_text(encoding="utf-8-sig", errors="replace").splitlines()
+    beside = [(source.parent / line.strip(), Path(line.strip())) for line in lines if line.strip()]
+    # './x' is relative to the list; other relative paths may also be meant from the working directory.
+    return [here if here.exists() or not there.exists() else there.absolute() for here, there in beside]
+
+
+def label_path(image: Path) -> Path:
+    """.../images/a/b.jpg -> .../labels/a/b.txt: the last folder called images counts; without one, beside the image."""
+    folders = list(image.parent.parts)
+    if "images" in folders:
+        folders[len(folders) - 1 - folders[::-1].index("images")] = "labels"
+    return Path(*folders, image.stem + ".txt")
+
+
+def read_header(path: Path) -> tuple[tuple[int, int], int]:
+    """((w, h) as seen, EXIF orientation) without decoding; OSError, SyntaxError or ValueError for no whole image."""
+    with Image.open(path) as image:
+        size, kind = image.size, image.format
+        orientation = 1
+        # PNG's EXIF may follow the pixels: asking for it would decode the image. TIFF decoders turn by themselves.
+        if kind not in ("PNG", "TIFF") or (kind == "PNG" and "exif" in image.info):
+            try:
+                orientation = int(image.getexif().get(EXIF_ORIENTATION, 1))
+            except Exception:  # damaged EXIF fails in many ways, and the picture is good all the same
+                orientation = 1
+        if kind == "PNG":
+            image.verify()  # check sums
+        elif kind == "JPEG" and not _ends_with(path, b"\xff\xd9"):
+            image.load()    # cut off, or something follows the picture: only decoding can tell
+        elif kind != "JPEG" and not cv2.haveImageReader(str(path)):
+            raise ValueError(f"OpenCV reads no {kind}")
+    orientation = orientation if 1 <= orientation <= 8 else 1
+    return (size[::-1] if orientation >= 5 else size), orientation
+
+
+def _ends_with(path: Path, mark: bytes) -> bool:
+    with path.open("rb") as file:
+        file.seek(-len(mark), os.SEEK_END)
+        return file.read() == mark
+
+
+def decode(path: Path, orientation: int = 1) -> np.ndarray:
+    """uint8 (h, w, 3) BGR of any kind of image, turned by its EXIF orientation. UserError if that fails.
+
+    The orientation is applied here and not by OpenCV, so that sizes and pixels agree in every format and version.
+    """
+    image = None
+    try:
+        data = np.fromfile(path, np.uint8)  # imread would stumble over some file names on Windows
+        if data.size:
+            image = cv2.imdecode(data, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+    except OSError as error:
+        raise UserError(f"{path}: can't be read ({error.strerror}); put it back or start again without it") from None
+    except cv2.error:
+        pass  # OpenCV raises for some damages and returns None for the others
+    if image is None:
+        raise UserError(f"{path}: can't be decoded; replace it or remove it from the data set")
+    if orientation in (5, 6, 7, 8):  # mirrored along a diagonal; 6 to 8 need one mirroring more
+        image = cv2.transpose(image)
+    code = {2: 1, 3: -1, 4: 0, 6: 1, 7: -1, 8: 0}.get(orientation)
+    return image if code is None else cv2.flip(image, code)
+
+
+def parse_labels(text: str, file: Path, nc: int | None = None,
+                 single_cls: bool = False) -> tuple[np.ndarray, Counter[str]]:
+    """Text of a label file -> float32 (m, 5) class, xywh normalised, and what was wrong with it, counted.
+
+    A row is `class x y w h`, or `class x1 y1 x2 y2 x3 y3 ...`, a polygon of which the box is taken. UserError for a
+    class that does not exist (nc given): no repair could guess what was meant.
+    """
+    problems: Counter[str] = Counter()
+    rows = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        row = _parse_row(line)
+        if row is None:
+            problems["malformed rows skipped"] += 1
+        elif single_cls:
+            rows.append([0.0, *row[1:]])
+        elif nc is not None and row[0] >= nc:
+            raise UserError(f"{file}: line {number}: class {row[0]:.0f}, but the data yaml names {nc} (0 to {nc - 1}); "
+                            "correct the label or add the name")
+        else:
+            rows.append(row)
+    return _repair(np.array(rows, np.float32).reshape(-1, 5), problems), problems
+
+
+def _parse_row(line: str) -> list[float] | None:
+    """[class, x, y, w, h] or None if the row makes no sense."""
+    try:
+        values = [float(token) for token in line.split()]
+    except ValueError:
+        return None
+    if len(values) < 5 or len(values) % 2 == 0 or not all(map(math.isfinite, values)) or values[0] < 0 or values[0] % 1:
+        return None
+    if len(values) == 5:
+        return values
+    xs, ys = values[1::2], values[2::2]
+    x1, x2, y1, y2 = min(xs), max(xs), min(ys), max(ys)
+    return [values[0], (x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1]
+
+
+def _repair(labels: np.ndarray, problems: Counter[str]) -> np.ndarray:
+    """Drop boxes without area in the image and duplicates, cut at the image's edge what reaches over it; count each."""
+    corners = xywh2xyxy(labels[:, 1:])
+    inside = corners.clip(0, 1)
+    excess = np.abs(corners - inside).max(1, initial=0)
+    keep = (labels[:, 3:] > 0).all(1) & (inside[:, 2:] > inside[:, :2]).all(1)
+    # Rounding to a few digits puts many a box a hair outside: cut as well, but no reason to alarm anybody.
+    _count(problems, "boxes cut at the edge", int((keep & (excess > 1e-4)).sum()))
+    _count(problems, "boxes dropped (no area in the image)", int((~keep).sum()))
+    repaired = labels.copy()
+    repaired[excess > 0, 1:] = xyxy2xywh(inside[excess > 0])
+    repaired = repaired[keep]
+    first = np.sort(np.unique(repaired, axis=0, return_index=True)[1])
+    _count(problems, "duplicate rows removed", len(repaired) - len(first))
+    return repaired[first]
+
+
+def _count(problems: Counter[str], what: str, number: int) -> None:
+    if number:
+        problems[what] += number
+
+
+def scan_image(path: Path, nc: int | None = None, single_cls: bool = False) -> Record:
+    """Header and labels of one image."""
+    none = np.zeros((0, 5), np.float32)
+    try:
+        size, orientation = read_header(path)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        unknown = isinstance(error, UnidentifiedImageError)
+        reason = "not an image" if unknown else str(getattr(error, "strerror", None) or error)
+        return Record(path, (0, 0), 1, none, Counter({"unreadable images skipped": 1}), reason)
+    if min(size) < LEAST_SIDE:
+        tiny = Counter({f"images under {LEAST_SIDE} px skipped": 1})
+        return Record(path, size, 1, none, tiny, f"{size[0]} x {size[1]} px")
+    file = label_path(path)
+    try:
+        text = file.read_text(encoding="utf-8-sig", errors="replace")
+    except (FileNotFoundError, NotADirectoryError):
+        text = ""
+    except OSError as error:
+        raise UserError(f"{file}: can't be read ({error.strerror}); mend its permissions") from None
+    labels, problems = parse_labels(text, file, nc, single_cls)
+    return Record(path, size, orientation, labels, problems)
+
+
+def in_threads(function: Callable[[T], R], items: Sequence[T], title: str) -> list[R]:
+    """[function(item) ...] in the items' order; a bar appears when it takes more than a second."""
+    with ThreadPool(max(min(8, len(items)), 1)) as pool:
+        results: Iterable[R] = pool.imap(function, items, chunksize=8)
+        return list(tqdm(results, title, len(items), delay=1.0, leave=False, disable=None))
+
+
+# ------------------------------------------------------------------------------------------------------- the data set
+
+
+class DetectionDataset(Dataset[Sample]):
+    """Images with boxes; dataset[epoch, index] is a Sample.
+
+    imgsz: longest side in pixels. augment: mosaic and its company, by the gains in `hyp` (YOLOv5's keys, a missing one
+    is 0). rect: sorted by aspect ratio, every run of batch_size images gets the smallest shape that fits (plus `pad`
+    strides), and no mosaic. cache: "ram" or "disk" keeps decoded images. nc: a label's class must be below it.
+
+    .images, .labels ((m, 5) class xywh normalised) and .shapes ((n, 2) w, h) are in the data set's order; .problems
+    counts what was repaired or left out, .refused says which images were, and why; .notes and summary() are for the
+    log.
+    """
+
+    def __init__(self, sources: Sequence[str | Path], imgsz: int, hyp: Mapping[str, Any] | None = None,
+                 augment: bool = False, rect: bool = False, batch_size: int = 16, pad: float = 0.0, stride: int = 32,
+                 cache: str | None = None, single_cls: bool = False, nc: int | None = None, seed: int = 0,
+                 prefix: str = ""):
+        self.imgsz, self.augment, self.rect, self.batch_size, self.prefix = imgsz, augment, rect, batch_size, prefix
+        self.hyp = {key: float((hyp or {}).get(key, 0.0)) for key in HYP}
+        self.seed = seed % 2**63  # numpy takes no negative seed
+        self.notes: list[str] = []
+        records = self._scan([Path(s).absolute() for s in sources], nc, single_cls)
+        if rect:
+            records.sort(key=lambda r: r.size[1] / r.size[0])
+        self.images = [r.path for r in records]
+        self.labels = [r.labels for r in records]
+        self.shapes = np.array([r.size for r in records], int)
+        self.orientations = np.array([r.orientation for r in records], np.uint8)
+        self.batch_shapes = rect_shapes(self.shapes, batch_size, imgsz, stride, pad) if rect else None
+        if not any(map(len, self.labels)):
+            self.notes.append(f"no labels at all: looked for {label_path(self.images[0])} and its like")
+        if augment and self.hyp["copy_paste"]:
+            self.notes.append("copy_paste needs polygons, which are not kept: no effect")
+        self._ram: Tensor | None = None
+        self._disk: Path | None = None
+        if cache == "ram":
+            self._fill_ram()
+        elif cache == "disk":
+            self._fill_disk()
+
+    def _scan(self, sources: Sequence[Path], nc: int | None, single_cls: bool) -> list[Record]:
+        """Records of the usable images, sorted by path; fills in problems and refused."""
+        found = [image for source in sources for image in find_images(source)]
+        where = ", ".join(map(str, sources)) or "no source"
+        if not found:
+            raise UserError(f"{where}: no images there ({', '.join(sorted(s[1:] for s in IMAGE_SUFFIXES))})")
+        scan = partial(scan_image, nc=nc, single_cls=single_cls)
+        records = in_threads(scan, sorted(found), f"{self.prefix} scan".strip())
+        self.problems: dict[str, int] = dict(sum((r.problems for r in records), Counter()))
+        self.refused = [(r.path, r.refused) for r in records if r.refused]
+        usable = [r for r in records if not r.refused]
+        if not usable:
+            path, reason = self.refused[0]
+            raise UserError(f"{where}: none of the {len(found)} images can be used; the first: {path} ({reason})")
+        return usable
+
+    def summary(self) -> str:
+        """What was found, repaired, left out and noted: one line or a few."""
+        boxes, background = sum(map(len, self.labels)), sum(not len(x) for x in self.labels)
+        lines = [f"{len(self.images)} images, {boxes} boxes, {background} images without any"]
+        if self.problems:
+            lines[0] += "; " + ", ".join(f"{n} {what}" for what, n in sorted(self.problems.items()))
+        if self.refused:
+            more = f" and {len(self.refused) - 5} more" if len(self.refused) > 5 else ""
+            lines.append("skipped: " + ", ".join(f"{path} ({reason})" for path, reason in self.refused[:5]) + more)
+        head = f"{self.prefix}: " if self.prefix else ""
+        return "\n".join(head + line for line in lines + self.notes)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, key: tuple[int, int]) -> Sample:
+        epoch, index = key
+        if self.augment:
+            image, labels = self._augmented(index, np.random.default_rng([self.seed, epoch, index]))
+            w, h = self.shapes[index].tolist()
+            geometry: Geometry = ((h, w), ((1.0, 1.0), (0.0, 0.0)))
+        else:
+            image, labels, geometry = self._letterboxed(index)
+        height, width = image.shape[:2]
+        size = np.array([width, height, width, height], np.float32)
+        targets = np.zeros((len(labels), 6), np.float32)
+        targets[:, 1] = labels[:, 0]
+        targets[:, 2:] = xyxy2xywh(labels[:, 1:].clip(0, size)) / size
+        pixels = torch.from_numpy(to_tensor_layout(image))
+        return Sample(pixels, torch.from_numpy(targets), str(self.images[index]), geometry)
+
+    # Images and labels (class, xyxy in pixels) on their way
+
+    def _augmented(self, index: int, rng: np.random.Generator) -> Labelled:
+        hyp = self.hyp
+        if not self.rect and rng.random() < hyp["mosaic"]:
+            image, labels = self._mosaic(index, rng)
+            if rng.random() < hyp["mixup"]:
+                image, labels = mixup(image, labels, *self._mosaic(int(rng.integers(len(self))), rng), rng)
+        else:
+            image, labels, _ = self._letterboxed(index)
+            image, labels = self._warp(image, labels, rng)
+        image = augment_hsv(image, rng, hyp["hsv_h"], hyp["hsv_s"], hyp["hsv_v"])
+        if rng.random() < hyp["flipud"]:
+            image, labels = flip_ud(image, labels)
+        if rng.random() < hyp["fliplr"]:
+            image, labels = flip_lr(image, labels)
+        return image, labels
+
+    def _mosaic(self, index: int, rng: np.random.Generator) -> Labelled:
+        """imgsz x imgsz out of `index` and three others, in random places."""
+        members = rng.permutation([index, *rng.integers(len(self), size=3)]).tolist()
+        tiles = []
+        for i in members:
+            image = self.load(i)
+            tiles.append((image, self._in_pixels(i, image.shape[1], image.shape[0])))
+        canvas, labels = mosaic(tiles, rng, self.imgsz)
+        return self._warp(canvas, labels, rng, border=-(self.imgsz // 2))
+
+    def _warp(self, image: np.ndarray, labels: np.ndarray, rng: np.random.Generator, border: int = 0) -> Labelled:
+        hyp = self.hyp
+        return random_perspective(image, labels, rng, hyp["degrees"], hyp["translate"], hyp["scale"], hyp["shear"],
+                                  hyp["perspective"], (border, border))
+
+    def _letterboxed(self, index: int) -> tuple[np.ndarray, np.ndarray, Geometry]:
+        """The image in the shape of its batch."""
+        w0, h0 = self.shapes[index].tolist()
+        image = self.load(index)
+        h, w = image.shape[:2]
+        shape = (self.imgsz, self.imgsz)
+        if self.batch_shapes is not None:
+            shape = tuple(self.batch_shapes[index // self.batch_size].tolist())
+        image, (ratio_w, ratio_h), (pad_w, pad_h) = letterbox(image, shape, auto=False, scale_up=self.augment)
+        labels = self._in_pixels(index, ratio_w * w, ratio_h * h)
+        labels[:, 1:] += np.array([pad_w, pad_h, pad_w, pad_h], np.float32)
+        return image, labels, ((h0, w0), ((ratio_h * h / h0, ratio_w * w / w0), (pad_w, pad_h)))
+
+    def _in_pixels(self, index: int, width: float, height: float) -> np.ndarray:
+        """The image's labels as class, xyxy, for a picture of this size."""
+        labels = self.labels[index].copy()
+        labels[:, 1:] = xywh2xyxy(labels[:, 1:]) * np.array([width, height, width, height], np.float32)
+        return labels
+
+    # Decoded images, from the file or a cache
+
+    def load(self, index: int) -> np.ndarray:
+        """uint8 (h, w, 3) BGR with the longest side = imgsz. Not to be written into: it may lie in the cache."""
+        if self._ram is not None:
+            h, w = self._scaled_size(index)
+            start = int(self._offsets[index])
+            return self._ram[start:start + h * w * 3].numpy().reshape(h, w, 3)
+        if self._disk is not None:
+            try:
+                return self._load_disk(self._disk, index)
+            except OSError:
+                pass  # the disk has filled up, the cache was deleted: the image itself is still there
+        return self._load_file(index)
+
+    def _scaled_size(self, index: int) -> tuple[int, int]:
+        """(h, w) after scaling the longest side to imgsz, rounded up, in whole numbers: no rounding noise."""
+        w, h = self.shapes[index].tolist()
+        longest = max(w, h)
+        return -(-h * self.imgsz // longest), -(-w * self.imgsz // longest)
+
+    def _load_file(self, index: int) -> np.ndarray:
+        image = decode(self.images[index], int(self.orientations[index]))
+        h, w = self._scaled_size(index)
+        if image.shape[:2] == (h, w):
+            return image
+        linear = self.augment or max(h, w) > max(image.shape[:2])
+        return cv2.resize(image, (w, h), interpolation=cv2.INTER_LINEAR if linear else cv2.INTER_AREA)
+
+    def _fill_ram(self) -> None:
+        """Decode everything into one buffer: started workers share it, whatever the start method."""
+        sizes = np.array([math.prod(self._scaled_size(i)) * 3 for i in range(len(self))], np.int64)
+        need, free = int(sizes.sum()), available_memory()
+        if free is not None and need > 0.9 * free:
+            self.notes.append(f"--cache ram needs {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free: going on without")
+            return
+        self._offsets = np.concatenate(([0], sizes.cumsum()[:-1]))
+        buffer = torch.empty(need, dtype=torch.uint8)
+
+        def fill(i: int) -> None:
+            start = self._offsets[i]
+            buffer[start:start + sizes[i]] = torch.from_numpy(self._load_file(i).reshape(-1))
+
+        in_threads(fill, range(len(self)), f"{self.prefix} into ram".strip())
+        self._ram = buffer
+
+    def _fill_disk(self) -> None:
+        """Make the .npy files that are missing."""
+        folder = Path(os.environ.get("YOLO_CACHE") or DISK_CACHE).expanduser() / "images"
+
+        def fill(i: int) -> bool:
+            return self._load_disk(folder, i) is not None
+
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            in_threads(fill, range(len(self)), f"{self.prefix} onto disk".strip())
+        except OSError as error:
+            self.notes.append(f"--cache disk: {folder} can't be written ({error.strerror}), going on without; "
+                              "the variable YOLO_CACHE names another folder")
+            return
+        self._disk = folder
+
+    def _load_disk(self, folder: Path, index: int) -> np.ndarray:
+        """The image from the cache, where it is put if it is not there. OSError if that can't be."""
+        path = self.images[index]
+        stat = path.stat()
+        # Whether we augment is in the key because the interpolation depends on it.
+        key = f"{path}|{stat.st_mtime_ns}|{stat.st_size}|{self.imgsz}|{self.augment}"
+        file = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:40]}.npy"
+        try:
+            image = np.load(file, allow_pickle=False)
+            if image.dtype == np.uint8 and image.shape == (*self._scaled_size(index), 3):
+                return image
+        except (OSError, ValueError, EOFError):
+            pass  # not there yet, or cut off: made (again) below
+        image = self._load_file(index)
+        write_array(file, image)
+        return image
+
+
+def rect_shapes(shapes: np.ndarray, batch_size: int, imgsz: int, stride: int, pad: float) -> np.ndarray:
+    """(batches, 2) int h, w for (n, 2) images w, h sorted by h / w: the least multiples of stride that hold a batch."""
+    ratios = shapes[:, 1] / shapes[:, 0]
+    first = ratios[::batch_size]
+    last = ratios[np.minimum(np.arange(len(first)) * batch_size + batch_size, len(ratios)) - 1]
+    # All wide: the tallest of them decides the height. All tall: the widest decides the width. Mixed: a square.
+    sides = np.stack((np.minimum(last, 1), np.minimum(1 / first, 1)), 1)
+    return np.ceil(sides * imgsz / stride + pad).astype(int) * stride
+
+
+def available_memory() -> int | None:
+    """Bytes that can be taken without swapping, or None where the system does not tell."""
+    try:
+        fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return None
+
+
+def write_array(file: Path, array: np.ndarray) -> None:
+    """Write a .npy file so that it is there whole or not at all."""
+    handle, temporary = tempfile.mkstemp(dir=file.parent, suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            np.save(stream, array, allow_pickle=False)
+        os.replace(temporary, file)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+# ------------------------------------------------------------------------------------------------ sampler and loader
+
+
+class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
+    """Batches of (epoch, index) for one process of `world_size`; the order is a pure function of (seed, epoch).
+
+    Shuffled, every process gets equally many samples: a few are repeated where the number does not divide. In order,
+    the processes take whole batches in turn and nothing is repeated; even=True repeats the first batches until every
+    process has equally many, which training in several processes needs.
+    """
+
+    def __init__(self, size: int, batch_size: int, shuffle: bool, seed: int = 0, rank: int = 0, world_size: int = 1,
+                 drop_last: bool = False, even: bool = False):
+        self.size, self.batch_size, self.shuffle, self.seed = size, batch_size, shuffle, seed % 2**63
+        self.rank, self.world_size, self.drop_last, self.even = rank, world_size, drop_last, even
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose order the next iteration gives."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        if self.shuffle:
+            order = np.random.default_rng([self.seed, self.epoch]).permutation(self.size)
+            share = math.ceil(self.size / self.world_size)
+            mine = np.resize(order, share * self.world_size)[self.rank::self.world_size]
+            batches = [mine[i:i + self.batch_size] for i in range(0, share, self.batch_size)]
+        else:
+            batches = [np.arange(i, min(i + self.batch_size, self.size)) for i in range(0, self.size, self.batch_size)]
+        if self.drop_last and batches and len(batches[-1]) < self.batch_size:
+            batches.pop()
+        if not self.shuffle:
+            missing = -len(batches) % self.world_size if self.even and batches else 0
+            batches += [batches[i % len(batches)] for i in range(missing)]
+            batches = batches[self.rank::self.world_size]
+        for batch in batches:
+            yield [(self.epoch, int(i)) for i in batch]
+
+    def __len__(self) -> int:
+        samples = math.ceil(self.size / self.world_size) if self.shuffle else self.size
+        batches = samples // self.batch_size if self.drop_last else math.ceil(samples / self.batch_size)
+        if self.shuffle:
+            return batches
+        return math.ceil((batches if self.even else max(batches - self.rank, 0)) / self.world_size)
+
+
+def collate(samples: Sequence[Sample]) -> Batch:
+    """Samples of one shape -> Batch."""
+    targets = torch.cat([s.targets for s in samples])
+    counts = torch.tensor([len(s.targets) for s in samples])
+    targets[:, 0] = torch.repeat_interleave(torch.arange(len(samples)), counts).to(targets.dtype)
+    images = torch.stack([s.image for s in samples])
+    return Batch(images, targets, [s.path for s in samples], [s.shapes for s in samples])
+
+
+def usable_workers(wanted: int, world_size: int = 1, batches: int | None = None) -> int:
+    """As many loader processes as are wanted, but no more than this process's share of the cores, nor than batches."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(min(wanted, cores // world_size, wanted if batches is None else batches), 0)
+
+
+def _start_worker(_: int) -> None:
+    """One thread a worker: the workers are the parallelism."""
+    cv2.setNumThreads(0)
+    torch.set_num_threads(1)
+
+
+def build_loader(dataset: DetectionDataset, batch_size: int, workers: int, shuffle: bool, seed: int = 0, rank: int = 0,
+                 world_size: int = 1, context: str | None = None) -> DataLoader:
+    """A loader of Batch; call loader.batch_sampler.set_epoch(e) before each epoch.
+
+    context: how workers are started ("fork", "spawn"), the platform's own way by default. ValueError for a rectangular
+    data set whose batches would be of another size, or be shuffled: its images would not fit together.
+    """
+    if dataset.rect and (shuffle or batch_size != dataset.batch_size):
+        raise ValueError("a rectangular data set keeps its order and its batch size")
+    sampler = EpochBatchSampler(len(dataset), batch_size, shuffle, seed, rank, world_size, even=dataset.augment)
+    workers = usable_workers(workers, world_size, len(sampler))
+    options: dict[str, Any] = {"persistent_workers": True, "prefetch_factor": 4, "worker_init_fn": _start_worker,
+                               "multiprocessing_context": context} if workers else {}
+    # Its own generator: the loader draws a number an epoch, and that should not move the global one.
+    generator = torch.Generator().manual_seed(sampler.seed)
+    return DataLoader(dataset, batch_sampler=sampler, num_workers=workers, collate_fn=collate, generator=generator,
+                      pin_memory=torch.cuda.is_available(), **options)

@@ -1,0 +1,261 @@
+"""The built-in detection set: circles, squares, triangles and stars, drawn by code so that nothing need be downloaded.
+
+A picture is a pure function of (seed, split, index). The objects differ in size, proportions, angle, colour and
+texture, hide one another and lie under clutter that belongs to no class, so a detector has to learn their outlines.
+"""
+from __future__ import annotations
+
+import shutil
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import MappingProxyType
+
+import cv2
+import numpy as np
+from tqdm import tqdm
+
+from utils.errors import UserError
+
+NAMES = ("circle", "square", "triangle", "star")
+COUNTS: Mapping[str, int] = MappingProxyType({"train": 400, "val": 120, "test": 120})
+VERSION = 1            # of the pictures: raise it with every change that draws them differently
+MARKER = "complete"    # the file that tells a finished set; it holds VERSION
+
+WIDTH = (160, 224)     # pixels
+HEIGHT = (120, 200)
+SIZE = (0.10, 0.50)    # longer side of an object's box : shorter side of the image
+EMPTY = 0.05           # share of images without objects
+MOST_OBJECTS = 6
+LEAST_VISIBLE = 0.4    # of an object's area; one that shows less has no label
+LEAST_CONTRAST = 70    # grey levels between an object and the background's mean, in the channel that differs most
+JPEG_QUALITY = 95
+STALE = 3600           # seconds after which an unfinished folder must belong to a killed process
+
+Rng = np.random.Generator
+
+
+def generate(root: Path, counts: Mapping[str, int] = COUNTS, seed: int = 0) -> None:
+    """Draw the set into root/images/<split>/000001.jpg and root/labels/<split>/000001.txt, unless it is there already.
+
+    All is written beside `root` and then moved there in one step: a set is whole or absent, and processes that do this
+    at the same time end with one set. UserError where `root` holds anything else; OSError where it can't be written.
+    """
+    root = Path(root).resolve()
+    if _is_complete(root):
+        return
+    root.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in root.parent.glob(f".{root.name}.*.tmp"):
+        with suppress(FileNotFoundError):  # another process may be tidying up as well
+            if time.time() - leftover.stat().st_mtime > STALE:
+                shutil.rmtree(leftover, ignore_errors=True)
+    building = root.with_name(f".{root.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        building.mkdir()
+        _write_splits(building, counts, seed)
+        (building / MARKER).write_text(f"{VERSION}\n", encoding="utf-8")
+        _move(building, root)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def _is_complete(root: Path) -> bool:
+    """Is the set there? False if nothing is; UserError for anything in between."""
+    marker = root / MARKER
+    if marker.is_file():
+        found = marker.read_text(encoding="utf-8", errors="replace").strip()
+        if found != str(VERSION):
+            raise UserError(f"{root}: drawn by another version of this program ({found or 'unknown'}, not {VERSION}); "
+                            "delete the folder and it is drawn anew")
+        return True
+    if root.exists() and (not root.is_dir() or any(root.iterdir())):
+        raise UserError(f"{root}: holds something else than the built-in data set; move it away or delete it")
+    return False
+
+
+def _move(building: Path, root: Path) -> None:
+    """Give the finished folder its name, unless another process was faster."""
+    try:
+        if root.is_dir():
+            root.rmdir()  # Windows renames onto nothing, not even onto an empty folder
+        building.rename(root)
+    except OSError:
+        if not _is_complete(root):
+            raise
+
+
+def _write_splits(folder: Path, counts: Mapping[str, int], seed: int) -> None:
+    jobs = [(split, index) for split, count in counts.items() for index in range(count)]
+    for kind in ("images", "labels"):
+        for split in counts:
+            (folder / kind / split).mkdir(parents=True)
+    for split, index in tqdm(jobs, "drawing the built-in data set", delay=1.0, leave=False, disable=None):
+        image, labels = draw(seed, split, index)
+        _, jpeg = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
+        (folder / "images" / split / f"{index + 1:06d}.jpg").write_bytes(jpeg.tobytes())
+        rows = "".join("{:.0f} {:.6f} {:.6f} {:.6f} {:.6f}\n".format(*row) for row in labels)
+        (folder / "labels" / split / f"{index + 1:06d}.txt").write_bytes(rows.encode())  # bytes: \n on every system
+
+
+# ---------------------------------------------------------------------------------------------------------- one picture
+
+
+def draw(seed: int, split: str, index: int) -> tuple[np.ndarray, np.ndarray]:
+    """One picture: uint8 (h, w, 3) BGR and its labels, float32 (m, 5) class, x, y, w, h in 0..1, m from 0 to 6.
+
+    A box surrounds the part of the shape that lies in the image, whether something covers it or not.
+    """
+    rng = np.random.default_rng([seed, *split.encode(), 0, index])
+    width, height = int(rng.integers(*WIDTH, endpoint=True)), int(rng.integers(*HEIGHT, endpoint=True))
+    image = _background(rng, height, width)
+    mean = image.mean((0, 1))
+    owner = np.full((height, width), -1, np.int16)  # which object a pixel shows; -1 = none
+    count = 0 if rng.random() < EMPTY else int(rng.integers(1, MOST_OBJECTS, endpoint=True))
+    for _ in range(rng.integers(0, 4)):
+        _clutter(rng, image, owner, mean)
+    kinds, boxes, areas = [], [], []
+    for number in range(count):
+        kind = int(rng.integers(len(NAMES)))
+        points = _place(rng, outline(rng, kind), height, width)
+        mask = mask_of(points, height, width)
+        paint(rng, image, mask, mean)
+        owner[mask >= 128] = number
+        kinds.append(kind)
+        boxes.append(extent(mask))
+        areas.append(cv2.contourArea(points.astype(np.float32)))
+    for _ in range(rng.integers(0, 3)):
+        _clutter(rng, image, owner, mean)
+    shown = [number for number in range(count) if (owner == number).sum() >= LEAST_VISIBLE * areas[number]]
+    return _expose(rng, image), _labels(kinds, boxes, shown, height, width)
+
+
+def _labels(kinds: Sequence[int], boxes: Sequence[tuple[int, int, int, int]], shown: Sequence[int], height: int,
+            width: int) -> np.ndarray:
+    corners = np.array([boxes[i] for i in shown], np.float64).reshape(-1, 4) / (width, height, width, height)
+    centres, sizes = (corners[:, :2] + corners[:, 2:]) / 2, corners[:, 2:] - corners[:, :2]
+    classes = np.array([kinds[i] for i in shown], np.float64)
+    return np.column_stack((classes, centres, sizes)).astype(np.float32)
+
+
+def outline(rng: Rng, kind: int) -> np.ndarray:
+    """A shape of class `kind` turned by a random angle: float (n, 2) corners, box centred on 0, longer side 1."""
+    if NAMES[kind] == "circle":
+        angles, radii = np.arange(72) * (2 * np.pi / 72), np.ones(72)
+    elif NAMES[kind] == "square":
+        angles, radii = np.arange(4) * (np.pi / 2), np.ones(4)
+    elif NAMES[kind] == "triangle":
+        angles, radii = (np.arange(3) + rng.uniform(-0.12, 0.12, 3)) * (2 * np.pi / 3), np.ones(3)
+    else:
+        angles, radii = np.arange(10) * (np.pi / 5), np.tile((1, rng.uniform(0.36, 0.48)), 5)
+    points = np.column_stack((np.cos(angles), np.sin(angles))) * radii[:, None]
+    # A view from the side: one direction shrinks. It may be any for these shapes, but a square is to stay a rectangle.
+    lean = np.pi / 4 if NAMES[kind] == "square" else rng.uniform(0, np.pi)
+    points = points @ _rotation(lean) * (1, rng.uniform(0.78, 1)) @ _rotation(rng.uniform(0, 2 * np.pi))
+    low, high = points.min(0), points.max(0)
+    return (points - (low + high) / 2) / (high - low).max()
+
+
+def _rotation(angle: float) -> np.ndarray:
+    return np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
+
+
+def _place(rng: Rng, points: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Scale a unit outline and put it somewhere, at most a fifth of its box beyond the edge: float (n, 2) pixels."""
+    low, high = np.log(SIZE)
+    points = points * (np.exp(rng.uniform(low, high)) * min(height, width))  # small ones are as frequent as large ones
+    margin = 0.3 * np.ptp(points, axis=0)
+    return points + rng.uniform(margin, (width, height) - margin)
+
+
+def mask_of(points: np.ndarray, height: int, width: int) -> np.ndarray:
+    """How far a polygon (n, 2), in pixels, covers each pixel: uint8 (height, width), 0..255, smooth edges."""
+    mask = np.zeros((height, width), np.uint8)
+    # OpenCV's whole numbers are centres of pixels, ours are their edges; 4 bits of fraction.
+    fixed = np.round((points - 0.5) * 16).astype(np.int32)
+    cv2.fillPoly(mask, [fixed], 255, cv2.LINE_AA, 4)
+    return mask
+
+
+def extent(mask: np.ndarray) -> tuple[int, int, int, int]:
+    """The box x1, y1, x2, y2 of the pixels that a mask covers at least by half; zeros if there are none."""
+    ys, xs = np.nonzero(mask >= 128)
+    return (int(xs.min()), int(ys.min()), int(xs.max()) + 1, int(ys.max()) + 1) if len(xs) else (0, 0, 0, 0)
+
+
+# ------------------------------------------------------------------------------------------------------ paint and paper
+
+
+def paint(rng: Rng, image: np.ndarray, mask: np.ndarray, mean: np.ndarray) -> None:
+    """Fill the masked part of a float (h, w, 3) image, in place, plain or textured in two colours unlike `mean`."""
+    x, y, w, h = cv2.boundingRect(mask)  # of every pixel above 0: the soft rim too
+    part, alpha = image[y:y + h, x:x + w], mask[y:y + h, x:x + w, None] / np.float32(255)
+    first, second = _colour(rng, mean), _colour(rng, mean)
+    blend = _texture(rng, h, w)[..., None]
+    part += alpha * (first + blend * (second - first) - part)
+
+
+def _colour(rng: Rng, mean: np.ndarray) -> np.ndarray:
+    """A random colour that stands out from `mean`: float32 (3,)."""
+    colours = rng.uniform(15, 240, (16, 3))
+    contrast = np.abs(colours - mean).max(1)
+    return colours[int(np.argmax(contrast >= LEAST_CONTRAST))].astype(np.float32)
+
+
+def _texture(rng: Rng, height: int, width: int) -> np.ndarray:
+    """The second colour's share in each pixel, float32 (height, width) 0..1: plain, noise, a gradient or stripes."""
+    kind, strength = rng.integers(4), np.float32(rng.uniform(0.4, 1))
+    if kind == 0:
+        return np.zeros((height, width), np.float32)
+    if kind == 1:
+        return strength * _smooth_noise(rng, height, width, 3, 1)[..., 0].clip(-1, 1) / 2 + strength / 2
+    angle = rng.uniform(0, np.pi)
+    along = (np.arange(width) * np.cos(angle) + (np.arange(height) * np.sin(angle))[:, None]).astype(np.float32)
+    if kind == 2:
+        return strength * (along - along.min()) / max(float(np.ptp(along)), 1)
+    period = rng.uniform(4, 12)  # pixels
+    return strength * (np.sin(along * (2 * np.pi / period)) > 0).astype(np.float32)
+
+
+def _smooth_noise(rng: Rng, height: int, width: int, cell: float, channels: int) -> np.ndarray:
+    """Normal noise whose spots are about `cell` pixels wide: float32 (height, width, channels)."""
+    coarse = rng.standard_normal((int(height / cell) + 2, int(width / cell) + 2, channels), np.float32)
+    return cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC).reshape(height, width, channels)
+
+
+def _background(rng: Rng, height: int, width: int) -> np.ndarray:
+    """Cloudy, grainy paper of a random colour: float32 (height, width, 3)."""
+    image = np.broadcast_to(rng.uniform(30, 225, 3).astype(np.float32), (height, width, 3)).copy()
+    image += rng.uniform(4, 22) * _smooth_noise(rng, height, width, rng.uniform(25, 70), 3)
+    image += rng.uniform(0, 14) * _smooth_noise(rng, height, width, rng.uniform(3, 9), 1)
+    return image
+
+
+def _clutter(rng: Rng, image: np.ndarray, owner: np.ndarray, mean: np.ndarray) -> None:
+    """A bent line or a ragged blob, which belongs to no class and hides what is under it; in place."""
+    height, width = owner.shape
+    side = min(height, width)
+    centre = rng.uniform((0, 0), (width, height))
+    if rng.random() < 0.6:
+        mask = np.zeros((height, width), np.uint8)
+        steps = np.cumsum(rng.normal(rng.normal(0, 1, 2), 0.5, (6, 2)), 0) * side * 0.15
+        thickness = int(rng.integers(1, 4))
+        cv2.polylines(mask, [np.round(centre + steps).astype(np.int32)], False, 255, thickness, cv2.LINE_AA)
+    else:
+        angles = np.arange(60) * (2 * np.pi / 60)
+        phases = np.array([[2], [3], [4]]) * angles + rng.uniform(0, 7, (3, 1))
+        waves = rng.uniform(0.15, 0.35, (3, 1)) * np.cos(phases)
+        radii = (1 + waves.sum(0)).clip(0.15) * rng.uniform(0.05, 0.14) * side
+        mask = mask_of(centre + np.column_stack((np.cos(angles), np.sin(angles))) * radii[:, None], height, width)
+    if mask.any():
+        paint(rng, image, mask, mean)
+        owner[mask >= 128] = -1
+
+
+def _expose(rng: Rng, image: np.ndarray) -> np.ndarray:
+    """What a camera makes of it: a little blur, more or less light, noise: uint8 (h, w, 3)."""
+    blurred = cv2.GaussianBlur(image, (0, 0), rng.uniform(0.3, 0.9))
+    lit = rng.uniform(0.55, 1.15) * blurred
+    noisy = lit + rng.uniform(1, 7) * rng.standard_normal(image.shape, np.float32)
+    return noisy.clip(0, 255).astype(np.uint8)
