@@ -46,7 +46,8 @@ def test_pictures_and_labels_are_what_they_promise() -> None:
     drawn = [shapes.draw(0, "train", i) for i in range(200)]
     for image, labels in drawn:
         height, width = image.shape[:2]
-        assert image.dtype == np.uint8 and shapes.WIDTH[0] <= width <= shapes.WIDTH[1] and shapes.HEIGHT[0] <= height <= shapes.HEIGHT[1]
+        assert image.dtype == np.uint8
+        assert shapes.WIDTH[0] <= width <= shapes.WIDTH[1] and shapes.HEIGHT[0] <= height <= shapes.HEIGHT[1]
         assert labels.dtype == np.float32 and labels.shape[1] == 5 and len(labels) <= shapes.MOST_OBJECTS
         boxes = corners(labels, height, width)
         assert (boxes >= -1e-3).all() and (boxes <= (width + 1e-3, height + 1e-3, width + 1e-3, height + 1e-3)).all()
@@ -69,8 +70,7 @@ def test_box_is_tight_around_the_paint(kind: int) -> None:
         mask = shapes.mask_of(points, 100, 120)
         x1, y1, x2, y2 = shapes.extent(mask)
         exact = np.hstack((points.min(0), points.max(0))).clip(0, (120, 100, 120, 100))
-        # A corner that covers less than half of its pixel doesn't count, hence up to a few pixels at a star's sharp tips.
-        assert np.abs(exact - (x1, y1, x2, y2)).max() < (3.5 if shapes.NAMES[kind] == "star" else 2.5)
+        assert np.abs(exact - (x1, y1, x2, y2)).max() < 1.3  # half a pixel of soft rim, and rounding to whole ones
         image = np.zeros((100, 120, 3), np.float32)
         shapes.paint(rng, image, np.where(mask >= 128, mask, 0).astype(np.uint8), np.zeros(3))
         ys, xs = np.nonzero(image.max(2))
@@ -100,11 +100,12 @@ def test_two_generations_are_equal_byte_for_byte(tmp_path: Path) -> None:
     assert first == contents(tmp_path / "deeper" / "b")
     assert len(first) == 2 * 9 + 1
     assert {p.name for p in tmp_path.iterdir()} == {"a", "deeper"}  # nothing unfinished is left
-    image, labels = shapes.draw(0, "val", 2)
-    stored = cv2.imread(str(tmp_path / "a/images/val/000003.jpg"))
+    image, labels = shapes.draw(0, "val", 1)
+    stored = cv2.imread(str(tmp_path / "a/images/val/000002.jpg"))
     assert stored.shape == image.shape
     assert np.abs(stored.astype(int) - image).mean() < 6  # JPEG
-    rows = np.loadtxt(tmp_path / "a/labels/val/000003.txt", ndmin=2).reshape(-1, 5)
+    rows = np.loadtxt(tmp_path / "a/labels/val/000002.txt", ndmin=2)
+    assert len(rows) > 1
     assert rows == pytest.approx(labels, abs=1e-5)
 
 

@@ -34,8 +34,8 @@ from utils.errors import UserError, run_cli  # noqa: E402  (the repository's roo
 
 SPLITS = ("train", "val", "trainval", "test")
 IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
-VOC_NAMES = ("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
-             "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor")
+VOC_NAMES = ("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable",
+             "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor")
 EXIF_ORIENTATION = 274
 MARKER = ".voc_to_yolo.json"   # in the output folder: the files that this program has put there
 YAML_TITLE = "# Written by data/scripts/voc_to_yolo.py"
@@ -226,8 +226,8 @@ def choose_splits(folders: Sequence[VocFolder], asked: Sequence[str] | None) -> 
             return ()
     missing = [split for split in asked if split not in available]
     if missing:
-        there = ", ".join(s for s in SPLITS if s in available) or "none: leave --splits out to split at random"
-        raise UserError(f"--splits {' '.join(missing)}: no ImageSets/Main/{missing[0]}.txt in any --voc (there: {there})")
+        there = ", ".join(s for s in SPLITS if s in available) or "none: leave --splits out, to split at random"
+        raise UserError(f"--splits {missing[0]}: no ImageSets/Main/{missing[0]}.txt in any --voc folder (there: {there})")
     if "trainval" in asked and {"train", "val"} & set(asked):
         raise UserError("--splits: trainval is train and val together; ask for trainval, or for train and val")
     for folder in folders:
