@@ -1,6 +1,8 @@
 """Box formats, overlap, letterboxing and NMS: parity with stock YOLOv5's values, then properties."""
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from torchvision.ops import nms as greedy_nms
 
 from utils import boxes as B
 
-NMS_CASES = {
+NMS_CASES: dict[str, dict[str, Any]] = {
     "val": {"conf": 0.001, "iou": 0.6, "multi_label": True},
     "detect": {"conf": 0.25, "iou": 0.45},
     "agnostic": {"conf": 0.25, "iou": 0.45, "agnostic": True},
@@ -26,7 +28,8 @@ def random_boxes(n: int, seed: int = 0, size: float = 600) -> Tensor:
 def random_predictions(batch: int, n: int, nc: int, seed: int = 0) -> Tensor:
     """(batch, n, nc + 5) decoded predictions."""
     rng = torch.Generator().manual_seed(seed)
-    return torch.stack([torch.cat((random_boxes(n, seed + i), torch.rand(n, nc + 1, generator=rng)), 1) for i in range(batch)])
+    images = [torch.cat((random_boxes(n, seed + i), torch.rand(n, nc + 1, generator=rng)), 1) for i in range(batch)]
+    return torch.stack(images)
 
 
 # Parity
@@ -63,8 +66,8 @@ def test_nms_equals_golden(golden: dict[str, np.ndarray], case: str) -> None:
 @pytest.mark.parametrize("kind", ["torch", "numpy"])
 def test_formats_are_inverse_and_leave_the_rest_alone(kind: str) -> None:
     xywh = torch.cat((random_boxes(50), torch.arange(100.0).view(50, 2)), 1).view(5, 10, 6)
-    given = xywh if kind == "torch" else xywh.numpy()
-    before = np.array(given)
+    given: Any = xywh if kind == "torch" else xywh.numpy()
+    before = xywh.numpy().copy()
     corners = B.xywh2xyxy(given)
     assert type(corners) is type(given) and corners.dtype == given.dtype and corners.shape == given.shape
     np.testing.assert_array_equal(given, before)
@@ -104,7 +107,7 @@ def test_ciou_is_at_most_iou_and_scale_free() -> None:
 
 
 def test_ciou_gradient_is_finite_for_degenerate_boxes() -> None:
-    edge = torch.tensor([[5, 5, 0, 0], [5, 5, 0, 3], [5, 5, 3, 0], [5, 5, 3, 3], [0, 0, 1e-9, 1e-9], [5, 5, 1e6, 1e-6]], dtype=torch.float32)
+    edge = torch.tensor([[5.0, 5, 0, 0], [5, 5, 0, 3], [5, 5, 3, 0], [5, 5, 3, 3], [0, 0, 1e-9, 1e-9], [5, 5, 1e6, 1e-6]])
     a = edge.repeat_interleave(len(edge), 0).requires_grad_()
     value = B.ciou(a, edge.repeat(len(edge), 1))
     (grad,) = torch.autograd.grad(value.sum(), a)

@@ -16,7 +16,7 @@ from utils.data_config import read_data
 from utils.errors import UserError
 
 BOX = (11, 21, 30, 60)                                     # VOC counts from 1: pixels 10..30 x 20..60
-ROW = "0 {:.6f} {:.6f} {:.6f} {:.6f}\n".format(20 / 100, 40 / 80, 20 / 100, 40 / 80)
+ROW = "0 0.200000 0.500000 0.200000 0.500000\n"             # that box in an image of 100 x 80
 
 
 def thing(box: tuple[object, ...] = BOX, name: str = "cat", extra: str = "") -> str:
@@ -63,7 +63,8 @@ def folder(tmp_path: Path) -> Path:
 def convert_one(folder: Path, tmp_path: Path) -> Callable[..., tuple[str, str]]:
     """convert_one(objects, flags=[...], **keywords of add) -> (label file's text, report) of a single picture."""
 
-    def convert(objects: str = thing(), flags: tuple[str, ...] = (), stem: str = "a", **keywords: object) -> tuple[str, str]:
+    def convert(objects: str = thing(), flags: tuple[str, ...] = (), stem: str = "a",
+                **keywords: object) -> tuple[str, str]:
         add(folder, stem, objects, **keywords)  # type: ignore[arg-type]
         lists(folder, train=f"{stem}\n")
         before = contents(folder)
@@ -98,8 +99,7 @@ def convert_one(folder: Path, tmp_path: Path) -> Callable[..., tuple[str, str]]:
     (thing(name="cow"), "", "left out: 1 x object of class 'cow', not in --classes"),
     (thing(extra="<difficult>1</difficult>"), "", "left out: 1 x difficult object"),
     (thing(extra="<difficult>0</difficult>"), ROW, ""),
-    (thing(extra="<part><name>head</name><bndbox><xmin>1</xmin><ymin>1</ymin><xmax>5</xmax><ymax>5</ymax></bndbox></part>"),
-     ROW, ""),
+    (thing(extra=f"<part>{thing((1, 1, 5, 5), 'head')[8:-9]}</part>"), ROW, ""),
     ("<object><name>cat</name><part><name>head</name><bndbox><xmin>1</xmin></bndbox></part></object>", "",
      "left out: 1 x box missing or not numeric"),
     ("", "", ""),
@@ -203,7 +203,8 @@ def test_missing_and_unreadable_files_are_counted(folder: Path, tmp_path: Path) 
     (folder / "JPEGImages/broken.jpg").write_bytes(b"nothing")
     lists(folder, train="good\nno image\nno xml\nbroken\nneither\ngood\n")
     report = run(folder, tmp_path / "out")
-    for reason in ("XML without image", "image without XML", "image unreadable", "name without image and XML", "name listed twice"):
+    for reason in ("XML without image", "image without XML", "image unreadable", "name without image and XML",
+                   "name listed twice"):
         assert f"left out: 1 x {reason}" in report
     assert os.listdir(tmp_path / "out/images/train") == ["good.jpg"]
 
@@ -235,7 +236,8 @@ def test_choice_of_splits(folder: Path, tmp_path: Path, given: str, flags: str, 
     assert ("there is no val split" in text) == (val != "val")
 
 
-@pytest.mark.parametrize("line", ["a", "a 1", "a -1", "a  0", "a.jpg", "JPEGImages/a.jpg", "..\\JPEGImages\\a.jpg", "\ufeffa", " a\t"])
+@pytest.mark.parametrize("line", ["a", "a 1", "a -1", "a  0", "a.jpg", "JPEGImages/a.jpg", "..\\JPEGImages\\a.jpg",
+                                  "\ufeffa", " a\t"])
 def test_forms_of_a_list(folder: Path, tmp_path: Path, line: str) -> None:
     add(folder, "a")
     lists(folder, train=f"{line}\n\n")
@@ -362,7 +364,8 @@ def test_second_call_removes_only_what_the_first_has_made(folder: Path, tmp_path
     lists(folder, train="b\n")
     run(folder, tmp_path / "out")
     left = {p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").rglob("*") if p.is_file()}
-    assert left == {voc.MARKER, "data.yaml", "notes.txt", "images/train/mine.jpg", "images/train/b.jpg", "labels/train/b.txt"}
+    assert left == {voc.MARKER, "data.yaml", "notes.txt", "images/train/mine.jpg", "images/train/b.jpg",
+                    "labels/train/b.txt"}
 
 
 def test_foreign_output_is_refused(folder: Path, tmp_path: Path) -> None:

@@ -80,7 +80,7 @@ def ciou(a: Tensor, b: Tensor) -> Tensor:
     angle = torch.atan(a[:, 2] / (a[:, 3] + EPS)) - torch.atan(b[:, 2] / (b[:, 3] + EPS))
     v = (4 / math.pi ** 2) * angle.square()
     with torch.no_grad():
-        alpha = v / (1 + EPS - iou + v)
+        alpha = v / ((1 - iou).clamp(min=0) + v + EPS)  # of equal boxes the IoU may round to above 1
     return iou - distance / diagonal - alpha * v
 
 

@@ -227,7 +227,7 @@ def choose_splits(folders: Sequence[VocFolder], asked: Sequence[str] | None) -> 
     missing = [split for split in asked if split not in available]
     if missing:
         there = ", ".join(s for s in SPLITS if s in available) or "none: leave --splits out, to split at random"
-        raise UserError(f"--splits {missing[0]}: no ImageSets/Main/{missing[0]}.txt in any --voc folder (there: {there})")
+        raise UserError(f"--splits {missing[0]}: no ImageSets/Main/{missing[0]}.txt in any --voc (there: {there})")
     if "trainval" in asked and {"train", "val"} & set(asked):
         raise UserError("--splits: trainval is train and val together; ask for trainval, or for train and val")
     for folder in folders:
