@@ -1,6 +1,6 @@
 """Box arithmetic: formats, overlap, letterboxing and its inverse, non-maximum suppression. Pure functions.
 
-xyxy = corners x1 y1 x2 y2; xywh = centre x, centre y, width, height. Units are pixels unless a docstring says otherwise.
+xyxy = corners x1 y1 x2 y2; xywh = centre x, centre y, width, height. Pixels unless a docstring says otherwise.
 """
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torchvision.ops import nms as greedy_nms
 EPS = 1e-7
 MAX_CANDIDATES = 30000  # most confident candidates of an image that NMS looks at
 CLASS_OFFSET = 7680     # pixels between the classes' private planes: more than any image side
-FIRST_CHUNK = 2048      # candidates in NMS's first try
+FIRST_CHUNK = 512       # candidates in NMS's first try
 
 Boxes = TypeVar("Boxes", Tensor, np.ndarray)
 RatioPad = tuple[tuple[float, float], tuple[float, float]]
@@ -67,8 +67,8 @@ def iou_xywh(a: Tensor, b: Tensor) -> Tensor:
 def ciou(a: Tensor, b: Tensor) -> Tensor:
     """Complete IoU row by row: (n, 4) and (n, 4) xywh -> (n,), above -1.5 and at most the IoU.
 
-    IoU - rho^2 / c^2 - alpha v of Zheng et al., "Distance-IoU Loss", AAAI 2020, with alpha a constant to the gradient as
-    in the paper. float32: EPS is too small for half precision.
+    IoU - rho^2 / c^2 - alpha v of Zheng et al., "Distance-IoU Loss", AAAI 2020, with alpha a constant to the gradient
+    as in the paper. float32: EPS is too small for half precision.
     """
     iou = iou_xywh(a, b)
     half_a, half_b = a[:, 2:4] / 2, b[:, 2:4] / 2
@@ -146,8 +146,9 @@ def clip_boxes(boxes: Tensor, shape: Sequence[int]) -> Tensor:
     return torch.cat((torch.minimum(boxes[:, :4].clamp(min=0), high), boxes[:, 4:]), 1)
 
 
-def scale_boxes(from_shape: Sequence[int], boxes: Tensor, to_shape: Sequence[int], ratio_pad: RatioPad | None = None) -> Tensor:
-    """Boxes (n, 4+) xyxy in a letterbox of `from_shape` (h, w) -> new tensor, in the image of `to_shape` (h, w), clipped.
+def scale_boxes(from_shape: Sequence[int], boxes: Tensor, to_shape: Sequence[int],
+                ratio_pad: RatioPad | None = None) -> Tensor:
+    """(n, 4+) xyxy in a letterbox of `from_shape` (h, w) -> new tensor, in the image of `to_shape` (h, w), clipped.
 
     ratio_pad: ((ratio_h, ratio_w), (pad_w, pad_h)) of the letterbox, where it is known; the first ratio serves both
     axes. Without it the letterbox is taken to be centred. Columns after the fourth are copied.
@@ -163,13 +164,13 @@ def scale_boxes(from_shape: Sequence[int], boxes: Tensor, to_shape: Sequence[int
 
 # Non-maximum suppression ----------------------------------------------------------------------------------------------
 
-def nms(pred: Tensor, conf: float = 0.25, iou: float = 0.45, classes: Sequence[int] | None = None, agnostic: bool = False,
-        multi_label: bool = False, max_det: int = 300) -> list[Tensor]:
+def nms(pred: Tensor, conf: float = 0.25, iou: float = 0.45, classes: Sequence[int] | None = None,
+        agnostic: bool = False, multi_label: bool = False, max_det: int = 300) -> list[Tensor]:
     """Non-maximum suppression of a batch's decoded predictions.
 
-    pred (B, N, nc + 5): xywh, objectness, class scores 0..1; left as it is. conf: least objectness, and least objectness
-    x class score. iou: of two boxes that overlap by more the less confident goes. classes: keep these only. agnostic:
-    boxes of different classes compete too. multi_label: a box may be of several classes, not only its best.
+    pred (B, N, nc + 5): xywh, objectness, class scores 0..1; left as it is. conf: objectness, and objectness x class
+    score, must exceed it. iou: of two boxes that overlap by more the less confident goes. classes: keep these only.
+    agnostic: boxes of different classes compete too. multi_label: a box may be of several classes, not only its best.
     Returns for each image (n <= max_det, 6): xyxy, confidence, class; most confident first, float32.
     """
     return [_nms_image(p[p[:, 4] > conf].float(), conf, iou, classes, agnostic, multi_label, max_det) for p in pred]
