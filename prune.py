@@ -18,7 +18,7 @@ import torch
 import yaml
 
 from models import checkpoint
-from models.yolo import Model, fused, read_yaml
+from models.yolo import Model, fused, on_device, read_yaml
 from utils.data_config import read_data
 from utils.distributed import select_device
 from utils.errors import UserError, run_cli
@@ -95,7 +95,7 @@ def measure(result: Cut, opt: Namespace, device: torch.device) -> list[dict[str,
                                cache="ram", single_cls=opt.single_cls)
     rows = []
     for stage, model in (("before", result.dense), ("masked", result.masked), ("slim", result.slim)):
-        found = evaluate(fused(model).to(device, memory_format=torch.channels_last), loader, device).ap
+        found = evaluate(on_device(fused(model), device), loader, device).ap
         rows.append({"stage": stage, "P": found.mp, "R": found.mr, "mAP50": found.map50, "mAP50-95": found.map})
     return rows
 
@@ -105,7 +105,7 @@ def check_cfg(model: Model, path: str) -> None:
     given, own = read_yaml(path), model.yaml
     for key in ("depth_multiple", "width_multiple"):
         if given.get(key, 1.0) != own.get(key, 1.0):
-            raise UserError(f"--cfg {path}: {key} is {given.get(key, 1.0)}, the checkpoint's is {own.get(key, 1.0)}; leave --cfg out, the checkpoint knows its model")
+            raise UserError(f"--cfg {path}: {key} is {given.get(key, 1.0)}, the checkpoint's is {own.get(key, 1.0)}; leave --cfg out")
     theirs, mine = given["backbone"] + given["head"], own["backbone"] + own["head"]
     for i in range(max(len(theirs), len(mine))):
         a, b = (rows[i] if i < len(rows) else "nothing" for rows in (theirs, mine))
@@ -186,7 +186,7 @@ def main(argv: list[str] | None = None) -> Path:
     stages = [] if opt.noval else measure(result, opt, device)
     if stages:
         print(stage_table(stages) + "\n")
-    ms = None if opt.noval else latency([fused(m).to(device, memory_format=torch.channels_last) for m in (result.dense, result.slim)], opt.imgsz)
+    ms = None if opt.noval else latency([on_device(fused(m), device) for m in (result.dense, result.slim)], opt.imgsz)
     costs = cost_rows(profile(result.dense, opt.imgsz), profile(result.slim, opt.imgsz), ms)
     print(cost_table(costs) + "\n")
     report = {"command": checkpoint.command_line(), "weights": str(opt.weights), "data": opt.data, "imgsz": opt.imgsz,

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from models import checkpoint
-from models.yolo import Model, set_anchors, with_classes
+from models.yolo import Model, on_device, set_anchors, with_classes
 from utils.autoanchor import fit_anchors
 from utils.data_config import DataConfig, read_data
 from utils.dataloaders import Batch, DetectionDataset, build_loader
@@ -85,7 +85,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     schedule: Schedule
-    ema: ModelEMA
+    ema: ModelEMA[Model]
     loss: DetectionLoss
     loader: DataLoader
     val_loader: DataLoader | None
@@ -111,7 +111,8 @@ def train(opt: Namespace, hooks: Sequence[Hook] = ()) -> Run:
             describe(run)
             if not first:
                 save(run, "last.pt")  # there is something to resume before the first step
-        for run.epoch in range(first, run.opt.epochs):
+        for epoch in range(first, run.opt.epochs):
+            run.epoch = epoch
             final = run.epoch + 1 == run.opt.epochs
             log = train_epoch(run)
             best = False
@@ -228,7 +229,7 @@ def build_run(opt: Namespace, place: World, hooks: Sequence[Hook]) -> Run:
     loader = training_loader(opt, config, stride, place)
     if not data:
         adapt_anchors(opt, model, loader.dataset, place)
-    model = model.to(place.device, memory_format=torch.channels_last)
+    model = on_device(model, place.device)
     freeze(model, opt.freeze)
     val_loader = validation_loader(config, "val", opt.imgsz, max(opt.batch_size // place.size, 1) * 2, stride, opt.workers,
                                    opt.cache, opt.single_cls) if place.main else None
@@ -398,7 +399,7 @@ def finish(run: Run, hours: float) -> Evaluation:
     best = run.folder / "weights" / "best.pt"
     model = checkpoint.load(best if best.is_file() else run.folder / "weights" / "last.pt", run.world.device)
     assert run.val_loader is not None and run.log is not None
-    result = evaluate(model.to(memory_format=torch.channels_last), run.val_loader, run.world.device, confusion=True)
+    result = evaluate(on_device(model, run.world.device), run.val_loader, run.world.device, confusion=True)
     print(f"\n{run.epoch + 1} epochs in {hours:.3f} hours. {best.name}, epoch {run.stopper.best_epoch + 1}:")
     print_table(result, run.model.names, per_class=run.config.nc <= 20)
     if not run.opt.noplots:

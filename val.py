@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from models import checkpoint
-from models.yolo import Model, fused
+from models.yolo import Model, fused, on_device
 from utils.boxes import nms, scale_boxes, xywh2xyxy
 from utils.data_config import DataConfig, read_data
 from utils.dataloaders import Batch, DetectionDataset, build_loader
@@ -56,7 +56,7 @@ class Evaluation:
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, loader: DataLoader, device: torch.device, conf: float = 0.001, iou: float = 0.6,
+def evaluate(model: Model, loader: DataLoader, device: torch.device, conf: float = 0.001, iou: float = 0.6,
              max_det: int = 300, loss: Callable | None = None, confusion: bool = False, on_batch: OnBatch | None = None,
              bar: bool = True) -> Evaluation:
     """Detect in every image of `loader` and compare with its labels.
@@ -64,7 +64,7 @@ def evaluate(model: nn.Module, loader: DataLoader, device: torch.device, conf: f
     `model` is in eval mode and in its own precision; `loss` is a DetectionLoss for the mean losses. on_batch gets every
     batch with its detections in the batch's pixels (list of (n, 6)).
     """
-    nc = model.detect.nc  # type: ignore[union-attr]
+    nc = model.detect.nc
     dtype = next(model.parameters()).dtype
     matrix = ConfusionMatrix(nc) if confusion else None
     losses, seconds, images = torch.zeros(3, device=device), np.zeros(3), 0
@@ -167,7 +167,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     config = read_data(opt.data)
     if config.nc != model.detect.nc and not opt.single_cls:
         raise UserError(f"{opt.weights}: knows {model.detect.nc} classes, {opt.data} names {config.nc}; give the --data it was trained on")
-    runnable = fused(model).to(device, memory_format=torch.channels_last)
+    runnable = on_device(fused(model), device)
     runnable = runnable.half() if opt.half else runnable
     loader = validation_loader(config, opt.task, opt.imgsz, opt.batch_size, int(model.stride.max()), opt.workers,
                                single_cls=opt.single_cls)
@@ -198,7 +198,7 @@ class Outputs:
 
     def batch(self, i: int, batch: Batch, detections: list[Tensor]) -> None:
         """Called with every batch's detections, in the batch's pixels."""
-        size = batch.images.shape[2:]
+        size = (batch.images.shape[2], batch.images.shape[3])
         for found, path, shape in zip(detections, batch.paths, batch.shapes):
             native = scale_boxes(size, found, shape[0], shape[1])
             if self.opt.save_txt:
@@ -263,7 +263,8 @@ def pycocotools_map(dataset: DetectionDataset, predictions: list[dict], names: d
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
-    images, annotations = [], []
+    images: list[dict] = []
+    annotations: list[dict] = []
     for path, labels, (width, height) in zip(dataset.images, dataset.labels, dataset.shapes.tolist()):
         images.append({"id": image_id(Path(path)), "width": width, "height": height})
         for c, x, y, w, h in labels.tolist():

@@ -12,13 +12,11 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from models import checkpoint  # noqa: E402  (the repository's root must be on the path first)
-from models.yolo import fused  # noqa: E402
+from models.yolo import fused, on_device  # noqa: E402
 from utils.errors import UserError, run_cli  # noqa: E402
 from utils.files import new_run_folder, write_json  # noqa: E402
 from utils.options import HelpfulParser  # noqa: E402
@@ -63,7 +61,7 @@ def main() -> None:
         cost = profile(models[-1], data["imgsz"])
         rows.append({"stage": stage, "map50": metrics["metrics/mAP_0.5"], "map": metrics["metrics/mAP_0.5:0.95"],
                      "parameters": cost.parameters, "flops": cost.flops, "mb": cost.megabytes})
-    milliseconds = latency([fused(m).to(memory_format=torch.channels_last) for m in models], data["imgsz"], runs=50)
+    milliseconds = latency([on_device(fused(m), "cpu") for m in models], data["imgsz"], runs=50)
     for row, ms in zip(rows, milliseconds):
         row["ms"] = ms
     print("\n" + table([(r["stage"], f"{r['map50']:.3f}", f"{r['map']:.3f}", f"{r['parameters']:,}", f"{r['flops'] / 1e9:.3f}",

@@ -134,11 +134,12 @@ def _stand_in(name: str) -> type:
 def _from_official(path: Path, data: Any) -> dict[str, Any]:
     """An official file's stand-in objects -> a dict with our keys. The EMA model is taken where there is one."""
     whole = next((data[k] for k in ("ema", "model") if data.get(k) is not None), None) if isinstance(data, dict) else data
-    if not isinstance(whole, _Inert) or not isinstance(getattr(whole, "yaml", None), dict):
+    config = getattr(whole, "yaml", None)
+    if not isinstance(whole, _Inert) or not isinstance(config, dict):
         raise UserError(f"{path}: holds no YOLOv5 model (needs a 'model' or 'ema' entry with its yaml)")
     state = {k: v.float() if v.is_floating_point() else v for k, v in _tensors(whole, "")}
     state = {k: v for k, v in state.items() if not k.endswith(".anchor_grid")}  # older files carry it; Detect derives it
-    config = dict(whole.yaml)
+    config = dict(config)
     head = max((k for k in state if k.endswith(".anchors")), default=None)
     names = getattr(whole, "names", None) or [str(i) for i in range(config.get("nc", 80))]
     names = dict(names) if isinstance(names, dict) else dict(enumerate(names))

@@ -4,6 +4,7 @@ from __future__ import annotations
 import math
 from copy import deepcopy
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from utils.errors import UserError
 
+AnyModel = TypeVar("AnyModel", bound=nn.Module)
 OPTIMIZERS = ("SGD", "Adam", "AdamW")
 
 
@@ -86,14 +88,14 @@ class Schedule:
                 group["betas"] = (momentum, group["betas"][1])
 
 
-class ModelEMA:
+class ModelEMA(Generic[AnyModel]):
     """Moving average of a model's float state: decay 0.9999 * (1 - exp(-updates / 2000)), which starts fast.
 
     `ema` is a model of its own in eval mode, ready to be validated and saved.
     """
 
-    def __init__(self, model: nn.Module, decay: float = 0.9999, tau: float = 2000.0):
-        self.ema = deepcopy(model).eval().requires_grad_(False)
+    def __init__(self, model: AnyModel, decay: float = 0.9999, tau: float = 2000.0):
+        self.ema: AnyModel = deepcopy(model).eval().requires_grad_(False)
         self.decay, self.tau, self.updates = decay, tau, 0
         mine, theirs = self.ema.state_dict(), model.state_dict()
         floats = [k for k, v in mine.items() if v.is_floating_point()]

@@ -169,7 +169,7 @@ class _Walker:
             return None
         if target in (torch.cat, torch.concat):
             parts, dim = x, kwargs.get("dim", args[1] if len(args) > 1 else 0)
-            if dim in (1, -3) and all(isinstance(p, np.ndarray) for p in parts):
+            if dim in (1, -3) and isinstance(parts, (list, tuple)) and all(isinstance(p, np.ndarray) for p in parts):
                 return np.concatenate(parts)
             self.freeze(parts)
             return None

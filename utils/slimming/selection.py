@@ -56,7 +56,7 @@ def select(graph: ChannelGraph, model: nn.Module, percent: float = 0.5, min_chan
     for ids in graph.norms.values():
         best = ids[np.argsort(-scores[graph.group[ids]], kind="stable")][:min_channels]
         protected[graph.group[best]] = True
-    roots, channels = np.unique(graph.group[np.concatenate([ids for ids in graph.norms.values()])], return_counts=True)
+    roots, channels = np.unique(graph.group[np.concatenate(list(graph.norms.values()))], return_counts=True)
     total = int(channels[can_go[roots]].sum())
     candidates = can_go[roots] & ~protected[roots]
     roots, channels = roots[candidates], channels[candidates]

@@ -22,8 +22,8 @@ class GammaL1:
 
     def __init__(self, norms: Sequence[nn.Module], sr: float, epochs: int, sr_bias: float | None = None):
         # Collected once: no walk over the model in a step.
-        self.gammas = [m.weight for m in norms if m.weight.requires_grad]
-        self.betas = [m.bias for m in norms if m.bias.requires_grad]
+        self.gammas = [m.weight for m in norms if isinstance(m.weight, nn.Parameter) and m.weight.requires_grad]
+        self.betas = [m.bias for m in norms if isinstance(m.bias, nn.Parameter) and m.bias.requires_grad]
         self.sr, self.epochs = sr, epochs
         self.sr_bias = 10 * sr if sr_bias is None else sr_bias
 
@@ -35,9 +35,10 @@ class GammaL1:
     def add_to_gradients(self, epoch: int, share: float = 1.0) -> None:
         """Add the penalty's gradient. `share` = images in this step / nominal batch: the loss, too, grows with images."""
         for parameters, strength in ((self.gammas, self.coefficient(epoch)), (self.betas, self.sr_bias)):
-            with_gradient = [p for p in parameters if p.grad is not None]
-            if with_gradient and strength:
-                torch._foreach_add_([p.grad for p in with_gradient], torch._foreach_sign(with_gradient), alpha=strength * share)
+            pairs = [(p, p.grad) for p in parameters if p.grad is not None]
+            if pairs and strength:
+                signs = torch._foreach_sign([p for p, _ in pairs])
+                torch._foreach_add_([gradient for _, gradient in pairs], signs, alpha=strength * share)
 
 
 def gauge(gammas: Sequence[Tensor]) -> dict[str, float]:

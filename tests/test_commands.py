@@ -1,0 +1,155 @@
+"""Whole commands, as a user runs them, on a tiny data set."""
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from models import checkpoint
+from models.yolo import Model
+
+FAST = ["--imgsz", 64, "--batch-size", 4, "--workers", 0, "--device", "cpu"]
+
+
+@pytest.fixture(scope="session")
+def cfg(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A yolov5n of half its width."""
+    import yaml
+
+    path = tmp_path_factory.mktemp("cfg") / "tiny.yaml"
+    path.write_text(yaml.safe_dump({**Model("yolov5n.yaml").yaml, "width_multiple": 0.125}))
+    return path
+
+
+def digest(folder: Path) -> dict[str, str]:
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.slow
+def test_the_four_steps(script, tiny, cfg, tmp_path):
+    before = digest(tiny.parent)
+    script("train.py", "--data", tiny, "--weights", "", "--cfg", cfg, "--epochs", 2, *FAST, cwd=tmp_path)
+    dense = tmp_path / "runs/train/exp"
+    assert len(rows(dense / "results.csv")) == 2
+    for name in ("weights/last.pt", "weights/best.pt", "opt.yaml", "hyp.yaml", "labels.png", "train_batch0.png", "results.png",
+                 "PR_curve.png", "F1_curve.png", "confusion_matrix.png"):
+        assert (dense / name).is_file(), name
+
+    done = script("train_sparsity.py", "--st", "--sr", 0.01, "--data", tiny, "--weights", dense / "weights/last.pt", "--epochs", 2, "--noplots",
+                  *FAST, cwd=tmp_path)
+    assert "46 of 57 BatchNorms" in done.stdout
+    table = rows(tmp_path / "runs/train/exp2/results.csv")
+    assert [float(r["sparsity/sr"]) for r in table] == pytest.approx([0.01, 0.0055])
+    assert {"sparsity/below_1e-3", "sparsity/below_1e-2", "sparsity/below_1e-1"} <= table[0].keys()
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "runs/train/exp2")).Reload()
+    histograms = events.Tags()["histograms"]
+    assert {"bn_weights/hist", "bn_bias/hist", "bn_layers/model.0.bn"} <= set(histograms)
+    assert len(events.Histograms("bn_weights/hist")) == 2
+
+    done = script("prune.py", "--percent", 0.5, cwd=tmp_path)
+    assert "taking the newest sparsity run, runs/train/exp2/weights/last.pt" in done.stdout
+    report = json.loads((tmp_path / "runs/prune/exp/report.json").read_text())
+    assert report["proof"] < 1e-9 and report["achieved"] == pytest.approx(0.5, abs=0.01)
+    assert [s["stage"] for s in report["stages"]] == ["before", "masked", "slim"]
+    assert report["stages"][1]["mAP50-95"] == pytest.approx(report["stages"][2]["mAP50-95"], abs=1e-3)
+    slim = checkpoint.load(tmp_path / "pruned_model.pt")
+    assert slim.names == {0: "square", 1: "circle"} and slim.masks
+
+    script("finetune_pruned.py", "--epochs", 1, "--noplots", *FAST, cwd=tmp_path)
+    tuned = checkpoint.load(tmp_path / "runs/train/exp3/weights/last.pt")
+    assert [p.shape for p in tuned.parameters()] == [p.shape for p in slim.parameters()]
+    assert all(torch.equal(slim.masks[k], v) for k, v in tuned.masks.items())
+
+    script("finetune_pruned.py", "--resume", "runs/train/exp3/weights/last.pt", "--epochs", 2, cwd=tmp_path)
+    assert len(rows(tmp_path / "runs/train/exp3/results.csv")) == 2
+    again = script("prune.py", "--weights", "runs/train/exp3/weights/last.pt", "--percent", 0.3, "--noval", cwd=tmp_path)
+    assert "is replaced" in again.stdout
+    twice = checkpoint.load(tmp_path / "pruned_model.pt")
+    assert all(len(v) == len(slim.masks[k]) for k, v in twice.masks.items())
+
+    script("val.py", "--weights", "pruned_model.pt", "--save-json", "--save-txt", *FAST, cwd=tmp_path)
+    metrics = json.loads((tmp_path / "runs/val/exp/metrics.json").read_text())
+    assert metrics["images"] == 6 and "pycocotools" in metrics
+    assert digest(tiny.parent) == before
+
+
+@pytest.mark.slow
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does(script, tiny, cfg, tmp_path):
+    common = ["--data", tiny, "--weights", "", "--cfg", cfg, "--epochs", 3, "--noplots", *FAST]
+    script("train.py", *common, "--name", "whole", "--save-period", 1, cwd=tmp_path)
+    weights = tmp_path / "runs/train/whole/weights"
+    final = checkpoint.read(weights / "last.pt")
+    (weights / "epoch1.pt").replace(weights / "last.pt")
+    script("train.py", "--resume", weights / "last.pt", "--workers", 0, cwd=tmp_path)
+    resumed = checkpoint.read(weights / "last.pt")
+    for part in ("state_dict", "ema"):
+        assert all(torch.equal(v, resumed[part][k]) for k, v in final[part].items())
+    assert [r["epoch"] for r in rows(tmp_path / "runs/train/whole/results.csv")] == ["0", "1", "2"]
+    done = script("train.py", "--resume", weights / "last.pt", cwd=tmp_path, code=2)
+    assert "all 3 epochs are done" in done.stderr
+    done = script("train_sparsity.py", "--resume", weights / "last.pt", cwd=tmp_path, code=2)
+    assert "resume it with: python train.py" in done.stderr
+
+
+@pytest.mark.slow
+def test_official_weights_start_a_run_and_are_pruned(script, tiny, assets, tmp_path):
+    script("train_sparsity.py", "--data", tiny, "--weights", assets / "yolov5n.pt", "--epochs", 1, "--noplots", "--amp", "bf16", *FAST, cwd=tmp_path)
+    script("prune.py", "--percent", 0.3, "--cfg", "models/yolov5n.yaml", "--noval", cwd=tmp_path)
+    done = script("prune.py", "--cfg", "models/yolov5s.yaml", "--noval", cwd=tmp_path, code=2)
+    assert "width_multiple" in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_two_processes(tiny, cfg, tmp_path):
+    import subprocess
+    import sys
+
+    from tests.conftest import ROOT
+
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29511", str(ROOT / "train_sparsity.py"),
+               "--data", str(tiny), "--weights", "", "--cfg", str(cfg), "--epochs", "1", "--noplots", *map(str, FAST)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(rows(tmp_path / "runs/train/exp/results.csv")) == 1 and not (tmp_path / "runs/train/exp2").exists()
+
+
+MISTAKES = [
+    (["prune.py", "--percent", "1.5"], "--percent 1.5"),
+    (["prune.py"], "no sparsity run"),
+    (["prune.py", "--weights", "none.pt"], "none.pt: no such checkpoint"),
+    (["val.py"], "no run here yet"),
+    (["finetune_pruned.py"], "pruned_model.pt: no such checkpoint"),
+    (["train.py", "--epochs", "0"], "--epochs 0"),
+    (["train.py", "--data", "none.yaml"], "none.yaml"),
+    (["train.py", "--weights", "", "--cfg", "none.yaml"], "none.yaml"),
+    (["train.py", "--device", "77"], "--device 77"),
+    (["train.py", "--hyp", "none.yaml"], "none.yaml"),
+    (["train.py", "--resume", "none.pt"], "none.pt"),
+    (["train_sparsity.py", "--sr", "-1"], "--sr -1"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command, words", MISTAKES, ids=[" ".join(c) for c, _ in MISTAKES])
+def test_a_mistake_ends_in_one_line_and_exit_code_2(script, tmp_path, command, words):
+    done = script(*command, cwd=tmp_path, code=2)
+    last = done.stderr.strip().splitlines()[-1]
+    assert words in last and "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["train.py", "train_sparsity.py", "prune.py", "finetune_pruned.py", "val.py"])
+def test_help_explains_every_flag(script, tmp_path, name):
+    out = script(name, "--help", cwd=tmp_path).stdout
+    assert "--weights" in out and "--imgsz" in out
