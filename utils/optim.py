@@ -20,7 +20,7 @@ OPTIMIZERS = ("SGD", "Adam", "AdamW")
 def build_optimizer(model: nn.Module, name: str, lr: float, momentum: float, decay: float) -> torch.optim.Optimizer:
     """An optimizer with three groups: biases, weights (the only ones that decay), norm weights.
 
-    Frozen parameters are left out. On a CPU the fused kernels are used: one pass over memory a step.
+    Frozen parameters are left out. Fused kernels where there are any: one pass over memory a step.
     """
     norms = tuple(m for m in vars(nn).values() if isinstance(m, type) and issubclass(m, (_NormBase, nn.LayerNorm, nn.GroupNorm)))
     groups: dict[str, list[nn.Parameter]] = {"bias": [], "weight": [], "norm": []}
@@ -30,11 +30,12 @@ def build_optimizer(model: nn.Module, name: str, lr: float, momentum: float, dec
                 kind = "bias" if key == "bias" else "norm" if isinstance(module, norms) else "weight"
                 groups[kind].append(parameter)
     settings = [{"params": p, "weight_decay": decay if kind == "weight" else 0.0} for kind, p in groups.items()]
+    fused = next(model.parameters()).device.type in ("cpu", "cuda")
     if name == "SGD":
-        return torch.optim.SGD(settings, lr=lr, momentum=momentum, nesterov=True)
+        return torch.optim.SGD(settings, lr=lr, momentum=momentum, nesterov=True, fused=fused)
     if name in ("Adam", "AdamW"):
         cls = torch.optim.Adam if name == "Adam" else torch.optim.AdamW
-        return cls(settings, lr=lr, betas=(momentum, 0.999))
+        return cls(settings, lr=lr, betas=(momentum, 0.999), fused=fused)
     raise UserError(f"--optimizer {name}: choose one of {', '.join(OPTIMIZERS)}")
 
 
