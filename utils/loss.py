@@ -54,7 +54,7 @@ def assign(targets: Tensor, anchors: Tensor, sizes: list[tuple[int, int]], ancho
     lower, upper = ((d % 1 < 0.5) & (d > 1) for d in (xy, grid - xy))
     near = torch.cat((torch.ones_like(lower[..., :1]), lower, upper), 2).transpose(1, 2)  # (nl, 5, n)
     chosen = near[:, :, None] & fits[:, None]                               # (nl, 5, na, n)
-    # One search and one count for all levels: a GPU is waited for here and nowhere else in the loss.
+    # One search and one count for all levels: the only two reads that wait for a GPU.
     level, step, a, row = chosen.nonzero(as_tuple=True)
     counts = chosen.flatten(1).sum(1).tolist()
     steps = targets.new_tensor([[0, 0], [1, 0], [0, 1], [-1, 0], [0, -1]]) * 0.5  # centre, left, up, right, down
