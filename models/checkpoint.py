@@ -25,6 +25,8 @@ FORMAT = "yolov5-slimming/1"
 FOREIGN = re.compile(r"(models\.(yolo|common|experimental)|torch\.nn\.modules\.\w+|utils\.(loss|autoanchor))\.\w+"
                      r"|(__builtin__|builtins)\.set|pathlib(\._local)?\.(Posix|Windows|PurePosix|PureWindows)?Path"
                      r"|argparse\.Namespace|numpy\.(_?core\.multiarray\.(scalar|_reconstruct)|dtype|ndarray)|numpy\.dtypes\.\w+")
+RELEASE = "https://github.com/ultralytics/yolov5/releases/download/v7.0"
+OFFICIAL = re.compile(r"yolov5[nsmlx]\.pt")
 OTHER_TASKS = {"SegmentationModel": "segmentation", "ClassificationModel": "classification", "Segment": "segmentation",
                "Classify": "classification"}
 
@@ -71,7 +73,10 @@ def read(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{path}: {'is a folder, not a checkpoint' if path.is_dir() else 'no such checkpoint'}")
+        if path.is_dir():
+            raise UserError(f"{path}: is a folder, not a checkpoint")
+        mend = f"; fetch {RELEASE}/{path.name} and put it there, or train from scratch: --weights '' --cfg models/{path.stem}.yaml"
+        raise UserError(f"{path}: no such checkpoint{mend if OFFICIAL.fullmatch(path.name) else ''}")
     if not zipfile.is_zipfile(path):
         raise UserError(f"{path}: not a PyTorch checkpoint, or cut off (a .pt file is a zip archive)")
     try:

@@ -131,6 +131,7 @@ MISTAKES = [
     (["val.py"], "no run here yet"),
     (["finetune_pruned.py"], "pruned_model.pt: no such checkpoint"),
     (["train.py", "--epochs", "0"], "--epochs 0"),
+    (["train.py", "--weights", "yolov5s.pt"], "releases/download/v7.0/yolov5s.pt"),
     (["train.py", "--data", "none.yaml"], "none.yaml"),
     (["train.py", "--weights", "", "--cfg", "none.yaml"], "none.yaml"),
     (["train.py", "--device", "77"], "--device 77"),
