@@ -22,7 +22,7 @@ from models.yolo import Model, fused, on_device, read_yaml
 from utils.data_config import read_data
 from utils.distributed import select_device
 from utils.errors import UserError, run_cli
-from utils.files import new_run_folder, write_json
+from utils.files import command_line, new_run_folder, write_json
 from utils.options import HelpfulParser, add_common, resolve
 from utils.slimming.cost import latency, profile
 from utils.slimming.graph import ChannelGraph, trace
@@ -129,7 +129,7 @@ def write(result: Cut, opt: Namespace, source: dict[str, Any], report: dict[str,
     """The slim checkpoint, the report and its pictures into the run's folder, and a copy of the checkpoint here."""
     folder = new_run_folder(opt.project, opt.name, opt.exist_ok)
     carried = {k: source.get(k) for k in ("opt", "data", "hyp")}
-    checkpoint.save(folder / OUTPUT, result.slim, imgsz=opt.imgsz, command=checkpoint.command_line(), **carried,
+    checkpoint.save(folder / OUTPUT, result.slim, imgsz=opt.imgsz, command=command_line(), **carried,
                     metrics={"proof": result.proof, "percent": result.achieved})
     write_json(folder / "report.json", report)
     before = torch.cat(list(gammas(result.graph, result.dense).values())).numpy()
@@ -189,7 +189,7 @@ def main(argv: list[str] | None = None) -> Path:
     ms = None if opt.noval else latency([on_device(fused(m), device) for m in (result.dense, result.slim)], opt.imgsz)
     costs = cost_rows(profile(result.dense, opt.imgsz), profile(result.slim, opt.imgsz), ms)
     print(cost_table(costs) + "\n")
-    report = {"command": checkpoint.command_line(), "weights": str(opt.weights), "data": opt.data, "imgsz": opt.imgsz,
+    report = {"command": command_line(), "weights": str(opt.weights), "data": opt.data, "imgsz": opt.imgsz,
               "requested": opt.percent, "achieved": result.achieved, "threshold": result.threshold,
               "limit": {"gamma": result.limit.gamma, "percent": result.limit.percent}, "proof": result.proof, "stages": stages,
               "cost": costs, "layers": layers, "notes": result.graph.notes}

@@ -31,10 +31,10 @@ from utils.data_config import DataConfig, read_data
 from utils.dataloaders import Batch, DetectionDataset, build_loader
 from utils.distributed import World, barrier, broadcast, world
 from utils.errors import NonFiniteError, UserError, run_cli
-from utils.files import new_run_folder, write_yaml
+from utils.files import command_line, new_run_folder, write_yaml
 from utils.loggers import RunLog
 from utils.loss import DetectionLoss, scale_gains
-from utils.optim import EarlyStopping, ModelEMA, Schedule, build_optimizer
+from utils.optim import EarlyStopping, ModelEMA, Schedule, build_optimizer, ema_tau
 from utils.options import resolve, resume_file, training_parser
 from utils.slimming.cost import profile
 from val import Evaluation, evaluate, plot_curves, validation_loader
@@ -63,6 +63,9 @@ class Hook:
 
     def epoch_end(self, log: dict[str, float]) -> None:
         """Add what results.csv and TensorBoard should carry for this epoch."""
+
+    def end(self) -> None:
+        """The last epoch is over. Called in the main process only: time for pictures."""
 
     def state_dict(self) -> dict:
         """What a resumed run needs, as plain data and tensors."""
@@ -93,8 +96,14 @@ class Run:
     stopper: EarlyStopping
     log: RunLog | None            # None on all processes but the main one
     epoch: int = 0
+    iteration: int = 0            # batches since the beginning of epoch 0
     step_share: float = 1.0       # images this step has seen / nominal batch: 1 for a whole step
     results: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def progress(self) -> float:
+        """Share of the run that is done when this iteration is, 0..1."""
+        return (self.iteration + 1) / (self.opt.epochs * len(self.loader))
 
     @property
     def amp(self) -> torch.dtype | None:
@@ -142,32 +151,35 @@ def train_epoch(run: Run) -> dict[str, float]:
     run.wrapped.train()
     run.loader.batch_sampler.set_epoch(run.epoch)  # type: ignore[union-attr]
     device, batches = run.world.device, len(run.loader)
-    mean = torch.zeros(3, device=device)
+    mean, waiting = torch.zeros(3, device=device), torch.zeros(1, device=device)
     gathered, images = 0, 0
+    names: list[str] = []
     bar = tqdm(run.loader, total=batches, disable=None if run.world.main else True, leave=False)
     for i, batch in enumerate(bar):
-        iteration = run.epoch * batches + i
-        run.schedule.apply(run.optimizer, iteration)
-        gathered, images = gathered + 1, images + len(batch.images) * run.world.size
-        stepping = gathered >= run.schedule.accumulate(iteration) or i + 1 == batches
+        run.iteration = run.epoch * batches + i
+        run.schedule.apply(run.optimizer, run.iteration)
+        gathered, images, names = gathered + 1, images + len(batch.images) * run.world.size, names + batch.paths
+        stepping = gathered >= run.schedule.accumulate(run.iteration) or i + 1 == batches
         x = batch.images.to(device, non_blocking=True).to(torch.float32, memory_format=torch.channels_last) / 255
         with nullcontext() if stepping or run.world.size == 1 else run.wrapped.no_sync():  # type: ignore[operator]
             with torch.autocast(device.type, run.amp, enabled=run.amp is not None):
                 outputs = run.wrapped(x)
-            loss, items = run.loss([y.float() for y in outputs], batch.targets.to(device, non_blocking=True))
+            loss, items = run.loss(outputs, batch.targets.to(device, non_blocking=True))
             for hook in run.hooks:
                 extra = hook.extra_loss(batch, outputs)
                 loss = loss if extra is None else loss + extra
-            check_finite(run, loss, batch)
             run.scaler.scale(loss * run.world.size).backward()
+        mean, waiting = (mean * i + items) / (i + 1), waiting + loss.detach()
         if stepping:
+            *shown, total = torch.cat((mean, waiting)).tolist()  # the one read a step that waits for a GPU
+            check_finite(run, total, names)
             run.step_share = images / run.opt.nbs
             optimizer_step(run)
-            gathered, images = 0, 0
-        mean = (mean * i + items) / (i + 1)
-        if not bar.disable:
-            bar.set_description(f"epoch {run.epoch + 1}/{run.opt.epochs}  " + "  ".join(
-                f"{name[:3]} {value:.4f}" for name, value in zip(LOSSES, mean.tolist())))
+            gathered, images, names = 0, 0, []
+            waiting.zero_()
+            if not bar.disable:
+                bar.set_description(f"epoch {run.epoch + 1}/{run.opt.epochs}  " + "  ".join(
+                    f"{name[:3]} {value:.4f}" for name, value in zip(LOSSES, shown)))
         if run.epoch == 0 and i < 3 and run.world.main and not run.opt.noplots:
             from utils.plots import plot_batch
 
@@ -193,10 +205,10 @@ def optimizer_step(run: Run) -> None:
         hook.after_step(skipped)
 
 
-def check_finite(run: Run, loss: Tensor, batch: Batch) -> None:
-    """Stop before a NaN gets into the weights."""
-    if not math.isfinite(float(loss.detach())):
-        raise NonFiniteError(f"the loss is {float(loss.detach())} in epoch {run.epoch + 1}, batch of {', '.join(Path(p).name for p in batch.paths[:4])} ...; "
+def check_finite(run: Run, loss: float, names: Sequence[str]) -> None:
+    """Stop before a NaN or an infinity gets into the weights; `names` are the images of this step."""
+    if not math.isfinite(loss):
+        raise NonFiniteError(f"the loss is {loss} in epoch {run.epoch + 1}, batch of {', '.join(Path(p).name for p in names[:4])} ...; "
                              f"{run.folder / 'weights' / 'last.pt'} is whole; try a smaller lr0 in --hyp, --amp off, or a smaller --sr")
 
 
@@ -240,7 +252,7 @@ def build_run(opt: Namespace, place: World, hooks: Sequence[Hook]) -> Run:
     gains = {**scale_gains(opt.hyp, model.detect.nl, model.detect.nc, opt.imgsz), "label_smoothing": opt.label_smoothing}
     run = Run(opt=opt, world=place, folder=folder, config=config, model=model, wrapped=model, optimizer=optimizer,
               scaler=torch.amp.GradScaler(place.device.type, enabled=opt.amp == "fp16"), schedule=schedule,
-              ema=ModelEMA(model), loss=DetectionLoss(model, gains), loader=loader, val_loader=val_loader, hooks=hooks,
+              ema=ModelEMA(model, tau=ema_tau(schedule.steps)), loss=DetectionLoss(model, gains), loader=loader, val_loader=val_loader, hooks=hooks,
               stopper=EarlyStopping(opt.patience), log=None)
     if data:
         restore(run, data)
@@ -338,7 +350,7 @@ def save_epoch(run: Run, best: bool) -> None:
 def record(run: Run) -> dict[str, Any]:
     """What every checkpoint tells about where it came from."""
     return {"opt": vars(run.opt), "folder": str(run.folder.resolve()), "data": run.opt.data, "imgsz": run.opt.imgsz, "hyp": run.opt.hyp,
-            "epochs_done": run.epoch, "command": checkpoint.command_line(), "metrics": dict(run.results)}
+            "epochs_done": run.epoch, "command": command_line(), "metrics": dict(run.results)}
 
 
 def resumed_options(opt: Namespace) -> tuple[Namespace, dict[str, Any]]:
@@ -407,6 +419,8 @@ def finish(run: Run, hours: float) -> Evaluation:
 
         plot_curves(result, run.model.names, run.folder)
         plot_results(run.folder / "results.csv", run.folder / "results.png")
+    for hook in run.hooks:
+        hook.end()
     run.log.close()
     print(f"Results in {run.folder}")
     return result

@@ -1,6 +1,7 @@
-"""Train with an L1 penalty on the BatchNorm scales, so that channels can be told apart and cut.
+"""Train so that channels can be told apart and cut: with an L1 penalty on the BatchNorm scales, or to a share of zeros.
 
-    python train_sparsity.py --st --sr 0.0001
+    python train_sparsity.py --st --sr 0.0001                    # the penalty: you choose its strength
+    python train_sparsity.py --target-sparsity 0.5               # half of the prunable channels end at exactly 0
     tensorboard --logdir runs/train                              # bn_weights/hist: watch the gammas go to zero
 
 This is train.py with one hook. The next step is: python prune.py --percent 0.5
@@ -8,74 +9,124 @@ This is train.py with one hook. The next step is: python prune.py --percent 0.5
 from __future__ import annotations
 
 import os
-from argparse import BooleanOptionalAction
+from argparse import BooleanOptionalAction, Namespace
+from typing import Any
 
 import torch
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from train import Hook, Run, train
 from utils.errors import UserError, run_cli
+from utils.files import write_array
 from utils.options import resolve, training_parser
 from utils.slimming.graph import trace
-from utils.slimming.sparsity import GammaL1, gauge
+from utils.slimming.pictures import plot_gamma_history, plot_gammas
+from utils.slimming.sparsity import GammaL1, TargetSparsity, gauge, travel
 
 
 class SparsityHook(Hook):
-    """L1 on every prunable BatchNorm and on no other, and what TensorBoard and results.csv show of it.
+    """Sparsity on every prunable BatchNorm and on no other, and what TensorBoard and results.csv show of it.
 
     The channel graph tells which are prunable: not those whose channels a shortcut's addition ties to others.
     """
 
-    def __init__(self, sr: float, sr_bias: float | None = None):
-        self.sr, self.sr_bias = sr, sr_bias
-
     def start(self, run: Run) -> None:
-        self.run = run
+        self.run, opt = run, run.opt
         names = trace(run.model).prunable_norms()
         modules, averaged = dict(run.model.named_modules()), dict(run.ema.ema.named_modules())
-        self.penalty = GammaL1([modules[n] for n in names], self.sr, run.opt.epochs, self.sr_bias)
-        self.norms = {n: averaged[n] for n in names}  # what is shown is what is saved: the averaged weights
+        norms = [modules[n] for n in names]
+        self.norms: dict[str, Any] = {n: averaged[n] for n in names}  # what is shown is what is saved: the averaged weights
+        self.penalty = GammaL1(norms, opt.sr, opt.epochs, opt.sr_bias)
+        # The average of a gamma that is 0 comes near 0 but never there, so it is set to 0 as well.
+        self.target = TargetSparsity(norms, opt.target_sparsity, list(self.norms.values())) if opt.target_sparsity else None
+        self.history: list[torch.Tensor] = []  # |gamma| of all channels, an entry an epoch
         if run.world.main:
-            every = sum(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in modules.values())
-            channels = sum(len(m.weight) for m in self.norms.values())  # type: ignore[arg-type]
-            print(f"sparsity: sr {self.sr:g} on {len(names)} of {every} BatchNorms, {channels} channels; the others are tied by shortcuts")
+            every = sum(isinstance(m, _BatchNorm) for m in modules.values())
+            channels = sum(len(m.weight) for m in self.norms.values())
+            aim = f"target {opt.target_sparsity:.0%}" if self.target else f"sr {opt.sr:g}"
+            print(f"sparsity: {aim}, on {len(names)} of {every} BatchNorms, {channels} channels; the others are tied by shortcuts")
+            if opt.sr:
+                print(budget(run, self.penalty))
 
     def before_step(self) -> None:
         self.penalty.add_to_gradients(self.run.epoch, self.run.step_share)
+        if self.target:
+            self.target.observe()
+
+    def after_step(self, skipped: bool) -> None:
+        if self.target and not skipped:
+            self.target.shrink(self.run.progress)
 
     def epoch_end(self, log: dict[str, float]) -> None:
         gammas = [m.weight for m in self.norms.values()]
+        self.history.append(torch.cat(gammas).detach().abs().half().cpu())
         log["sparsity/sr"] = self.penalty.coefficient(self.run.epoch)
-        shares = gauge(gammas)  # type: ignore[arg-type]
+        shares = gauge(gammas)
         log.update({f"sparsity/{k}": v for k, v in shares.items()})
         if self.run.log is None:
             return
         print(f"{'':>11}gammas " + ", ".join(f"{k.replace('_', ' ')}: {v:.1%}" for k, v in shares.items()), flush=True)
         tb, epoch = self.run.log.tb, self.run.epoch
-        tb.add_histogram("bn_weights/hist", torch.cat([g.detach().abs() for g in gammas]), epoch)  # type: ignore[operator, union-attr]
-        tb.add_histogram("bn_bias/hist", torch.cat([m.bias.detach().abs() for m in self.norms.values()]), epoch)  # type: ignore[operator, union-attr]
+        tb.add_histogram("bn_weights/hist", torch.cat([g.detach().abs() for g in gammas]), epoch)
+        tb.add_histogram("bn_bias/hist", torch.cat([m.bias.detach().abs() for m in self.norms.values()]), epoch)
         for name, module in self.norms.items():
-            tb.add_histogram(f"bn_layers/{name}", module.weight.detach().abs(), epoch)  # type: ignore[operator, union-attr]
+            tb.add_histogram(f"bn_layers/{name}", module.weight.detach().abs(), epoch)
+
+    def end(self) -> None:
+        history = torch.stack(self.history).float().numpy()
+        write_array(self.run.folder / "gammas.npy", history)  # (epochs, channels), for pictures of your own
+        if not self.run.opt.noplots:
+            plot_gamma_history({self.run.folder.name: list(history)}, self.run.folder / "gamma_history.png")
+            plot_gammas(history[-1], self.run.folder / "gammas.png", title="BatchNorm scales after the last epoch")
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"history": self.history, "target": self.target.state_dict() if self.target else None}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.history = list(state["history"])
+        if self.target:
+            self.target.load_state_dict(state["target"])
+
+
+def budget(run: Run, penalty: GammaL1) -> str:
+    """What --sr can do in this run, in a sentence, before the first step."""
+    hyp, schedule = run.opt.hyp, run.schedule
+    batches = len(run.loader)
+    # One entry an iteration; a step that gathers n of them has the rate of one, and its penalty is the share of all.
+    every = schedule.accumulate(schedule.warmup)
+    epochs = [i // batches for i in range(0, run.opt.epochs * batches, every)]
+    share = min(every * run.opt.batch_size / run.opt.nbs, 1.0)
+    distance = travel([hyp["lr0"] * schedule.factor(e) for e in epochs], [penalty.coefficient(e) * share for e in epochs],
+                      hyp["momentum"] if run.opt.optimizer == "SGD" else None)
+    text = f"sparsity: in {len(epochs)} steps this sr moves a gamma that nothing holds by {distance:.2g} (at the start they are near 1)"
+    if distance >= 0.5:
+        return text
+    return text + ("; too little to reach 0. More epochs help, SGD and a larger --sr, or --target-sparsity 0.5, which needs no strength")
+
+
+def check(opt: Namespace) -> Namespace:
+    """Refuse strengths that can't be; the source's sr holds where neither a strength nor a target is given."""
+    if opt.target_sparsity is not None and not 0 < opt.target_sparsity < 1:
+        raise UserError(f"--target-sparsity {opt.target_sparsity:g}: must be between 0 and 1 (0.5 takes half of the prunable channels to 0)")
+    if opt.sr is not None and opt.sr < 0:
+        raise UserError(f"--sr {opt.sr:g}: must not be negative")
+    if opt.sr is None:
+        opt.sr = 0.0 if opt.target_sparsity else 0.0001
+    if not opt.st:
+        opt.sr, opt.sr_bias, opt.target_sparsity = 0.0, 0.0, None
+    return opt
 
 
 def main(argv: list[str] | None = None) -> Run:
     """Command line -> sparsity training."""
     parser = training_parser(__doc__)
-    parser.add_argument("--st", action=BooleanOptionalAction, default=True, help="sparsity training; --no-st trains without the penalty")
-    parser.add_argument("--sr", type=float, default=0.0001, help="strength of the L1 penalty on the BN scales")
+    parser.add_argument("--st", action=BooleanOptionalAction, default=True, help="sparsity training; --no-st trains without it")
+    parser.add_argument("--sr", type=float, help="strength of the L1 penalty on the BN scales (0.0001; 0 with --target-sparsity)")
     parser.add_argument("--sr-bias", type=float, help="strength of the L1 penalty on the BN shifts (10 * sr)")
+    parser.add_argument("--target-sparsity", type=float, help="share of the prunable channels that are exactly 0 in the end, 0..1")
     opt = parser.parse_args(argv)
     opt.script = os.path.basename(__file__)
-    if opt.sr < 0:
-        raise UserError(f"--sr {opt.sr}: must not be negative")
-    if opt.resume:
-        from models import checkpoint
-        from utils.options import resume_file
-
-        earlier = checkpoint.read(resume_file(opt))["opt"]
-        opt.st, opt.sr, opt.sr_bias = (earlier.get(k, getattr(opt, k)) for k in ("st", "sr", "sr_bias"))
-    else:
-        opt = resolve(opt)
-    return train(opt, [SparsityHook(opt.sr if opt.st else 0.0, opt.sr_bias if opt.st else 0.0)])
+    return train(opt if opt.resume else resolve(check(opt)), [SparsityHook()])
 
 
 if __name__ == "__main__":

@@ -77,7 +77,7 @@ def evaluate(model: Model, loader: DataLoader, device: torch.device, conf: float
         decoded, raw = model(x)
         t2 = _now(device)
         if loss is not None:
-            losses += loss([r.float() for r in raw], batch.targets.to(device))[1]
+            losses += loss(raw, batch.targets.to(device))[1]
         t3 = _now(device)
         detections = nms(decoded.float(), conf, iou, multi_label=nc > 1, max_det=max_det)
         t4 = _now(device)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -163,8 +162,3 @@ def _tensors(module: Any, prefix: str) -> list[tuple[str, Tensor]]:
     for name, child in (getattr(module, "_modules", None) or {}).items():
         found += _tensors(child, f"{prefix}{name}.")
     return found
-
-
-def command_line() -> str:
-    """The command that runs now, for the checkpoint's record."""
-    return " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])

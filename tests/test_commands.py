@@ -103,6 +103,26 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(script, tiny, cfg, t
 
 
 @pytest.mark.slow
+def test_a_target_is_reached_resumed_exactly_and_cut_without_a_trace(script, tiny, cfg, tmp_path):
+    script("train_sparsity.py", "--target-sparsity", 0.5, "--data", tiny, "--weights", "", "--cfg", cfg, "--epochs", 4, "--save-period", 2, *FAST, cwd=tmp_path)
+    weights = tmp_path / "runs/train/exp/weights"
+    final = checkpoint.read(weights / "last.pt")
+    assert float(rows(weights.parent / "results.csv")[-1]["sparsity/zero"]) == pytest.approx(0.5, abs=0.002)
+    assert (weights.parent / "gammas.png").is_file() and (weights.parent / "gamma_history.png").is_file()
+
+    done = script("prune.py", "--percent", 0.5, "--batch-size", 4, cwd=tmp_path)
+    assert "threshold |gamma| 0\n" in done.stdout
+    report = json.loads((tmp_path / "runs/prune/exp/report.json").read_text())
+    assert report["stages"][0]["mAP50-95"] == pytest.approx(report["stages"][2]["mAP50-95"], abs=1e-6)
+
+    (weights / "epoch2.pt").replace(weights / "last.pt")
+    script("train_sparsity.py", "--resume", weights / "last.pt", cwd=tmp_path)
+    resumed = checkpoint.read(weights / "last.pt")
+    assert all(torch.equal(v, resumed["ema"][k]) for k, v in final["ema"].items())
+    assert len(resumed["training"]["hooks"][0]["history"]) == 4
+
+
+@pytest.mark.slow
 def test_official_weights_start_a_run_and_are_pruned(script, tiny, assets, tmp_path):
     script("train_sparsity.py", "--data", tiny, "--weights", assets / "yolov5n.pt", "--epochs", 1, "--noplots", "--amp", "bf16", *FAST, cwd=tmp_path)
     script("prune.py", "--percent", 0.3, "--cfg", "models/yolov5n.yaml", "--noval", cwd=tmp_path)
@@ -138,6 +158,7 @@ MISTAKES = [
     (["train.py", "--hyp", "none.yaml"], "none.yaml"),
     (["train.py", "--resume", "none.pt"], "none.pt"),
     (["train_sparsity.py", "--sr", "-1"], "--sr -1"),
+    (["train_sparsity.py", "--target-sparsity", "50"], "--target-sparsity 50"),
 ]
 
 

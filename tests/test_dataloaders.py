@@ -19,12 +19,10 @@ from utils.dataloaders import (
     DetectionDataset,
     EpochBatchSampler,
     build_loader,
-    decode,
-    label_path,
-    parse_labels,
     rect_shapes,
 )
 from utils.errors import UserError
+from utils.image_files import decode, label_path, parse_labels
 
 HYP = {"mosaic": 0.7, "mixup": 0.5, "degrees": 5.0, "translate": 0.1, "scale": 0.5, "shear": 2.0, "perspective": 0.0,
        "hsv_h": 0.015, "hsv_s": 0.7, "hsv_v": 0.4, "flipud": 0.5, "fliplr": 0.5}
@@ -432,20 +430,9 @@ def test_missing_yaml(tmp_path: Path) -> None:
         read_data(tmp_path / "none.yaml")
 
 
-def test_builtin_set_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
-    import types
-
-    calls = []
-
-    def generate(root: Path) -> None:
-        calls.append(root)
-        (root / "images").mkdir(parents=True)
-        (root / "complete").touch()
-
-    module = types.ModuleType("utils.shapes")
-    module.generate = generate  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "utils.shapes", module)
+def test_builtin_set_of_an_older_program_is_noticed(tmp_path: Path) -> None:
     path = write_yaml(tmp_path, "path: made\nbuiltin: shapes\ntrain: images\nnames: [a]\n")
-    assert read_data(path).train == read_data(path).train == (tmp_path / "made" / "images",)
-    assert calls == [tmp_path / "made"]
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made" / "complete").write_text("0\n")
+    with pytest.raises(UserError, match="another version"):
+        read_data(path)

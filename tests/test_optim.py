@@ -1,13 +1,15 @@
 """Schedule, EMA and early stopping: stock's values and what a short run needs."""
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from models.yolo import Model
-from utils.optim import EarlyStopping, ModelEMA, Schedule, build_optimizer
+from utils.optim import EarlyStopping, ModelEMA, Schedule, build_optimizer, ema_tau
 
 HYP = {"lr0": 0.01, "lrf": 0.01, "momentum": 0.937, "warmup_epochs": 3.0, "warmup_momentum": 0.8, "warmup_bias_lr": 0.1}
 
@@ -62,3 +64,13 @@ def test_fused_parameters_stay_put_for_the_ema():
     model(torch.rand(2, 1, 4, 4))
     ema.update()
     assert int(ema.ema[1].num_batches_tracked) == 1
+
+
+@pytest.mark.parametrize("steps", [520, 750, 5000])
+def test_a_short_run_is_averaged_over_its_last_twentieth(steps):
+    decay = 0.9999 * (1 - math.exp(-steps / ema_tau(steps)))
+    assert 1 / (1 - decay) == pytest.approx(steps / 20, rel=0.05)
+
+
+def test_a_long_run_is_averaged_as_yolov5_does():
+    assert ema_tau(20_000) == ema_tau(10 ** 6) == 2000

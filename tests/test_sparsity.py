@@ -9,7 +9,7 @@ from torch import nn
 
 from train import Hook, optimizer_step
 from utils.optim import ModelEMA
-from utils.slimming.sparsity import GammaL1, gauge
+from utils.slimming.sparsity import GammaL1, TargetSparsity, gauge, travel
 
 
 def norm(values=(0.5, -0.2, 0.0)) -> nn.BatchNorm2d:
@@ -39,7 +39,7 @@ def test_share_of_a_step_and_frozen_layers():
 
 def test_gauge():
     shares = gauge([torch.tensor([0.0, 0.005, -0.05, 0.5]), torch.tensor([1.0])])
-    assert shares == pytest.approx({"below_1e-3": 0.2, "below_1e-2": 0.4, "below_1e-1": 0.6})
+    assert shares == pytest.approx({"zero": 0.2, "below_1e-3": 0.2, "below_1e-2": 0.4, "below_1e-1": 0.6})
 
 
 class _Penalty(Hook):
@@ -74,3 +74,75 @@ def test_a_step_with_an_infinity_is_skipped_whole():
     run = SimpleNamespace(scaler=scaler, optimizer=torch.optim.SGD(m.parameters(), lr=1.0), model=m, hooks=[hook], ema=ModelEMA(m))
     optimizer_step(run)
     assert torch.equal(m.weight, torch.ones(2)) and hook.skips == [True] and run.ema.updates == 0
+
+
+def test_travel_is_what_the_optimizers_do():
+    """A gamma that nothing holds, under SGD with momentum and under AdamW, against the formula."""
+    for name, sr, steps in (("SGD", 0.01, 400), ("AdamW", 0.3, 400)):
+        m = norm((5.0, 5.0))
+        parameters = [m.weight, m.bias]
+        optimizer = torch.optim.SGD(parameters, 0.01, 0.9) if name == "SGD" else torch.optim.AdamW(parameters, 0.01, weight_decay=0)
+        penalty = GammaL1([m], sr, epochs=4, sr_bias=0.0)
+        for step in range(steps):
+            m.weight.grad, m.bias.grad = torch.zeros(2), torch.zeros(2)
+            penalty.add_to_gradients(step // 100)
+            optimizer.step()
+        most = travel([0.01] * steps, [penalty.coefficient(i // 100) for i in range(steps)], 0.9 if name == "SGD" else None)
+        moved = 5 - float(m.weight.detach()[0])
+        assert 0.94 * most < moved <= most if name == "SGD" else 0.7 * most < moved <= most  # Adam: while sr falls, sqrt(v) lags
+
+
+def importance_run(share=0.5, steps=200, sizes=(10, 30, 3), seed=0) -> tuple[list[nn.BatchNorm2d], list[nn.BatchNorm2d], TargetSparsity, list[int]]:
+    """BatchNorms whose odd channels matter a hundred times more than the even ones, trained to a target."""
+    norms, copies = [nn.BatchNorm2d(n) for n in sizes], [nn.BatchNorm2d(n) for n in sizes]
+    target, counts = TargetSparsity(norms, share, copies), []
+    generator = torch.Generator().manual_seed(seed)
+    for step in range(steps):
+        for m in norms:
+            matters = torch.where(torch.arange(m.num_features) % 2 == 1, 1.0, 0.01)
+            m.weight.grad, m.bias.grad = matters * torch.randn(m.num_features, generator=generator), torch.zeros(m.num_features)
+        target.observe()
+        target.shrink((step + 1) / steps)
+        counts.append(sum(int((m.weight == 0).sum()) for m in norms))
+    return norms, copies, target, counts
+
+
+def test_target_is_reached_exactly_in_time_by_the_least_important_channels():
+    norms, copies, target, counts = importance_run(share=0.4)
+    assert counts[-1] == round(0.4 * 43) and counts[140] == counts[-1] and counts == sorted(counts) and counts[10] == 0
+    for m, copy in zip(norms[:2], copies):
+        assert not (m.weight[1::2] == 0).any()  # what matters is alive
+        assert torch.equal(m.weight == 0, m.bias == 0) or not m.bias.any()
+        assert torch.equal(copy.weight == 0, m.weight == 0)  # and the copy shows it
+    assert not (norms[2].weight == 0).any()  # three channels: fewer than every layer keeps
+
+
+def test_every_layer_keeps_its_floor_however_high_the_target():
+    norms, _, target, counts = importance_run(share=0.99)
+    assert [int((m.weight != 0).sum()) for m in norms] == [4, 4, 3]
+
+
+def test_target_resumes_exactly():
+    whole = importance_run()[2]
+    half = importance_run(steps=100)[2]
+    other = TargetSparsity([nn.BatchNorm2d(n) for n in (10, 30, 3)], 0.5)
+    other.load_state_dict(half.state_dict())
+    assert torch.equal(other.score, half.score) and torch.equal(other.dead, half.dead) and not torch.equal(whole.score, half.score)
+
+
+def test_an_infinite_gradient_does_not_poison_the_importances():
+    m = norm()
+    target = TargetSparsity([m], 0.5)
+    target.observe()
+    before = target.score.clone()
+    m.weight.grad[0] = float("inf")
+    target.observe()
+    assert torch.equal(target.score, before) and before.any()
+
+
+def test_target_leaves_frozen_layers_alone():
+    m, frozen = norm((0.01,) * 20), norm((0.01,) * 20)
+    frozen.requires_grad_(False)
+    target = TargetSparsity([frozen, m], 0.5, [nn.BatchNorm2d(20), nn.BatchNorm2d(20)])
+    target.shrink(1.0)
+    assert int((m.weight == 0).sum()) == 10 and not (frozen.weight == 0).any()

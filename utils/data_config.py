@@ -88,8 +88,6 @@ def _make_builtin(file: Path, raw: dict[str, Any], root: Path) -> None:
         return
     if builtin != "shapes":
         raise UserError(f"{file}: builtin: {builtin!r} is unknown; the built-in data set is 'shapes'")
-    if (root / "complete").is_file():
-        return
     from utils.shapes import generate
 
     try:

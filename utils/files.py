@@ -3,9 +3,12 @@ from __future__ import annotations
 
 import json
 import os
+import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
 from utils.errors import UserError
@@ -71,3 +74,20 @@ def newest(pattern: str, folder: Path = Path()) -> Path | None:
     """The most recently written file that matches a glob pattern, or None."""
     files = [p for p in folder.glob(pattern) if p.is_file()]
     return max(files, key=lambda p: p.stat().st_mtime) if files else None
+
+
+def command_line() -> str:
+    """The command that runs now, for the checkpoint's record."""
+    return " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
+def write_array(file: Path, array: np.ndarray) -> None:
+    """Write a .npy file so that it is there whole or not at all."""
+    handle, temporary = tempfile.mkstemp(dir=file.parent, suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            np.save(stream, array, allow_pickle=False)
+        os.replace(temporary, file)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

@@ -67,6 +67,11 @@ class Schedule:
         wanted = max(round(self.hyp["warmup_epochs"] * self.batches), 100) if self.hyp["warmup_epochs"] > 0 else 0
         return min(wanted, self.epochs * self.batches // 4)
 
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the run, about: during warm-up there are a few more."""
+        return math.ceil(self.batches / self.accumulate(self.warmup)) * self.epochs
+
     def accumulate(self, iteration: int) -> int:
         """Iterations a step, at this iteration."""
         full = max(round(self.nbs / self.batch_size), 1)
@@ -112,6 +117,15 @@ class ModelEMA(Generic[AnyModel]):
         torch._foreach_lerp_(self._mine, self._theirs, 1 - decay)
         for a, b in self._counters:
             a.copy_(b)
+
+
+def ema_tau(steps: int) -> float:
+    """The tau of ModelEMA for a run of so many steps: 2000, and less for runs below some 14,000.
+
+    With tau 2000 a short run would end with hardly any averaging (750 steps: over the last 1.5 steps). The average
+    reaches back about exp(n / tau) steps; this tau makes that a twentieth of the run at its end.
+    """
+    return min(2000.0, steps / math.log(max(steps / 20, 2.0)))
 
 
 class EarlyStopping:

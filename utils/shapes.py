@@ -1,7 +1,8 @@
 """The built-in detection set: circles, squares, triangles and stars, drawn by code so that nothing need be downloaded.
 
 A picture is a pure function of (seed, split, index). The objects differ in size, proportions, angle, colour and
-texture, hide one another and lie under clutter that belongs to no class, so a detector has to learn their outlines.
+texture, hide one another and lie under clutter that belongs to no class. As with things in photographs, a class has
+colours that it likes, but not all of its objects keep to them: a detector has to learn outlines as well.
 """
 from __future__ import annotations
 
@@ -21,15 +22,18 @@ from utils.errors import UserError
 
 NAMES = ("circle", "square", "triangle", "star")
 COUNTS: Mapping[str, int] = MappingProxyType({"train": 400, "val": 120, "test": 120})
-VERSION = 1            # of the pictures: raise it with every change that draws them differently
+VERSION = 2            # of the pictures: raise it with every change that draws them differently
 MARKER = "complete"    # the file that tells a finished set; it holds VERSION
 
 WIDTH = (160, 224)     # pixels
 HEIGHT = (120, 200)
-SIZE = (0.10, 0.50)    # longer side of an object's box : shorter side of the image
+SIZE = (0.18, 0.60)    # longer side of an object's box : shorter side of the image
 EMPTY = 0.05           # share of images without objects
-MOST_OBJECTS = 6
+MOST_OBJECTS = 5
 LEAST_VISIBLE = 0.4    # of an object's area; one that shows less has no label
+HUES: Mapping[str, float] = MappingProxyType({"circle": 0, "square": 120, "triangle": 240, "star": 60})  # degrees
+TYPICAL = 0.85         # share of objects in a colour that their class likes: within HUE_SPREAD of its hue
+HUE_SPREAD = 35        # degrees
 LEAST_CONTRAST = 70    # grey levels between an object and the background's mean, in the channel that differs most
 FINER = 4              # sub-pixels a pixel, each way
 JPEG_QUALITY = 95
@@ -121,7 +125,7 @@ def draw(seed: int, split: str, index: int) -> tuple[np.ndarray, np.ndarray]:
         kind = int(rng.integers(len(NAMES)))
         points = _place(rng, outline(rng, kind), height, width)
         mask = mask_of(points, height, width)
-        paint(rng, image, mask, mean)
+        paint(rng, image, mask, mean, HUES[NAMES[kind]] if rng.random() < TYPICAL else None)
         owner[mask >= 128] = number
         kinds.append(kind)
         boxes.append(extent(mask))
@@ -189,20 +193,28 @@ def extent(mask: np.ndarray) -> tuple[int, int, int, int]:
 # ------------------------------------------------------------------------------------------------------ paint and paper
 
 
-def paint(rng: Rng, image: np.ndarray, mask: np.ndarray, mean: np.ndarray) -> None:
-    """Fill the masked part of a float (h, w, 3) image, in place, plain or textured in two colours unlike `mean`."""
+def paint(rng: Rng, image: np.ndarray, mask: np.ndarray, mean: np.ndarray, hue: float | None = None) -> None:
+    """Fill the masked part of a float (h, w, 3) image, in place, plain or textured in two colours unlike `mean`.
+
+    The colours lie within HUE_SPREAD of `hue` (degrees); None: anywhere.
+    """
     x, y, w, h = cv2.boundingRect(mask)  # of every pixel above 0: the soft rim too
     part, alpha = image[y:y + h, x:x + w], mask[y:y + h, x:x + w, None] / np.float32(255)
-    first, second = _colour(rng, mean), _colour(rng, mean)
+    first, second = _colour(rng, mean, hue), _colour(rng, mean, hue)
     blend = _texture(rng, h, w)[..., None]
     part += alpha * (first + blend * (second - first) - part)
 
 
-def _colour(rng: Rng, mean: np.ndarray) -> np.ndarray:
-    """A random colour that stands out from `mean`: float32 (3,)."""
-    colours = rng.uniform(15, 240, (16, 3))
+def _colour(rng: Rng, mean: np.ndarray, hue: float | None) -> np.ndarray:
+    """A random colour that stands out from `mean`: BGR, float32 (3,), 0..255."""
+    if hue is None:
+        colours = rng.uniform(15, 240, (16, 3)).astype(np.float32)
+    else:
+        hues = (hue + rng.uniform(-HUE_SPREAD, HUE_SPREAD, 16)) % 360
+        hsv = np.column_stack((hues, rng.uniform(0.45, 1, 16), rng.uniform(0.35, 1, 16))).astype(np.float32)
+        colours = 255 * cv2.cvtColor(hsv[None], cv2.COLOR_HSV2BGR)[0]
     contrast = np.abs(colours - mean).max(1)
-    return colours[int(np.argmax(contrast >= LEAST_CONTRAST))].astype(np.float32)
+    return colours[int(np.argmax(contrast >= LEAST_CONTRAST))]
 
 
 def _texture(rng: Rng, height: int, width: int) -> np.ndarray:

@@ -1,0 +1,59 @@
+"""What the scripts in bench/ share: running the repository's commands, and the table of the stages of a model."""
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from models import checkpoint  # noqa: E402  (the repository's root must be on the path first)
+from models.yolo import fused, on_device  # noqa: E402
+from utils.errors import UserError  # noqa: E402
+from utils.slimming.cost import latency, profile  # noqa: E402
+from utils.slimming.report import table  # noqa: E402
+
+
+def run(command: str, folder: Path) -> None:
+    """Run one of the repository's commands in `folder`, showing what it prints."""
+    print(f"\n$ python {command}", flush=True)
+    script, *flags = shlex.split(command)
+    code = subprocess.run([sys.executable, str(ROOT / script), *flags], cwd=folder).returncode
+    if code:
+        raise UserError(f"'python {command}' ended with exit code {code}; its message is above, its files are in {folder}")
+
+
+def measure(stages: dict[str, str], folder: Path, flags: str = "", suffix: str = "") -> list[dict[str, Any]]:
+    """One row a stage, {name: checkpoint under `folder`}: accuracy by val.py, cost, and milliseconds an image at batch 1.
+
+    The models' latencies are measured in turns, so that a busy moment of the machine hits all of them.
+    """
+    rows: list[dict[str, Any]] = []
+    models: list[torch.nn.Module] = []
+    imgsz = 0
+    for stage, weights in stages.items():
+        run(f"val.py --weights {weights} --name {stage}{suffix} --exist-ok {flags}", folder)
+        metrics = json.loads((folder / "runs" / "val" / f"{stage}{suffix}" / "metrics.json").read_text())
+        data = checkpoint.read(folder / weights)
+        imgsz = data["imgsz"]
+        model = checkpoint.build(data)
+        models.append(on_device(fused(model), "cpu"))
+        cost = profile(model, imgsz)
+        rows.append({"stage": stage, "map50": metrics["metrics/mAP_0.5"], "map": metrics["metrics/mAP_0.5:0.95"],
+                     "parameters": cost.parameters, "flops": cost.flops, "mb": cost.megabytes})
+    for row, ms in zip(rows, latency(models, imgsz, runs=50)):
+        row["ms"] = ms
+    return rows
+
+
+def show(rows: list[dict[str, Any]]) -> str:
+    """The table of measure()'s rows."""
+    return table([(r["stage"], f"{r['map50']:.3f}", f"{r['map']:.3f}", f"{r['parameters']:,}", f"{r['flops'] / 1e9:.3f}",
+                   f"{r['mb']:.2f}", f"{r['ms']:.2f}") for r in rows],
+                 ("stage", "mAP50", "mAP50-95", "parameters", "GFLOPs", "MB", "ms per image"))
