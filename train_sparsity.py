@@ -19,6 +19,7 @@ from train import Hook, Run, train
 from utils.errors import UserError, run_cli
 from utils.files import write_array
 from utils.options import resolve, training_parser
+from utils.slimming.cost import channel_flops
 from utils.slimming.graph import trace
 from utils.slimming.pictures import plot_gamma_history, plot_gammas
 from utils.slimming.sparsity import GammaL1, TargetSparsity, gauge, travel
@@ -32,13 +33,17 @@ class SparsityHook(Hook):
 
     def start(self, run: Run) -> None:
         self.run, opt = run, run.opt
-        names = trace(run.model).prunable_norms()
+        graph = trace(run.model)
+        names = graph.prunable_norms()
         modules, averaged = dict(run.model.named_modules()), dict(run.ema.ema.named_modules())
         norms = [modules[n] for n in names]
         self.norms: dict[str, Any] = {n: averaged[n] for n in names}  # what is shown is what is saved: the averaged weights
         self.penalty = GammaL1(norms, opt.sr, opt.epochs, opt.sr_bias)
         # The average of a gamma that is 0 comes near 0 but never there, so it is set to 0 as well.
-        self.target = TargetSparsity(norms, opt.target_sparsity, list(self.norms.values())) if opt.target_sparsity else None
+        self.target = None
+        if opt.target_sparsity:
+            flops = channel_flops(run.model, graph, opt.imgsz) if opt.per_flop else {}
+            self.target = TargetSparsity(norms, opt.target_sparsity, list(self.norms.values()), [flops[n] for n in names] if flops else None)
         self.history: list[torch.Tensor] = []  # |gamma| of all channels, an entry an epoch
         if run.world.main:
             every = sum(isinstance(m, _BatchNorm) for m in modules.values())
@@ -124,6 +129,7 @@ def main(argv: list[str] | None = None) -> Run:
     parser.add_argument("--sr", type=float, help="strength of the L1 penalty on the BN scales (0.0001; 0 with --target-sparsity)")
     parser.add_argument("--sr-bias", type=float, help="strength of the L1 penalty on the BN shifts (10 * sr)")
     parser.add_argument("--target-sparsity", type=float, help="share of the prunable channels that are exactly 0 in the end, 0..1")
+    parser.add_argument("--per-flop", action="store_true", help="with --target-sparsity: take channels that cost more FLOPs first, for speed rather than size")
     opt = parser.parse_args(argv)
     opt.script = os.path.basename(__file__)
     return train(opt if opt.resume else resolve(check(opt)), [SparsityHook()])

@@ -9,7 +9,7 @@ from torch import nn
 
 from models.common import Conv
 from models.yolo import Model
-from utils.slimming.cost import latency, profile
+from utils.slimming.cost import channel_flops, latency, profile
 from utils.slimming.graph import trace
 from utils.slimming.selection import limit, select
 from utils.slimming.surgery import compose, largest_difference, masked, resize_like, slim
@@ -167,4 +167,13 @@ def test_cost_counts(model):
     cost = profile(Model("yolov5n.yaml"), 640)
     assert cost.parameters == 1_872_157 and cost.gflops == pytest.approx(4.5, abs=0.1)
     assert profile(model, 320).flops * 4 == profile(model, 640).flops
+
+
+@pytest.mark.parametrize("name", ["model.0.bn", "model.2.m.0.cv1.bn", "model.9.cv1.bn", "model.17.cv3.bn"])
+def test_channel_flops_are_what_a_cut_frees(model, name):
+    graph = trace(model)
+    freed = channel_flops(model, graph, 64)[name]
+    masks = {n: torch.ones(len(ids), dtype=torch.bool) for n, ids in graph.norms.items()}
+    masks[name][3] = False
+    assert profile(model, 64).flops - profile(slim(model, masks), 64).flops == freed[3] == freed[0]
     assert all(ms > 0 for ms in latency([deepcopy(model).eval()], 64, runs=2))

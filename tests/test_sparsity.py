@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -146,3 +147,12 @@ def test_target_leaves_frozen_layers_alone():
     target = TargetSparsity([frozen, m], 0.5, [nn.BatchNorm2d(20), nn.BatchNorm2d(20)])
     target.shrink(1.0)
     assert int((m.weight == 0).sum()) == 10 and not (frozen.weight == 0).any()
+
+
+def test_costs_make_the_expensive_go_first():
+    cheap, dear = norm((0.01,) * 20), norm((0.01,) * 20)
+    cheap.weight.grad, dear.weight.grad = torch.rand(20) + 1, torch.rand(20) + 2  # the dear ones matter a little more
+    target = TargetSparsity([cheap, dear], 0.4, costs=[np.ones(20), np.full(20, 100.0)])
+    target.observe()
+    target.shrink(1.0)
+    assert int((dear.weight == 0).sum()) == 16 and not (cheap.weight == 0).any()

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+
+from utils.slimming.graph import ChannelGraph
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,33 @@ def profile(model: nn.Module, imgsz: int | tuple[int, int] = 640, channels: int 
     return Cost(parameters=sum(p.numel() for p in model.parameters()),
                 flops=counter.get_total_flops(),
                 bytes=sum(4 * t.numel() for t in state.values() if t.is_floating_point()))
+
+
+def channel_flops(model: nn.Module, graph: ChannelGraph, imgsz: int = 640, channels: int = 3) -> dict[str, np.ndarray]:
+    """BatchNorm name -> float (channels,): the FLOPs of one image that go when only this channel (and its group) goes.
+
+    That is its filter in the convolution that makes it, and its input in every convolution that reads it. Depthwise
+    convolutions are counted once, with the channel.
+    """
+    ghost = deepcopy(model).to("meta").eval()
+    convolutions = {name: module for name, module in ghost.named_modules() if name in graph.outputs}
+    pixels: dict[str, int] = {}
+
+    def note(name: str, y: Tensor) -> None:
+        pixels[name] = y.shape[2] * y.shape[3]
+
+    for name, conv in convolutions.items():
+        conv.register_forward_hook(lambda _, __, y, name=name: note(name, y))
+    with torch.no_grad():
+        ghost(torch.empty(1, channels, imgsz, imgsz, device="meta", dtype=next(ghost.parameters()).dtype))
+    freed = np.zeros(len(graph.group))
+    for name, conv in convolutions.items():
+        assert isinstance(conv, nn.Conv2d)
+        one = 2.0 * conv.kernel_size[0] * conv.kernel_size[1] * pixels[name]  # an input channel seen by an output channel
+        np.add.at(freed, graph.group[graph.outputs[name]], one * conv.in_channels / conv.groups)
+        if conv.groups == 1:
+            np.add.at(freed, graph.group[graph.inputs[name]], one * conv.out_channels)
+    return {name: freed[graph.group[ids]] for name, ids in graph.norms.items()}
 
 
 def latency(models: list[nn.Module], imgsz: int = 640, batch: int = 1, runs: int = 20, channels: int = 3) -> list[float]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -62,7 +63,8 @@ class TargetSparsity:
     one whose |gamma| falls below DEAD is 0 for good. How many rank "lowest" grows with the run: fast first, when
     there is most to choose from, and all between BEGIN and END of it; the rest of the run heals.
 
-    Every layer keeps its best max(LEAST, FLOOR of it), so none can vanish. `copies` are BatchNorms of the same shape that
+    Every layer keeps its best max(LEAST, FLOOR of it), so none can vanish. `costs` (one array of channels a BatchNorm,
+    such as channel_flops gives) make it rank by importance per cost: the same share then frees more of it. `copies` are BatchNorms of the same shape that
     follow these, such as a moving average's: where these are 0, they are made 0.
     """
 
@@ -72,7 +74,8 @@ class TargetSparsity:
     MEMORY = 0.98             # of the running mean, per step
     FLOOR, LEAST = 0.1, 4
 
-    def __init__(self, norms: Sequence[nn.Module], share: float, copies: Sequence[nn.Module] = ()):
+    def __init__(self, norms: Sequence[nn.Module], share: float, copies: Sequence[nn.Module] = (),
+                 costs: Sequence[np.ndarray] | None = None):
         if not 0 < share < 1:
             raise ValueError(f"share must be between 0 and 1, not {share}")
         self.share = share
@@ -87,6 +90,7 @@ class TargetSparsity:
         self.start = (sizes.cumsum(0) - sizes)[self.layer]
         self.floor = torch.maximum((sizes * self.FLOOR).ceil(), sizes.clamp(max=self.LEAST)).long()[self.layer]
         self.score = torch.zeros(sum(self.sizes), device=device)
+        self.cost = torch.ones_like(self.score) if costs is None else torch.as_tensor(np.concatenate([costs[i] for i in kept]), dtype=torch.float32).to(device)
         self.dead = torch.zeros(sum(self.sizes), dtype=torch.bool, device=device)
 
     def wanted(self, progress: float) -> int:
@@ -100,7 +104,7 @@ class TargetSparsity:
         products = [torch._foreach_mul(p, [torch.zeros_like(t) if t.grad is None else t.grad for t in p]) for p in (self.gammas, self.betas)]
         square = (torch.cat(products[0]) + torch.cat(products[1])).float().square()
         finite = square.isfinite().all()  # not so in a step that the loss scaler is about to skip: leave it out
-        self.score.lerp_(square.nan_to_num(0, 0), (1 - self.MEMORY) * finite)
+        self.score.lerp_(square.nan_to_num(0, 0) / self.cost, (1 - self.MEMORY) * finite)
 
     @torch.no_grad()
     def shrink(self, progress: float) -> None:
