@@ -359,7 +359,7 @@ def resumed_options(opt: Namespace) -> tuple[Namespace, dict[str, Any]]:
     data = checkpoint.read(path)
     if not data.get("training"):
         raise UserError(f"{path}: holds weights only, nothing to resume; start from it with --weights {path}")
-    before = Namespace(**data["opt"])
+    before = Namespace(**{**vars(opt), **data["opt"]})  # a flag that is newer than the file has its default
     if before.script != opt.script:
         raise UserError(f"{path}: was made by {before.script}; resume it with: python {before.script} --resume {path}")
     before.device, before.workers = opt.device, opt.workers

@@ -19,10 +19,13 @@ from train import Hook, Run, train
 from utils.errors import UserError, run_cli
 from utils.files import write_array
 from utils.options import resolve, training_parser
-from utils.slimming.cost import channel_flops
+from utils.slimming.cost import CostModel
 from utils.slimming.graph import trace
 from utils.slimming.pictures import plot_gamma_history, plot_gammas
+from utils.slimming.selection import limit, select
 from utils.slimming.sparsity import GammaL1, TargetSparsity, gauge, travel
+from utils.slimming.surgery import keep_ids, masked
+from val import evaluate
 
 
 class SparsityHook(Hook):
@@ -33,7 +36,8 @@ class SparsityHook(Hook):
 
     def start(self, run: Run) -> None:
         self.run, opt = run, run.opt
-        graph = trace(run.model)
+        self.graph = graph = trace(run.model)
+        self.costs = CostModel(run.model, graph, opt.imgsz)
         names = graph.prunable_norms()
         modules, averaged = dict(run.model.named_modules()), dict(run.ema.ema.named_modules())
         norms = [modules[n] for n in names]
@@ -42,7 +46,7 @@ class SparsityHook(Hook):
         # The average of a gamma that is 0 comes near 0 but never there, so it is set to 0 as well.
         self.target = None
         if opt.target_sparsity:
-            flops = channel_flops(run.model, graph, opt.imgsz) if opt.per_flop else {}
+            flops = self.costs.freed() if opt.per_flop else {}
             self.target = TargetSparsity(norms, opt.target_sparsity, list(self.norms.values()), [flops[n] for n in names] if flops else None)
         self.history: list[torch.Tensor] = []  # |gamma| of all channels, an entry an epoch
         if run.world.main:
@@ -65,17 +69,34 @@ class SparsityHook(Hook):
     def epoch_end(self, log: dict[str, float]) -> None:
         gammas = [m.weight for m in self.norms.values()]
         self.history.append(torch.cat(gammas).detach().abs().half().cpu())
-        log["sparsity/sr"] = self.penalty.coefficient(self.run.epoch)
         shares = gauge(gammas)
+        log["sparsity/sr"] = self.penalty.coefficient(self.run.epoch)
         log.update({f"sparsity/{k}": v for k, v in shares.items()})
         if self.run.log is None:
             return
         print(f"{'':>11}gammas " + ", ".join(f"{k.replace('_', ' ')}: {v:.1%}" for k, v in shares.items()), flush=True)
+        log.update(self.outlook())
         tb, epoch = self.run.log.tb, self.run.epoch
         tb.add_histogram("bn_weights/hist", torch.cat([g.detach().abs() for g in gammas]), epoch)
         tb.add_histogram("bn_bias/hist", torch.cat([m.bias.detach().abs() for m in self.norms.values()]), epoch)
         for name, module in self.norms.items():
             tb.add_histogram(f"bn_layers/{name}", module.weight.detach().abs(), epoch)
+
+    def outlook(self) -> dict[str, float]:
+        """What prune.py --percent would make of the model as it is now: size, the source's limit and, now and then, mAP."""
+        run, opt, model = self.run, self.run.opt, self.run.ema.ema
+        masks = select(self.graph, model, opt.percent)
+        parameters, flops = self.costs.remaining(keep_ids(self.graph, masks))
+        log = {"sparsity/limit": limit(self.graph, model).percent, "sparsity/parameters_left": float(parameters), "sparsity/gflops_left": flops / 1e9}
+        text = f"{'':>11}--percent {opt.percent:g} would leave {parameters:,} parameters, {flops / 1e9:.3f} GFLOPs"
+        if opt.masked_val and (run.epoch + 1) % opt.masked_val == 0:
+            assert run.val_loader is not None
+            found = evaluate(masked(model, masks), run.val_loader, run.world.device).ap  # type: ignore[arg-type]
+            log.update({"sparsity/masked_mAP_0.5": found.map50, "sparsity/masked_mAP_0.5:0.95": found.map})
+            text += f", mAP50 {found.map50:.3f}, mAP50-95 {found.map:.3f}"
+        if opt.masked_val or run.epoch + 1 == opt.epochs:
+            print(text, flush=True)
+        return log
 
     def end(self) -> None:
         history = torch.stack(self.history).float().numpy()
@@ -113,6 +134,8 @@ def check(opt: Namespace) -> Namespace:
     """Refuse strengths that can't be; the source's sr holds where neither a strength nor a target is given."""
     if opt.target_sparsity is not None and not 0 < opt.target_sparsity < 1:
         raise UserError(f"--target-sparsity {opt.target_sparsity:g}: must be between 0 and 1 (0.5 takes half of the prunable channels to 0)")
+    if not 0 <= opt.percent < 1:
+        raise UserError(f"--percent {opt.percent:g}: must be at least 0 and below 1")
     if opt.sr is not None and opt.sr < 0:
         raise UserError(f"--sr {opt.sr:g}: must not be negative")
     if opt.sr is None:
@@ -130,6 +153,8 @@ def main(argv: list[str] | None = None) -> Run:
     parser.add_argument("--sr-bias", type=float, help="strength of the L1 penalty on the BN shifts (10 * sr)")
     parser.add_argument("--target-sparsity", type=float, help="share of the prunable channels that are exactly 0 in the end, 0..1")
     parser.add_argument("--per-flop", action="store_true", help="with --target-sparsity: take channels that cost more FLOPs first, for speed rather than size")
+    parser.add_argument("--percent", type=float, default=0.5, help="the prune.py --percent that the outlook of every epoch is for")
+    parser.add_argument("--masked-val", type=int, default=0, metavar="N", help="every N epochs also validate the model without those channels (0: never)")
     opt = parser.parse_args(argv)
     opt.script = os.path.basename(__file__)
     return train(opt if opt.resume else resolve(check(opt)), [SparsityHook()])

@@ -8,18 +8,15 @@ that is done is not run again. Writes bench/results/bccd.csv and the pictures in
 """
 from __future__ import annotations
 
-import csv
 import shutil
 from pathlib import Path
 
 import numpy as np
-from common import ROOT, measure, run, show
+from common import ROOT, measure, run, show, write_csv
 
 from utils.errors import run_cli
 from utils.options import HelpfulParser
 from utils.slimming.pictures import plot_gamma_history, plot_gammas, plot_stages
-
-COLUMNS = ("split", "stage", "map50", "map", "parameters", "flops", "mb", "ms")
 
 
 def steps(voc: Path, weights: Path, sr: float, share: float, epochs: int) -> dict[str, str]:
@@ -75,13 +72,8 @@ def main() -> None:
     rows = []
     for split in ("val", "test"):
         for row in measure(STAGES, folder, f"--data bccd/data.yaml --task {split} --batch-size 32", f"-{split}"):
-            rows.append({"split": split, **row})
-    results = ROOT / "bench" / "results"
-    results.mkdir(exist_ok=True)
-    with open(results / "bccd.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows({k: round(v, 5) if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+            rows.append({"sr": f"{opt.sr:g}", "split": split, **row})
+    write_csv(ROOT / "bench" / "results" / "bccd.csv", rows)
     pictures(folder, [row for row in rows if row["split"] == "val"], opt.sr, opt.share)
     for split in ("val", "test"):
         print(f"\n{split}\n{show([row for row in rows if row['split'] == split])}")

@@ -1,6 +1,7 @@
 """What the scripts in bench/ share: running the repository's commands, and the table of the stages of a model."""
 from __future__ import annotations
 
+import csv
 import json
 import shlex
 import subprocess
@@ -57,3 +58,12 @@ def show(rows: list[dict[str, Any]]) -> str:
     return table([(r["stage"], f"{r['map50']:.3f}", f"{r['map']:.3f}", f"{r['parameters']:,}", f"{r['flops'] / 1e9:.3f}",
                    f"{r['mb']:.2f}", f"{r['ms']:.2f}") for r in rows],
                  ("stage", "mAP50", "mAP50-95", "parameters", "GFLOPs", "MB", "ms per image"))
+
+
+def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    """measure()'s rows as CSV, floats with five digits after the point."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows({k: round(v, 5) if isinstance(v, float) else v for k, v in row.items()} for row in rows)

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import time
 
-from common import ROOT, measure, run, show
+from common import ROOT, measure, run, show, write_csv
 
 from utils.errors import run_cli
-from utils.files import new_run_folder, write_json
+from utils.files import new_run_folder
 from utils.options import HelpfulParser
 from utils.slimming.pictures import plot_stages
 
@@ -35,7 +35,7 @@ def main() -> None:
     run(f"finetune_pruned.py --epochs {tune} --name tuned", folder)
     rows = measure(STAGES, folder, "--batch-size 32")
     print("\n" + show(rows))
-    write_json(folder / "table.json", rows)
+    write_csv(folder / "table.csv", rows)
     plot_stages(rows, folder / "stages.png")
     print(f"\n{(time.time() - started) / 60:.1f} minutes. Pictures:")
     for picture in PICTURES:

@@ -104,16 +104,20 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(script, tiny, cfg, t
 
 @pytest.mark.slow
 def test_a_target_is_reached_resumed_exactly_and_cut_without_a_trace(script, tiny, cfg, tmp_path):
-    script("train_sparsity.py", "--target-sparsity", 0.5, "--data", tiny, "--weights", "", "--cfg", cfg, "--epochs", 4, "--save-period", 2, *FAST, cwd=tmp_path)
+    script("train_sparsity.py", "--target-sparsity", 0.5, "--data", tiny, "--weights", "", "--cfg", cfg, "--epochs", 4, "--save-period", 2,
+           "--masked-val", 2, *FAST, cwd=tmp_path)
     weights = tmp_path / "runs/train/exp/weights"
     final = checkpoint.read(weights / "last.pt")
     assert float(rows(weights.parent / "results.csv")[-1]["sparsity/zero"]) == pytest.approx(0.5, abs=0.002)
+    last = rows(weights.parent / "results.csv")[-1]
+    assert float(last["sparsity/masked_mAP_0.5"]) == pytest.approx(float(last["metrics/mAP_0.5"]), abs=1e-4)  # only zeros would be cut
     assert (weights.parent / "gammas.png").is_file() and (weights.parent / "gamma_history.png").is_file()
 
     done = script("prune.py", "--percent", 0.5, "--batch-size", 4, cwd=tmp_path)
     assert "threshold |gamma| 0\n" in done.stdout
     report = json.loads((tmp_path / "runs/prune/exp/report.json").read_text())
     assert report["stages"][0]["mAP50-95"] == pytest.approx(report["stages"][2]["mAP50-95"], abs=1e-6)
+    assert [c["after"] for c in report["cost"][:2]] == pytest.approx([float(last["sparsity/parameters_left"]), float(last["sparsity/gflops_left"])])
 
     (weights / "epoch2.pt").replace(weights / "last.pt")
     script("train_sparsity.py", "--resume", weights / "last.pt", cwd=tmp_path)
@@ -128,6 +132,18 @@ def test_official_weights_start_a_run_and_are_pruned(script, tiny, assets, tmp_p
     script("prune.py", "--percent", 0.3, "--cfg", "models/yolov5n.yaml", "--noval", cwd=tmp_path)
     done = script("prune.py", "--cfg", "models/yolov5s.yaml", "--noval", cwd=tmp_path, code=2)
     assert "width_multiple" in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_official_weights_give_stocks_figures_on_coco128(script, assets, tmp_path):
+    data = tmp_path / "coco128.yaml"
+    text = (Path(__file__).parents[1] / "data/coco128.yaml").read_text()
+    data.write_text(text.replace("path: ../datasets/coco128", f"path: {assets / 'coco128'}"))
+    script("val.py", "--weights", assets / "yolov5n.pt", "--data", data, "--imgsz", 640, "--batch-size", 16, "--save-json", "--noplots", cwd=tmp_path)
+    found = json.loads((tmp_path / "runs/val/exp/metrics.json").read_text())
+    stock = {"precision": 0.586, "recall": 0.508, "mAP_0.5": 0.568, "mAP_0.5:0.95": 0.365}
+    assert {k: found[f"metrics/{k}"] for k in stock} == pytest.approx(stock, abs=0.003)
+    assert found["pycocotools"]["mAP_0.5:0.95"] == pytest.approx(found["metrics/mAP_0.5:0.95"], abs=0.01)
 
 
 @pytest.mark.slow

@@ -9,10 +9,10 @@ from torch import nn
 
 from models.common import Conv
 from models.yolo import Model
-from utils.slimming.cost import channel_flops, latency, profile
+from utils.slimming.cost import CostModel, latency, profile
 from utils.slimming.graph import trace
 from utils.slimming.selection import limit, select
-from utils.slimming.surgery import compose, largest_difference, masked, resize_like, slim
+from utils.slimming.surgery import compose, keep_ids, largest_difference, masked, resize_like, slim
 
 
 def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -167,13 +167,21 @@ def test_cost_counts(model):
     cost = profile(Model("yolov5n.yaml"), 640)
     assert cost.parameters == 1_872_157 and cost.gflops == pytest.approx(4.5, abs=0.1)
     assert profile(model, 320).flops * 4 == profile(model, 640).flops
+    assert all(ms > 0 for ms in latency([deepcopy(model).eval()], 64, runs=2))
 
 
 @pytest.mark.parametrize("name", ["model.0.bn", "model.2.m.0.cv1.bn", "model.9.cv1.bn", "model.17.cv3.bn"])
-def test_channel_flops_are_what_a_cut_frees(model, name):
+def test_freed_flops_are_what_a_cut_frees(model, name):
     graph = trace(model)
-    freed = channel_flops(model, graph, 64)[name]
+    freed = CostModel(model, graph, 64).freed()[name]
     masks = {n: torch.ones(len(ids), dtype=torch.bool) for n, ids in graph.norms.items()}
     masks[name][3] = False
     assert profile(model, 64).flops - profile(slim(model, masks), 64).flops == freed[3] == freed[0]
-    assert all(ms > 0 for ms in latency([deepcopy(model).eval()], 64, runs=2))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_predicted_cost_is_the_slim_models(model, seed):
+    graph, masks = trace(model), random_masks(model, seed)
+    keep = keep_ids(graph, masks)
+    cost = profile(slim(model, masks), 64)
+    assert CostModel(model, graph, 64).remaining(keep) == (cost.parameters, cost.flops)

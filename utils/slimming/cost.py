@@ -42,31 +42,65 @@ def profile(model: nn.Module, imgsz: int | tuple[int, int] = 640, channels: int 
                 bytes=sum(4 * t.numel() for t in state.values() if t.is_floating_point()))
 
 
-def channel_flops(model: nn.Module, graph: ChannelGraph, imgsz: int = 640, channels: int = 3) -> dict[str, np.ndarray]:
-    """BatchNorm name -> float (channels,): the FLOPs of one image that go when only this channel (and its group) goes.
+class CostModel:
+    """What is left of a model after any cut, counted from its channel graph without making the cut.
 
-    That is its filter in the convolution that makes it, and its input in every convolution that reads it. Depthwise
-    convolutions are counted once, with the channel.
+    A convolution with r output channels, c input channels and k x k taps on a map of p pixels has r * c * k^2 weights (a
+    group's share of them where it is grouped) and takes 2 * r * c * k^2 * p FLOPs.
     """
+
+    def __init__(self, model: nn.Module, graph: ChannelGraph, imgsz: int = 640, channels: int = 3):
+        self.graph = graph
+        modules = dict(model.named_modules())
+        pixels = _map_sizes(model, graph, imgsz, channels)
+        self.parts: list[tuple[str, float, float, int]] = []  # name, weights and FLOPs of one output x input channel, biases
+        counted = 0
+        for name in graph.outputs:
+            conv = modules[name]
+            assert isinstance(conv, nn.Conv2d)
+            weights = conv.kernel_size[0] * conv.kernel_size[1] / conv.groups
+            self.parts.append((name, weights, 2 * weights * pixels[name], int(conv.bias is not None)))
+            counted += conv.weight.numel() + (0 if conv.bias is None else conv.bias.numel())
+        counted += sum(2 * len(ids) for ids in graph.norms.values())
+        self.rest = sum(p.numel() for p in model.parameters()) - counted  # what no cut changes
+        self._depthwise = {name for name in graph.outputs if graph.outputs[name] is graph.inputs[name]}
+
+    def remaining(self, keep: np.ndarray) -> tuple[int, int]:
+        """(parameters, FLOPs) when only the ids with keep (bool, (ids,)) are left."""
+        parameters, flops = float(self.rest), 0.0
+        for name, weights, work, bias in self.parts:
+            rows, columns = int(keep[self.graph.outputs[name]].sum()), int(keep[self.graph.inputs[name]].sum())
+            pairs = rows * (len(self.graph.inputs[name]) if name in self._depthwise else columns)
+            parameters += pairs * weights + rows * bias
+            flops += pairs * work
+        parameters += sum(2 * int(keep[ids].sum()) for ids in self.graph.norms.values())
+        return round(parameters), round(flops)
+
+    def freed(self) -> dict[str, np.ndarray]:
+        """BatchNorm name -> float (channels,): the FLOPs that go when only this channel (and its group) goes."""
+        total = np.zeros(len(self.graph.group))
+        for name, _, work, _ in self.parts:
+            outputs, inputs = (self.graph.group[ids[name]] for ids in (self.graph.outputs, self.graph.inputs))
+            np.add.at(total, outputs, work * len(inputs))
+            if name not in self._depthwise:
+                np.add.at(total, inputs, work * len(outputs))
+        return {name: total[self.graph.group[ids]] for name, ids in self.graph.norms.items()}
+
+
+def _map_sizes(model: nn.Module, graph: ChannelGraph, imgsz: int, channels: int) -> dict[str, int]:
+    """Convolution name -> pixels of its output map, from a pass on the meta device."""
     ghost = deepcopy(model).to("meta").eval()
-    convolutions = {name: module for name, module in ghost.named_modules() if name in graph.outputs}
     pixels: dict[str, int] = {}
 
     def note(name: str, y: Tensor) -> None:
         pixels[name] = y.shape[2] * y.shape[3]
 
-    for name, conv in convolutions.items():
-        conv.register_forward_hook(lambda _, __, y, name=name: note(name, y))
+    for name, module in ghost.named_modules():
+        if name in graph.outputs:
+            module.register_forward_hook(lambda _, __, y, name=name: note(name, y))
     with torch.no_grad():
         ghost(torch.empty(1, channels, imgsz, imgsz, device="meta", dtype=next(ghost.parameters()).dtype))
-    freed = np.zeros(len(graph.group))
-    for name, conv in convolutions.items():
-        assert isinstance(conv, nn.Conv2d)
-        one = 2.0 * conv.kernel_size[0] * conv.kernel_size[1] * pixels[name]  # an input channel seen by an output channel
-        np.add.at(freed, graph.group[graph.outputs[name]], one * conv.in_channels / conv.groups)
-        if conv.groups == 1:
-            np.add.at(freed, graph.group[graph.inputs[name]], one * conv.out_channels)
-    return {name: freed[graph.group[ids]] for name, ids in graph.norms.items()}
+    return pixels
 
 
 def latency(models: list[nn.Module], imgsz: int = 640, batch: int = 1, runs: int = 20, channels: int = 3) -> list[float]:

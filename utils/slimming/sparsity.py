@@ -64,7 +64,7 @@ class TargetSparsity:
     there is most to choose from, and all between BEGIN and END of it; the rest of the run heals.
 
     Every layer keeps its best max(LEAST, FLOOR of it), so none can vanish. `costs` (one array of channels a BatchNorm,
-    such as channel_flops gives) make it rank by importance per cost: the same share then frees more of it. `copies` are BatchNorms of the same shape that
+    such as CostModel.freed gives) make it rank by importance per cost: the same share then frees more of it. `copies` are BatchNorms of the same shape that
     follow these, such as a moving average's: where these are 0, they are made 0.
     """
 
