@@ -82,6 +82,9 @@ def describe(result: Cut, opt: Namespace) -> None:
         print(f"warning: --percent {opt.percent:g} is above that limit; every layer keeps at least {opt.min_channels} "
               f"channel{'s' if opt.min_channels > 1 else ''}. Train with a larger --sr, or longer, to move the limit")
     print(f"requested {opt.percent:.1%} of the prunable channels, achieved {result.achieved:.1%}, threshold |gamma| {result.threshold:.4g}")
+    everything = torch.cat(list(gammas(result.graph, result.dense).values()))
+    if zero := float((everything == 0).float().mean()):
+        print(f"{zero:.1%} of the prunable gammas are exactly 0: a --percent up to {zero:.3f} cuts nothing that the model uses")
     for note in result.graph.notes:
         print(f"note: {note}")
 

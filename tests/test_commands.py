@@ -114,7 +114,7 @@ def test_a_target_is_reached_resumed_exactly_and_cut_without_a_trace(script, tin
     assert (weights.parent / "gammas.png").is_file() and (weights.parent / "gamma_history.png").is_file()
 
     done = script("prune.py", "--percent", 0.5, "--batch-size", 4, cwd=tmp_path)
-    assert "threshold |gamma| 0\n" in done.stdout
+    assert "threshold |gamma| 0\n" in done.stdout and "prunable gammas are exactly 0" in done.stdout
     report = json.loads((tmp_path / "runs/prune/exp/report.json").read_text())
     assert report["stages"][0]["mAP50-95"] == pytest.approx(report["stages"][2]["mAP50-95"], abs=1e-6)
     assert [c["after"] for c in report["cost"][:2]] == pytest.approx([float(last["sparsity/parameters_left"]), float(last["sparsity/gflops_left"])])
