@@ -152,7 +152,8 @@ def main(argv: list[str] | None = None) -> Run:
     parser.add_argument("--sr", type=float, help="strength of the L1 penalty on the BN scales (0.0001; 0 with --target-sparsity)")
     parser.add_argument("--sr-bias", type=float, help="strength of the L1 penalty on the BN shifts (10 * sr)")
     parser.add_argument("--target-sparsity", type=float, help="share of the prunable channels that are exactly 0 in the end, 0..1")
-    parser.add_argument("--per-flop", action="store_true", help="with --target-sparsity: take channels that cost more FLOPs first, for speed rather than size")
+    parser.add_argument("--per-flop", action=BooleanOptionalAction, default=True,
+                        help="with --target-sparsity: rank channels by importance per FLOP, which makes the slim model faster; --no-per-flop: by importance")
     parser.add_argument("--percent", type=float, default=0.5, help="the prune.py --percent that the outlook of every epoch is for")
     parser.add_argument("--masked-val", type=int, default=0, metavar="N", help="every N epochs also validate the model without those channels (0: never)")
     opt = parser.parse_args(argv)
