@@ -171,8 +171,9 @@ def train_epoch(run: Run) -> dict[str, float]:
             run.scaler.scale(loss * run.world.size).backward()
         mean, waiting = (mean * i + items) / (i + 1), waiting + loss.detach()
         if stepping:
-            *shown, total = torch.cat((mean, waiting)).tolist()  # the one read a step that waits for a GPU
-            check_finite(run, total, names)
+            norm = complete_gradients(run)
+            *shown, total, length = torch.cat((mean, waiting, norm.view(1))).tolist()  # the one read a step that waits for a GPU
+            check_finite(run, total, length, names)
             run.step_share = images / run.opt.nbs
             optimizer_step(run)
             gathered, images, names = 0, 0, []
@@ -188,10 +189,14 @@ def train_epoch(run: Run) -> dict[str, float]:
             **{f"x/lr{j}": group["lr"] for j, group in enumerate(run.optimizer.param_groups)}}
 
 
-def optimizer_step(run: Run) -> None:
-    """Unscale, clip, hooks, step, EMA. Whatever touches gradients comes after unscaling, or AMP would shrink it to nothing."""
+def complete_gradients(run: Run) -> Tensor:
+    """Unscale and clip; returns the gradients' norm before the clip."""
     run.scaler.unscale_(run.optimizer)
-    nn.utils.clip_grad_norm_(run.model.parameters(), max_norm=10.0, foreach=True)
+    return nn.utils.clip_grad_norm_(run.model.parameters(), max_norm=10.0, foreach=True)
+
+
+def optimizer_step(run: Run) -> None:
+    """Hooks, step, EMA. What hooks do to gradients comes after unscaling, or AMP would shrink it to nothing."""
     for hook in run.hooks:
         hook.before_step()
     scale = run.scaler.get_scale()
@@ -205,10 +210,12 @@ def optimizer_step(run: Run) -> None:
         hook.after_step(skipped)
 
 
-def check_finite(run: Run, loss: float, names: Sequence[str]) -> None:
+def check_finite(run: Run, loss: float, norm: float, names: Sequence[str]) -> None:
     """Stop before a NaN or an infinity gets into the weights; `names` are the images of this step."""
-    if not math.isfinite(loss):
-        raise NonFiniteError(f"the loss is {loss} in epoch {run.epoch + 1}, batch of {', '.join(Path(p).name for p in names[:4])} ...; "
+    # With loss scaling an infinite gradient is normal now and then: the scaler skips the step and tries a smaller scale.
+    what = "loss" if not math.isfinite(loss) else "gradient" if not math.isfinite(norm) and not run.scaler.is_enabled() else ""
+    if what:
+        raise NonFiniteError(f"the {what} is not finite in epoch {run.epoch + 1}, batch of {', '.join(Path(p).name for p in names[:4])} ...; "
                              f"{run.folder / 'weights' / 'last.pt'} is whole; try a smaller lr0 in --hyp, --amp off, or a smaller --sr")
 
 

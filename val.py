@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from models import checkpoint
-from models.yolo import Model, fused, on_device
+from models import backend
+from models.backend import Detector
 from utils.boxes import nms, scale_boxes, xywh2xyxy
 from utils.data_config import DataConfig, read_data
 from utils.dataloaders import Batch, DetectionDataset, build_loader
@@ -56,21 +56,20 @@ class Evaluation:
 
 
 @torch.inference_mode()
-def evaluate(model: Model, loader: DataLoader, device: torch.device, conf: float = 0.001, iou: float = 0.6,
+def evaluate(model: Detector, loader: DataLoader, device: torch.device, conf: float = 0.001, iou: float = 0.6,
              max_det: int = 300, loss: Callable | None = None, confusion: bool = False, on_batch: OnBatch | None = None,
-             bar: bool = True) -> Evaluation:
+             single_cls: bool = False) -> Evaluation:
     """Detect in every image of `loader` and compare with its labels.
 
     `model` is in eval mode and in its own precision; `loss` is a DetectionLoss for the mean losses. on_batch gets every
-    batch with its detections in the batch's pixels (list of (n, 6)).
+    batch with its detections in the batch's pixels (list of (n, 6)). single_cls: all detections count as class 0.
     """
-    nc = model.detect.nc
-    dtype = next(model.parameters()).dtype
+    nc, dtype = 1 if single_cls else len(model.names), model.dtype
     matrix = ConfusionMatrix(nc) if confusion else None
     losses, seconds, images = torch.zeros(3, device=device), np.zeros(3), 0
     hits: list[tuple[Tensor, Tensor, Tensor]] = []
     truth: list[Tensor] = []
-    for i, batch in enumerate(tqdm(loader, desc="validating", leave=False, disable=None if bar else True)):
+    for i, batch in enumerate(tqdm(loader, desc="validating", leave=False, disable=None)):
         t0 = _now(device)
         x = batch.images.to(device, non_blocking=True).to(dtype, memory_format=torch.channels_last) / 255
         t1 = _now(device)
@@ -79,7 +78,9 @@ def evaluate(model: Model, loader: DataLoader, device: torch.device, conf: float
         if loss is not None:
             losses += loss(raw, batch.targets.to(device))[1]
         t3 = _now(device)
-        detections = nms(decoded.float(), conf, iou, multi_label=nc > 1, max_det=max_det)
+        detections = nms(decoded.float(), conf, iou, agnostic=single_cls, multi_label=nc > 1, max_det=max_det)
+        for found in detections if single_cls else ():
+            found[:, 5] = 0
         t4 = _now(device)
         seconds += (t1 - t0, t2 - t1, t4 - t3)
         images += len(x)
@@ -135,7 +136,7 @@ def parse(argv: list[str] | None = None) -> Namespace:
     """Command line -> options."""
     parser = HelpfulParser(__doc__)
     add = parser.add_argument
-    add("--weights", help="checkpoint (not given: the newest best.pt or pruned_model.pt under runs/)")
+    add("--weights", help="checkpoint, or .onnx (not given: the newest best.pt or pruned_model.pt under runs/)")
     add_common(parser, "runs/val")
     add("--task", choices=["train", "val", "test"], default="val", help="which images of the data yaml")
     add("--conf-thres", type=float, default=0.001, help="least confidence of a detection")
@@ -158,24 +159,23 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             raise UserError("--weights: no run here yet; give a checkpoint: --weights path/to/best.pt")
         opt.weights = str(found)
         print(f"--weights not given: taking the newest, {found}")
-    data = checkpoint.read(opt.weights)
-    opt = resolve(opt, data)
     device = select_device(opt.device)
     if opt.half and device.type == "cpu":
         raise UserError("--half: fp16 needs a GPU; leave it out on a CPU")
-    model = checkpoint.build(data, path=opt.weights)
+    model, data = backend.load(opt.weights, device, opt.half)
+    fixed = model.shape if isinstance(model, backend.OnnxModel) else (0, 0, 0, 0)  # ONNX files may take one size only
+    opt.imgsz, opt.batch_size = fixed[2] or opt.imgsz, fixed[0] or opt.batch_size
+    opt = resolve(opt, data)
     config = read_data(opt.data)
-    if config.nc != model.detect.nc and not opt.single_cls:
-        raise UserError(f"{opt.weights}: knows {model.detect.nc} classes, {opt.data} names {config.nc}; give the --data it was trained on")
-    runnable = on_device(fused(model), device)
-    runnable = runnable.half() if opt.half else runnable
-    loader = validation_loader(config, opt.task, opt.imgsz, opt.batch_size, int(model.stride.max()), opt.workers,
-                               single_cls=opt.single_cls)
+    if config.nc != len(model.names) and not opt.single_cls:
+        raise UserError(f"{opt.weights}: knows {len(model.names)} classes, {opt.data} names {config.nc}; give the --data it was trained on")
+    loader = validation_loader(config, opt.task, opt.imgsz, opt.batch_size, int(torch.as_tensor(model.stride).max()), opt.workers,
+                               single_cls=opt.single_cls, rect=not fixed[2])
     folder = new_run_folder(opt.project, opt.name, opt.exist_ok)
     names = {0: "object"} if opt.single_cls else config.names
     outputs = Outputs(folder, loader.dataset, names, opt)
-    result = evaluate(runnable, loader, device, opt.conf_thres, opt.iou_thres, opt.max_det, confusion=not opt.noplots,
-                      on_batch=outputs.batch)
+    result = evaluate(model, loader, device, opt.conf_thres, opt.iou_thres, opt.max_det, confusion=not opt.noplots,
+                      on_batch=outputs.batch, single_cls=opt.single_cls)
     print_table(result, names, opt.verbose or config.nc <= 20)
     total = sum(result.ms.values())
     print("Speed: " + ", ".join(f"{v:.1f} ms {k}" for k, v in result.ms.items()) + f" an image ({total:.1f} ms) at batch {opt.batch_size}, {opt.imgsz} px")

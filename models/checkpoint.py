@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from models.yolo import Model
+from utils.downloads import fetch
 from utils.errors import UserError
 from utils.slimming.surgery import resize_like
 
@@ -25,7 +26,7 @@ FOREIGN = re.compile(r"(models\.(yolo|common|experimental)|torch\.nn\.modules\.\
                      r"|(__builtin__|builtins)\.set|pathlib(\._local)?\.(Posix|Windows|PurePosix|PureWindows)?Path"
                      r"|argparse\.Namespace|numpy\.(_?core\.multiarray\.(scalar|_reconstruct)|dtype|ndarray)|numpy\.dtypes\.\w+")
 RELEASE = "https://github.com/ultralytics/yolov5/releases/download/v7.0"
-OFFICIAL = re.compile(r"yolov5[nsmlx]\.pt")
+OFFICIAL = re.compile(r"yolov5[nsmlx]6?\.pt")  # fetched where they are named but missing; YOLO_WEIGHTS_URL: another address
 OTHER_TASKS = {"SegmentationModel": "segmentation", "ClassificationModel": "classification", "Segment": "segmentation",
                "Classify": "classification"}
 
@@ -71,11 +72,13 @@ def read(path: str | Path) -> dict[str, Any]:
     Raises UserError when it is not a detection checkpoint, or holds what it must not.
     """
     path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder, not a checkpoint")
     if not path.is_file():
-        if path.is_dir():
-            raise UserError(f"{path}: is a folder, not a checkpoint")
-        mend = f"; fetch {RELEASE}/{path.name} and put it there, or train from scratch: --weights '' --cfg models/{path.stem}.yaml"
-        raise UserError(f"{path}: no such checkpoint{mend if OFFICIAL.fullmatch(path.name) else ''}")
+        if not OFFICIAL.fullmatch(path.name):
+            raise UserError(f"{path}: no such checkpoint")
+        fetch(f"{os.environ.get('YOLO_WEIGHTS_URL', RELEASE)}/{path.name}", path, zipfile.is_zipfile,
+              f"put the file at {path} yourself, or train from scratch: --weights '' --cfg models/{path.stem}.yaml")
     if not zipfile.is_zipfile(path):
         raise UserError(f"{path}: not a PyTorch checkpoint, or cut off (a .pt file is a zip archive)")
     try:

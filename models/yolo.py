@@ -176,6 +176,11 @@ class Model(nn.Module):
         """(nl,) strides in pixels, ascending for P3..P5."""
         return self.detect.stride
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the weights, and of the images that the model wants."""
+        return next(self.parameters()).dtype
+
     def forward(self, x: Tensor) -> Any:
         """Training: list of (B, na, ny, nx, nc+5). Eval: (decoded (B, N, nc+5), that list)."""
         kept: dict[int, Tensor] = {-1: x}

@@ -61,6 +61,18 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def cfg(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A yolov5n of half its width."""
+    import yaml
+
+    from models.yolo import Model
+
+    path = tmp_path_factory.mktemp("cfg") / "tiny.yaml"
+    path.write_text(yaml.safe_dump({**Model("yolov5n.yaml").yaml, "width_multiple": 0.125}))
+    return path
+
+
 Script = Callable[..., subprocess.CompletedProcess]
 
 

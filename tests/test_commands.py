@@ -10,19 +10,8 @@ import pytest
 import torch
 
 from models import checkpoint
-from models.yolo import Model
 
 FAST = ["--imgsz", 64, "--batch-size", 4, "--workers", 0, "--device", "cpu"]
-
-
-@pytest.fixture(scope="session")
-def cfg(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A yolov5n of half its width."""
-    import yaml
-
-    path = tmp_path_factory.mktemp("cfg") / "tiny.yaml"
-    path.write_text(yaml.safe_dump({**Model("yolov5n.yaml").yaml, "width_multiple": 0.125}))
-    return path
 
 
 def digest(folder: Path) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """The L1 rule at the right place of the step, on the right layers."""
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from train import Hook, optimizer_step
+from train import Hook, check_finite, complete_gradients, optimizer_step
+from utils.errors import NonFiniteError
 from utils.optim import ModelEMA
 from utils.slimming.sparsity import GammaL1, TargetSparsity, gauge, travel
 
@@ -63,6 +65,7 @@ def test_loss_scaling_and_clipping_do_not_touch_the_penalty(scale):
     hook = _Penalty(m)
     scaler.scale((m.weight * 0).sum() + (m.bias * 1e6).sum()).backward()
     run = SimpleNamespace(scaler=scaler, optimizer=optimizer, model=m, hooks=[hook], ema=ModelEMA(m))
+    complete_gradients(run)
     optimizer_step(run)
     assert torch.allclose(m.weight, torch.full((2,), 0.9)) and hook.skips == [False]
 
@@ -73,6 +76,7 @@ def test_a_step_with_an_infinity_is_skipped_whole():
     hook = _Penalty(m)
     scaler.scale((m.weight * float("inf")).sum()).backward()
     run = SimpleNamespace(scaler=scaler, optimizer=torch.optim.SGD(m.parameters(), lr=1.0), model=m, hooks=[hook], ema=ModelEMA(m))
+    complete_gradients(run)
     optimizer_step(run)
     assert torch.equal(m.weight, torch.ones(2)) and hook.skips == [True] and run.ema.updates == 0
 
@@ -156,3 +160,14 @@ def test_costs_make_the_expensive_go_first():
     target.observe()
     target.shrink(1.0)
     assert int((dear.weight == 0).sum()) == 16 and not (cheap.weight == 0).any()
+
+
+@pytest.mark.parametrize("loss, norm, scaling, word", [
+    (float("nan"), 1.0, True, "loss"), (1.0, float("inf"), False, "gradient"), (1.0, float("inf"), True, None)])
+def test_what_is_not_finite_stops_the_step_and_is_named(loss, norm, scaling, word):
+    run = SimpleNamespace(scaler=torch.amp.GradScaler("cpu", enabled=scaling), epoch=4, folder=Path("runs/x"))
+    if word is None:
+        return check_finite(run, loss, norm, ["a.jpg"])
+    with pytest.raises(NonFiniteError, match=rf"the {word} is not finite in epoch 5, batch of a.jpg .*last.pt is whole"):
+        check_finite(run, loss, norm, ["d/a.jpg"])
+    return None

@@ -48,6 +48,7 @@ def read_data(path: str | Path) -> DataConfig:
     if not isinstance(defaults, dict):
         raise UserError(f"{file}: 'defaults:' must be a mapping 'key: value'")
     _make_builtin(file, raw, root)
+    _download(file, raw, root)
     splits = {split: _find_sources(file, raw, root, split) for split in SPLITS}
     for split in ("train", "val"):
         for source in splits[split]:
@@ -63,7 +64,8 @@ def _find_root(file: Path, raw: dict[str, Any]) -> Path:
         raise UserError(f"{file}: 'path:' must be a folder, not {given!r}")
     tail = Path(given).expanduser()
     candidates = [base / tail for base in (file.parent, ROOT, ROOT.parent / "datasets")]
-    return next((p for p in candidates if p.is_dir()), candidates[0]).resolve()
+    # The yamls of this repository mean a folder beside it; where nothing is there yet, it is going to be made there.
+    return next((p for p in candidates if p.is_dir()), candidates[1 if file.parent == ROOT / "data" and not raw.get("builtin") else 0]).resolve()
 
 
 def _read_names(file: Path, raw: dict[str, Any]) -> dict[int, str]:
@@ -97,6 +99,28 @@ def _make_builtin(file: Path, raw: dict[str, Any], root: Path) -> None:
                         f"change 'path:' in {file}") from None
 
 
+def _download(file: Path, raw: dict[str, Any], root: Path) -> None:
+    """`download:` with the address of an archive = fetch and unpack it beside `path`'s folder, if that is missing."""
+    url = _archive_address(raw)
+    if root.exists() or not url:
+        return
+    from utils.downloads import fetch, is_archive, unpack
+
+    archive = root.parent / url.rpartition("/")[2]
+    print(f"{root} is not there yet: fetching {url}")
+    fetch(url, archive, is_archive, f"fetch it elsewhere and unpack it into {root.parent}, or correct 'path:' in {file}")
+    try:
+        unpack(archive, root.parent)
+    finally:
+        archive.unlink(missing_ok=True)
+
+
+def _archive_address(raw: dict[str, Any]) -> str:
+    """What stands under `download:` if it is the address of an archive; commands are never run."""
+    text = str(raw.get("download") or "").strip()
+    return text if text.startswith(("http://", "https://")) and "\n" not in text and text.endswith((".zip", ".tar", ".tar.gz", ".tgz")) else ""
+
+
 def _find_sources(file: Path, raw: dict[str, Any], root: Path, split: str) -> tuple[Path, ...]:
     """The absolute paths of a split: folders, txt lists or single images."""
     entry = raw.get(split)
@@ -117,9 +141,8 @@ def _find_source(root: Path, entry: str) -> Path:
 
 def _remedy(raw: dict[str, Any]) -> str:
     """What to do about missing images, in half a sentence."""
-    download = raw.get("download")
-    if isinstance(download, str) and download.startswith(("http://", "https://")) and "\n" not in download.strip():
-        return f"fetch {download.strip()} and unpack it there, or correct 'path:'"
-    if download:
+    if url := _archive_address(raw):
+        return f"fetch {url} and unpack it there, or correct 'path:'"
+    if raw.get("download"):
         return "fetch the images yourself (what stands under 'download:' is not run), or correct 'path:'"
     return "correct 'path:' or the entry"

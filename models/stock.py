@@ -1,0 +1,63 @@
+"""A model as a file that unmodified YOLOv5 (v6.0 to v7.0) opens: its own detect.py, val.py and export.py take it.
+
+YOLOv5 pickles whole modules and finds their classes by name. The names of the blocks here are the same, and so are
+their parts; what its code expects beside them is added to a copy. A narrowed module needs nothing else: convolutions
+know their own channels.
+"""
+from __future__ import annotations
+
+import os
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from models.yolo import Model
+from utils.errors import UserError
+
+# What models/common.py and models/yolo.py of YOLOv5 v6.0 have, with the same parts as the blocks of the same name here.
+SHARED = {"models.yolo": {"Model", "Detect"}, "models.common": {"Conv", "Bottleneck", "C3", "SPP", "SPPF", "Focus", "Concat"}}
+
+
+def save(path: str | Path, model: Model) -> None:
+    """Write `model` as YOLOv5 writes a finished training: fp16, no optimizer. The file is there whole or not at all."""
+    strangers = sorted({type(m).__name__ for m in model.modules()
+                        if not type(m).__module__.startswith("torch.") and type(m).__name__ not in SHARED.get(type(m).__module__, ())})
+    if strangers:
+        raise UserError(f"--include yolov5: YOLOv5 has no block {', '.join(strangers)}; export onnx or torchscript instead")
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        torch.save({"epoch": -1, "best_fitness": None, "model": dressed(model).half(), "ema": None, "updates": None, "optimizer": None,
+                    "wandb_id": None, "opt": None, "git": None, "date": None}, temporary)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{path}: can't be written ({error.strerror})") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def dressed(model: Model) -> Model:
+    """A copy that carries the attributes that YOLOv5's code reads, and none of those that only ours does."""
+    new = deepcopy(model).float().eval()
+    own: dict[str, Any] = new.__dict__
+    stride, head = model.stride.clone(), new.detect
+    for i, (layer, read) in enumerate(zip(new.model, model.inputs)):
+        sources = [-1 if j == i - 1 else j for j in read]
+        layer.__dict__.update(i=i, f=sources if len(sources) > 1 or layer is head else sources[0],
+                              type=f"{type(layer).__module__}.{type(layer).__name__}".replace("__main__.", ""),
+                              np=sum(p.numel() for p in layer.parameters()))
+    del head._buffers["stride"]  # there it is a plain attribute, and a class attribute would hide the buffer
+    head._non_persistent_buffers_set.discard("stride")
+    head.__dict__.update(stride=stride, inplace=True, grid=[torch.empty(0) for _ in range(head.nl)],
+                         anchor_grid=[torch.empty(0) for _ in range(head.nl)])
+    for key in ("inputs", "kept", "masks"):
+        del own[key]
+    own.update(stride=stride, save=sorted(model.kept - {-1}), inplace=True, names=dict(model.names))
+    for module in new.modules():
+        if isinstance(module, nn.Upsample):
+            module.__dict__["recompute_scale_factor"] = None  # older PyTorch asks for it
+        module._forward_hooks.clear()
+    return new

@@ -1,0 +1,86 @@
+"""detect.py and val.py on files and formats, as whole commands."""
+from __future__ import annotations
+
+import json
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from models import checkpoint
+from models.yolo import Model
+from utils.errors import UserError
+from utils.sources import files, frames
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def eager(tmp_path_factory):
+    """A checkpoint that finds something everywhere."""
+    torch.manual_seed(0)
+    model = Model("yolov5n.yaml", nc=2, names={0: "square", 1: "circle"})
+    with torch.no_grad():
+        for head in model.detect.m:
+            head.bias.view(3, -1)[:, 4:] = 2.0
+    path = tmp_path_factory.mktemp("weights") / "eager.pt"
+    checkpoint.save(path, model.eval(), imgsz=64)
+    return path
+
+
+@pytest.fixture(scope="module")
+def film(tmp_path_factory):
+    path = tmp_path_factory.mktemp("film") / "film.mp4"
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"mp4v"), 10, (96, 64))
+    for i in range(6):
+        writer.write(np.full((64, 96, 3), 40 * i, np.uint8))
+    writer.release()
+    return path
+
+
+def test_images_labels_and_crops(script, eager, tiny, tmp_path):
+    source = tiny.parent / "images/val"
+    writing = ["--save-txt", "--save-conf", "--save-crop"]
+    done = script("detect.py", "--weights", eager, "--source", source, *writing, "--max-det", 3, "--device", "cpu", cwd=tmp_path)
+    assert "6 pictures" in done.stdout
+    folder = tmp_path / "runs/detect/exp"
+    assert sorted(p.name for p in folder.glob("*.png")) == [f"{i:03d}.png" for i in range(6)]
+    rows = np.loadtxt(folder / "labels/000.txt", ndmin=2)
+    assert rows.shape == (3, 6) and (rows[:, 1:5] >= 0).all() and (rows[:, 1:5] <= 1).all()
+    assert len(list((folder / "crops").rglob("*.jpg"))) > 0
+
+
+def test_film_by_stride_and_one_class(script, eager, film, tmp_path):
+    done = script("detect.py", "--weights", eager, "--source", film, "--vid-stride", 2, "--classes", 1, "--device", "cpu", cwd=tmp_path)
+    assert "3 pictures" in done.stdout and "square" not in done.stdout
+    assert len(list(frames(str(tmp_path / "runs/detect/exp/film.mp4")))) == 3
+
+
+def test_sources(tiny, film, tmp_path):
+    folder = tiny.parent / "images/val"
+    (tmp_path / "list.txt").write_text(f"{folder / '000.png'}\n\n{film}\n")
+    assert [p.name for p in files(str(tmp_path / "list.txt"))] == ["000.png", "film.mp4"]
+    assert len(files(str(folder / "00*.png"))) == 6
+    (tmp_path / "broken.jpg").write_bytes(b"nothing")
+    assert list(frames(str(tmp_path / "broken.jpg"))) == []
+    for nothing in (tmp_path / "none", tmp_path / "none*.jpg", tmp_path / "none.txt"):
+        with pytest.raises(UserError, match="--source"):
+            list(frames(str(nothing)))
+
+
+def test_onnx_in_val_and_detect(script, eager, tiny, tmp_path):
+    pytest.importorskip("onnxruntime", reason="pip install -r requirements-export.txt")
+    script("export.py", "--weights", eager, "--include", "onnx", "--batch-size", 4, cwd=tmp_path)
+    onnx = eager.with_suffix(".onnx")
+    common = ["--data", tiny, "--imgsz", 64, "--batch-size", 4, "--workers", 0, "--device", "cpu", "--noplots"]
+    script("val.py", "--weights", onnx, *common, "--name", "onnx", cwd=tmp_path)  # 6 images: the last batch is not full
+    script("val.py", "--weights", eager, *common, "--name", "torch", cwd=tmp_path)
+    a, b = (json.loads((tmp_path / f"runs/val/{name}/metrics.json").read_text()) for name in ("onnx", "torch"))
+    assert a["images"] == b["images"] == 6
+    script("export.py", "--weights", eager, "--include", "onnx", "--dynamic", cwd=tmp_path)
+    script("val.py", "--weights", onnx, *common, "--name", "dynamic", cwd=tmp_path)
+    c = json.loads((tmp_path / "runs/val/dynamic/metrics.json").read_text())
+    assert c["metrics/mAP_0.5"] == pytest.approx(b["metrics/mAP_0.5"], abs=0.01)  # a random model: ties
+    done = script("detect.py", "--weights", onnx, "--source", tiny.parent / "images/val/000.png", cwd=tmp_path)
+    assert "1 pictures" in done.stdout

@@ -1,0 +1,106 @@
+"""What other programs get: the same numbers in every format, from dense and from slim models."""
+from __future__ import annotations
+
+import ast
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from export import main
+from models import checkpoint, stock
+from models.yolo import Model
+from tests.test_slimming import random_masks, randomised
+from utils.errors import UserError
+from utils.slimming.surgery import slim
+
+
+@pytest.fixture(scope="module", params=["dense", "slim"])
+def model(request) -> Model:
+    torch.manual_seed(0)
+    dense = randomised(Model("yolov5n.yaml", nc=3, names={0: "a", 1: "b", 2: "c"}))
+    if request.param == "dense":
+        return dense.eval()
+    masks = random_masks(dense, 3)
+    narrow = slim(dense, masks)
+    narrow.masks = masks
+    return narrow.eval()
+
+
+@pytest.fixture
+def weights(model, tmp_path):
+    checkpoint.save(tmp_path / "m.pt", model, imgsz=64)
+    return tmp_path / "m.pt"
+
+
+def stocks_forward(model: nn.Module, x: torch.Tensor):
+    """The layers in turn, by the attributes that YOLOv5's own forward pass goes by."""
+    outputs: list = []
+    for layer in model.model:
+        if layer.f != -1:
+            x = outputs[layer.f] if isinstance(layer.f, int) else [x if j == -1 else outputs[j] for j in layer.f]
+        x = layer(x)
+        outputs.append(x if layer.i in model.save else None)
+    return x
+
+
+def test_yolov5_file_computes_the_same_and_comes_back(model, weights, tmp_path):
+    path, = main(["--weights", str(weights), "--include", "yolov5"])
+    assert path.name == "m.yolov5.pt"
+    x = torch.rand(1, 3, 64, 96)
+    with torch.no_grad():
+        expected = model(x)[0]
+        again = checkpoint.load(path)(x)[0]
+        dressed = stock.dressed(model)
+        dressed.detect.stride = dressed.__dict__["stride"]
+        walked = stocks_forward(dressed, x)[0]
+    assert torch.equal(walked, expected)
+    assert torch.allclose(again, expected, rtol=2e-2, atol=2e-2 * float(expected.abs().max()))  # it is stored in fp16
+    raw = torch.load(path, weights_only=False)["model"]
+    assert raw.names == model.names and raw.__dict__["stride"].tolist() == [8, 16, 32] and not hasattr(raw, "masks")
+    assert {type(m).__module__ for m in raw.modules()} <= {"models.yolo", "models.common"} | {m.__module__ for m in vars(nn).values() if isinstance(m, type)}
+
+
+def test_a_block_that_yolov5_lacks_is_named(model, tmp_path):
+    class Strange(nn.Module):
+        def forward(self, x):
+            return x
+
+    model = Model("yolov5n.yaml", nc=1)
+    model.model[0].act = Strange()
+    with pytest.raises(UserError, match="no block Strange"):
+        stock.save(tmp_path / "x.pt", model)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("dynamic", [[], ["--dynamic"]])
+def test_onnx_agrees_with_torch(model, weights, dynamic, capsys):
+    runtime = pytest.importorskip("onnxruntime", reason="pip install -r requirements-export.txt")
+    path, = main(["--weights", str(weights), "--include", "onnx", *dynamic])
+    session = runtime.InferenceSession(str(path))
+    meta = session.get_modelmeta().custom_metadata_map
+    assert meta["stride"] == "32" and ast.literal_eval(meta["names"]) == model.names
+    shape = (2, 3, 96, 64) if dynamic else (1, 3, 64, 64)
+    x = torch.rand(shape)
+    with torch.no_grad():
+        expected = model(x)[0].numpy()
+    found = session.run(None, {"images": x.numpy()})[0]
+    assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
+    assert "largest difference" in capsys.readouterr().out
+
+
+def test_torchscript_agrees_with_torch(model, weights):
+    path, = main(["--weights", str(weights), "--include", "torchscript", "--imgsz", "64", "96"])
+    files = {"config.txt": ""}
+    loaded = torch.jit.load(str(path), _extra_files=files)
+    x = torch.rand(1, 3, 64, 96)
+    with torch.no_grad():
+        assert torch.allclose(loaded(x), model(x)[0], rtol=1e-4, atol=1e-4)
+    assert json.loads(files["config.txt"])["shape"] == [1, 3, 64, 96]
+
+
+def test_a_size_that_is_no_multiple_of_the_stride_is_refused(weights):
+    with pytest.raises(UserError, match="multiples of 32"):
+        main(["--weights", str(weights), "--imgsz", "100"])

@@ -1,0 +1,67 @@
+"""Sparsity is the same whatever is switched on beside it: accumulation, mixed precision, processes, kinds of BatchNorm."""
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests import trajectory
+
+HERE = Path(__file__).parent
+METHODS = {"l1": ["--sr", "0.05"], "target": ["--target-sparsity", "0.4"]}
+
+
+def flags(tiny, cfg, folder, method) -> list[str]:
+    """SGD with a large rate, so that a difference would show; four images a step, three steps an epoch."""
+    return ["--data", str(tiny), "--weights", "", "--cfg", str(cfg), "--epochs", "6", "--nbs", "4", "--project", str(folder), *METHODS[method]]
+
+
+@pytest.fixture(scope="module", params=list(METHODS))
+def method(request) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def reference(tiny, cfg, tmp_path_factory, method):
+    """One process, no accumulation, float32."""
+    return trajectory.go(flags(tiny, cfg, tmp_path_factory.mktemp("reference"), method), 4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch_size", [2, 1])
+def test_accumulation_changes_nothing(tiny, cfg, tmp_path, method, reference, batch_size):
+    steps, increments = trajectory.go(flags(tiny, cfg, tmp_path, method), batch_size)
+    assert steps.shape == reference[0].shape == (18, steps.shape[1])
+    assert torch.allclose(steps, reference[0], rtol=0, atol=1e-5)  # float32 sums in another order
+    # The increment is exactly sr * sign(gamma), up to the rounding of a sum with the gradient.
+    assert torch.allclose(increments, reference[1], rtol=0, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_the_increment_is_the_formula_in_every_precision(tiny, cfg, tmp_path):
+    for i, amp in enumerate(("off", "bf16")):
+        steps, increments = trajectory.go([*flags(tiny, cfg, tmp_path / str(i), "l1"), "--amp", amp], 2)
+        epoch = torch.arange(1, 18) // 3
+        expected = 0.05 * (1 - 0.9 * epoch / 6)[:, None] * steps[:-1].sign()  # what the gamma was before the step
+        assert torch.allclose(increments[1:], expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_sync_batchnorm_is_treated_alike(tiny, cfg, tmp_path, method, reference):
+    steps, increments = trajectory.go(flags(tiny, cfg, tmp_path, method), 4, convert=True)
+    assert torch.equal(steps, reference[0]) and torch.equal(increments, reference[1])
+
+
+@pytest.mark.slow
+def test_two_processes_follow_one(tiny, cfg, tmp_path, method, reference):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517" if method == "l1" else "29518",
+               str(HERE / "trajectory.py"), str(tmp_path / "out"), "4", "--", *flags(tiny, cfg, tmp_path, method), "--device", "cpu"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    ranks = [torch.load(tmp_path / f"out.{rank}", weights_only=True) for rank in range(2)]
+    assert torch.equal(ranks[0][0], ranks[1][0])  # bit-equal gammas on both ranks, every step
+    assert torch.allclose(ranks[0][0], reference[0], rtol=0, atol=1e-5)
+    assert torch.allclose(ranks[0][1], reference[1], rtol=0, atol=1e-6)
