@@ -9,6 +9,7 @@ onnx needs two more packages: pip install -r requirements-export.txt
 from __future__ import annotations
 
 import json
+import warnings
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -45,8 +46,10 @@ def export_onnx(model: Model, image: Tensor, path: Path, opt: Namespace, meta: d
         raise UserError(f"--include onnx: {error.name} is missing; pip install -r requirements-export.txt") from None
     dynamic = {"images": {0: "batch", 2: "height", 3: "width"}, "output0": {0: "batch", 1: "boxes"}} if opt.dynamic else None
     wrapped = Decoded(model).eval()
-    torch.onnx.export(wrapped, (image,), str(path), input_names=["images"], output_names=["output0"], opset_version=opt.opset,
-                      dynamic_axes=dynamic, dynamo=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # the newer exporter needs another package and fixes more shapes
+        torch.onnx.export(wrapped, (image,), str(path), input_names=["images"], output_names=["output0"], opset_version=opt.opset,
+                          dynamic_axes=dynamic, dynamo=False)
     written = onnx.load(path)
     for key, value in meta.items():
         entry = written.metadata_props.add()

@@ -42,6 +42,8 @@ def save(path: str | Path, model: Model) -> None:
 def dressed(model: Model) -> Model:
     """A copy that carries the attributes that YOLOv5's code reads, and none of those that only ours does."""
     new = deepcopy(model).float().eval()
+    for parameter in new.parameters():
+        parameter.data = parameter.data.contiguous()  # YOLOv5 calls view() on them; channels_last would not do
     own: dict[str, Any] = new.__dict__
     stride, head = model.stride.clone(), new.detect
     for i, (layer, read) in enumerate(zip(new.model, model.inputs)):
@@ -55,7 +57,7 @@ def dressed(model: Model) -> Model:
                          anchor_grid=[torch.empty(0) for _ in range(head.nl)])
     for key in ("inputs", "kept", "masks"):
         del own[key]
-    own.update(stride=stride, save=sorted(model.kept - {-1}), inplace=True, names=dict(model.names))
+    own.update(stride=stride, nc=head.nc, save=sorted(model.kept - {-1}), inplace=True, names=dict(model.names))
     for module in new.modules():
         if isinstance(module, nn.Upsample):
             module.__dict__["recompute_scale_factor"] = None  # older PyTorch asks for it

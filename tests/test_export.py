@@ -3,6 +3,9 @@ from __future__ import annotations
 
 import ast
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -11,7 +14,7 @@ from torch import nn
 
 from export import main
 from models import checkpoint, stock
-from models.yolo import Model
+from models.yolo import Model, on_device
 from tests.test_slimming import random_masks, randomised
 from utils.errors import UserError
 from utils.slimming.surgery import slim
@@ -31,7 +34,7 @@ def model(request) -> Model:
 
 @pytest.fixture
 def weights(model, tmp_path):
-    checkpoint.save(tmp_path / "m.pt", model, imgsz=64)
+    checkpoint.save(tmp_path / "m.pt", on_device(model, "cpu"), imgsz=64)  # channels_last, as training leaves it
     return tmp_path / "m.pt"
 
 
@@ -56,9 +59,10 @@ def test_yolov5_file_computes_the_same_and_comes_back(model, weights, tmp_path):
         dressed = stock.dressed(model)
         dressed.detect.stride = dressed.__dict__["stride"]
         walked = stocks_forward(dressed, x)[0]
-    assert torch.equal(walked, expected)
+    assert torch.allclose(walked, expected, rtol=1e-4, atol=1e-3)
     assert torch.allclose(again, expected, rtol=2e-2, atol=2e-2 * float(expected.abs().max()))  # it is stored in fp16
     raw = torch.load(path, weights_only=False)["model"]
+    assert all(p.is_contiguous() for p in raw.parameters())  # stock's fuse() calls view()
     assert raw.names == model.names and raw.__dict__["stride"].tolist() == [8, 16, 32] and not hasattr(raw, "masks")
     assert {type(m).__module__ for m in raw.modules()} <= {"models.yolo", "models.common"} | {m.__module__ for m in vars(nn).values() if isinstance(m, type)}
 
@@ -104,3 +108,21 @@ def test_torchscript_agrees_with_torch(model, weights):
 def test_a_size_that_is_no_multiple_of_the_stride_is_refused(weights):
     with pytest.raises(UserError, match="multiples of 32"):
         main(["--weights", str(weights), "--imgsz", "100"])
+
+
+@pytest.mark.slow
+def test_unmodified_yolov5_computes_the_same(model, weights, tmp_path):
+    """With YOLOV5_REPO, a clone of ultralytics/yolov5, and YOLOV5_PYTHON, an interpreter that has its requirements."""
+    repository, python = os.environ.get("YOLOV5_REPO"), os.environ.get("YOLOV5_PYTHON", sys.executable)
+    if not repository:
+        pytest.skip("set YOLOV5_REPO (and YOLOV5_PYTHON) to run stock YOLOv5")
+    path, = main(["--weights", str(weights), "--include", "yolov5"])
+    x = torch.rand(2, 3, 64, 96)
+    np.save(tmp_path / "x.npy", x.numpy())
+    code = ("import numpy as np, torch; from models.experimental import attempt_load; m = attempt_load(r'{}', fuse=True); "
+            "np.save(r'{}', m(torch.from_numpy(np.load(r'{}')))[0].detach().numpy())").format(path, tmp_path / "y.npy", tmp_path / "x.npy")
+    subprocess.run([python, "-c", code], cwd=repository, check=True, capture_output=True, env={**os.environ, "YOLO_OFFLINE": "true"})
+    half = checkpoint.load(path)  # what the file holds is rounded to fp16
+    with torch.no_grad():
+        expected = half(x)[0].numpy()
+    assert np.abs(np.load(tmp_path / "y.npy") - expected).max() < 1e-4 * np.abs(expected).max()
