@@ -67,7 +67,8 @@ def cut(model: Model, percent: float, min_channels: int) -> Cut:
     narrow.masks = compose(model.masks, masks)
     zeroed = masked(model, masks)
     assert isinstance(zeroed, Model)
-    proof = largest_difference(zeroed, narrow, model.yaml["ch"])
+    s = max(int(model.stride.max()), 32)
+    proof = largest_difference(zeroed, narrow, model.yaml["ch"], sizes=((2 * s, 2 * s), (2 * s, 3 * s)))
     if not proof < PROOF_BOUND:
         raise UserError(f"the slim model differs from the masked one by {proof:.1e} (relative; rounding is below {PROOF_BOUND:.0e}); nothing was "
                         "written. This model holds a block that the channel graph misreads")

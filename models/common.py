@@ -8,6 +8,7 @@ All tensors are (B, C, H, W). To make your own block usable in a yaml, put one l
 """
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -90,7 +91,7 @@ class C3(nn.Module):
         self.cv1 = Conv(c1, hidden, 1, 1)
         self.cv2 = Conv(c1, hidden, 1, 1)
         self.cv3 = Conv(2 * hidden, c2, 1)
-        self.m = nn.Sequential(*(Bottleneck(hidden, hidden, shortcut, g, e=1.0) for _ in range(n)))
+        self.m: nn.Module = nn.Sequential(*(Bottleneck(hidden, hidden, shortcut, g, e=1.0) for _ in range(n)))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.cv3(torch.cat((self.m(self.cv1(x)), self.cv2(x)), 1))
@@ -141,6 +142,94 @@ class Focus(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         cells = [x[..., row::2, column::2] for column in (0, 1) for row in (0, 1)]
         return self.conv(torch.cat(cells, 1))
+
+
+@block()
+class DWConv(Conv):
+    """Depthwise convolution (as far as the channel counts allow), BatchNorm, SiLU."""
+
+    def __init__(self, c1: int, c2: int, k: int = 1, s: int = 1, act: bool = True):
+        super().__init__(c1, c2, k, s, g=math.gcd(c1, c2), act=act)
+
+
+@block()
+class GhostConv(nn.Module):
+    """Half of the channels by a convolution, the other half from these by a cheap depthwise one (Han et al. 2020, arXiv 1911.11907)."""
+
+    def __init__(self, c1: int, c2: int, k: int = 1, s: int = 1, g: int = 1, act: bool = True):
+        super().__init__()
+        half = c2 // 2
+        self.cv1 = Conv(c1, half, k, s, g=g, act=act)
+        self.cv2 = Conv(half, half, 5, 1, g=half, act=act)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.cv1(x)
+        return torch.cat((y, self.cv2(y)), 1)
+
+
+@block()
+class GhostBottleneck(nn.Module):
+    """Two GhostConvs, a depthwise convolution between them where it strides, and a shortcut around."""
+
+    def __init__(self, c1: int, c2: int, k: int = 3, s: int = 1):
+        super().__init__()
+        half, strides = c2 // 2, s == 2
+        self.conv = nn.Sequential(GhostConv(c1, half, 1, 1), DWConv(half, half, k, s, act=False) if strides else nn.Identity(),
+                                  GhostConv(half, c2, 1, 1, act=False))
+        self.shortcut = nn.Sequential(DWConv(c1, c1, k, s, act=False), Conv(c1, c2, 1, 1, act=False)) if strides else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x) + self.shortcut(x)
+
+
+@block(repeats=True)
+class C3Ghost(C3):
+    """C3 with GhostBottlenecks."""
+
+    def __init__(self, c1: int, c2: int, n: int = 1, shortcut: bool = True, g: int = 1, e: float = 0.5):
+        super().__init__(c1, c2, 0, shortcut, g, e)
+        hidden = int(c2 * e)
+        self.m = nn.Sequential(*(GhostBottleneck(hidden, hidden) for _ in range(n)))
+
+
+class TransformerLayer(nn.Module):
+    """Attention and a two-layer perceptron, each with a shortcut, no LayerNorm. (pixels, B, c) -> the same."""
+
+    def __init__(self, c: int, heads: int):
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(c, c, bias=False) for _ in range(3))
+        self.ma = nn.MultiheadAttention(c, heads)
+        self.fc1, self.fc2 = nn.Linear(c, c, bias=False), nn.Linear(c, c, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.ma(self.q(x), self.k(x), self.v(x))[0] + x
+        return self.fc2(self.fc1(x)) + x
+
+
+class TransformerBlock(nn.Module):
+    """Attention among the pixels of a map (Dosovitskiy et al. 2021, arXiv 2010.11929), position told by a linear layer."""
+
+    def __init__(self, c1: int, c2: int, heads: int, layers: int):
+        super().__init__()
+        self.conv = Conv(c1, c2) if c1 != c2 else None
+        self.linear = nn.Linear(c2, c2)
+        self.tr = nn.Sequential(*(TransformerLayer(c2, heads) for _ in range(layers)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.conv is not None:
+            x = self.conv(x)
+        pixels = x.flatten(2).permute(2, 0, 1)
+        return self.tr(pixels + self.linear(pixels)).permute(1, 2, 0).reshape(x.shape)
+
+
+@block(repeats=True)
+class C3TR(C3):
+    """C3 with attention in the place of the bottlenecks. Attention's channels are kept whole by pruning."""
+
+    def __init__(self, c1: int, c2: int, n: int = 1, shortcut: bool = True, g: int = 1, e: float = 0.5):
+        super().__init__(c1, c2, 0, shortcut, g, e)
+        hidden = int(c2 * e)
+        self.m = TransformerBlock(hidden, hidden, 4, n)
 
 
 @block(channels="sum")

@@ -14,11 +14,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from models.common import TransformerBlock
 from models.yolo import Model
 from utils.errors import UserError
 
 # What models/common.py and models/yolo.py of YOLOv5 v6.0 have, with the same parts as the blocks of the same name here.
-SHARED = {"models.yolo": {"Model", "Detect"}, "models.common": {"Conv", "Bottleneck", "C3", "SPP", "SPPF", "Focus", "Concat"}}
+SHARED = {"models.yolo": {"Model", "Detect"}, "models.common": {
+    "Conv", "DWConv", "Bottleneck", "C3", "SPP", "SPPF", "Focus", "Concat", "GhostConv", "GhostBottleneck", "C3Ghost", "TransformerLayer",
+    "TransformerBlock", "C3TR"}}
 
 
 def save(path: str | Path, model: Model) -> None:
@@ -61,5 +64,7 @@ def dressed(model: Model) -> Model:
     for module in new.modules():
         if isinstance(module, nn.Upsample):
             module.__dict__["recompute_scale_factor"] = None  # older PyTorch asks for it
+        if isinstance(module, TransformerBlock):
+            module.__dict__["c2"] = module.linear.out_features
         module._forward_hooks.clear()
     return new

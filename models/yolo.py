@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import math
+import re
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -192,13 +193,14 @@ class Model(nn.Module):
         return x
 
     def _set_activation(self, name: str) -> None:
-        """Replace every block's SiLU; the yaml names the class, as in `activation: nn.ReLU()`."""
-        cls = ACTIVATIONS.get(name.removesuffix("()"))
-        if cls is None:
+        """Replace every block's SiLU; the yaml names the class, as in `activation: nn.ReLU()` or `nn.LeakyReLU(0.1)`."""
+        written = re.fullmatch(r"(nn\.\w+)(?:\(([0-9.e-]*)\))?", name.strip())
+        cls = ACTIVATIONS.get(written[1]) if written else None
+        if written is None or cls is None:
             raise UserError(f"model yaml: activation '{name}' is not one of {', '.join(ACTIVATIONS)}")
         for module in self.modules():
             if isinstance(module, Conv) and isinstance(module.act, nn.SiLU):
-                module.act = cls()
+                module.act = cls(float(written[2])) if written[2] else cls()
 
     def _set_strides(self, ch: int, size: int = 256) -> None:
         """Measure the strides with one blank image, bring the anchors to grid units and into the strides' order."""

@@ -63,11 +63,13 @@ class CostModel:
             counted += conv.weight.numel() + (0 if conv.bias is None else conv.bias.numel())
         counted += sum(2 * len(ids) for ids in graph.norms.values())
         self.rest = sum(p.numel() for p in model.parameters()) - counted  # what no cut changes
+        self.rest_flops = profile(model, imgsz, channels).flops - round(sum(
+            work * len(graph.inputs[name]) * len(graph.outputs[name]) for name, _, work, _ in self.parts))  # attention, say
         self._depthwise = {name for name in graph.outputs if graph.outputs[name] is graph.inputs[name]}
 
     def remaining(self, keep: np.ndarray) -> tuple[int, int]:
         """(parameters, FLOPs) when only the ids with keep (bool, (ids,)) are left."""
-        parameters, flops = float(self.rest), 0.0
+        parameters, flops = float(self.rest), float(self.rest_flops)
         for name, weights, work, bias in self.parts:
             rows, columns = int(keep[self.graph.outputs[name]].sum()), int(keep[self.graph.inputs[name]].sum())
             pairs = rows * (len(self.graph.inputs[name]) if name in self._depthwise else columns)
