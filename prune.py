@@ -1,7 +1,8 @@
 """Cut the channels with the smallest BatchNorm scales and write the slim model.
 
     python prune.py --percent 0.5                                # the newest sparsity run
-    python prune.py --weights runs/train/exp/weights/last.pt --percent 0.5 --data data/VOC.yaml
+    python prune.py --weights runs/train/exp/weights/last.pt --target flops=0.5 --shortcuts joint
+    python prune.py --sweep 0.1:0.8:0.1                          # only shows what each percent would give
 
 Prints what it cut, proves that the slim model computes what the masked one does, and measures accuracy before and
 after. The next step is: python finetune_pruned.py
@@ -14,22 +15,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
+from torch.utils.data import DataLoader
+from tqdm import tqdm
 
 from models import checkpoint
 from models.yolo import Model, fused, on_device, read_yaml
 from utils.data_config import read_data
 from utils.distributed import select_device
 from utils.errors import UserError, run_cli
-from utils.files import command_line, new_run_folder, write_json
+from utils.files import command_line, new_run_folder, write_json, write_text
 from utils.options import HelpfulParser, add_common, resolve
-from utils.slimming.cost import latency, profile
+from utils.slimming.cost import CostModel, latency, profile
 from utils.slimming.graph import ChannelGraph, trace
-from utils.slimming.pictures import plot_gammas, plot_kept
+from utils.slimming.pictures import plot_gammas, plot_kept, plot_sweep
 from utils.slimming.report import cost_rows, cost_table, layer_rows, layer_table, stage_table
-from utils.slimming.selection import Limit, gammas, limit, select
-from utils.slimming.surgery import compose, largest_difference, masked, slim
+from utils.slimming.selection import SCORES, Limit, Masks, Rules, Selection, gammas, knee, limit
+from utils.slimming.surgery import compose, keep_ids, largest_difference, masked, slim
 from val import evaluate, validation_loader
 
 OUTPUT = "pruned_model.pt"
@@ -51,15 +55,58 @@ class Cut:
     proof: float        # largest relative difference of masked and slim
 
 
-def cut(model: Model, percent: float, min_channels: int) -> Cut:
-    """Choose, cut and prove. Raises UserError where nothing can be cut or the proof fails."""
+def rank(model: Model, opt: Namespace) -> Selection:
+    """The model's channels, ranked as the flags say."""
     graph = trace(model)
-    prunable = graph.prunable()
-    total = sum(int(mask.sum()) for mask in prunable.values())
-    if not total:
+    costs = CostModel(model, graph, opt.imgsz, model.yaml["ch"]).freed() if opt.per_flop else None
+    rules = Rules(opt.min_channels, opt.round_to, opt.shortcuts == "joint", tuple(opt.keep))
+    try:
+        ranked = Selection(graph, model, rules, opt.score, costs)
+    except ValueError as error:
+        raise UserError(f"--keep: {error}; the names are in the table that prune.py prints") from None
+    if not ranked.total:
         raise UserError("this model has no BatchNorm channel that may be cut (a fused or exported model? use the training checkpoint)")
+    return ranked
+
+
+def choose(model: Model, ranked: Selection, opt: Namespace, device: torch.device) -> Masks:
+    """The masks of --percent, or those that just reach --target; what was reached is said."""
+    if not opt.target:
+        return ranked.percent(opt.percent)
+    kind, wanted = opt.target
+    costs = CostModel(model, ranked.graph, opt.imgsz, model.yaml["ch"])
+    full = costs.remaining(np.ones(len(ranked.graph.group), bool))
+    if kind == "map-drop":
+        loader = val_loader(model, opt)
+        before = evaluate(on_device(fused(model), device), loader, device).ap.map
+
+    def left(masks: Masks) -> float:
+        """What the target speaks of, for a cut; the smaller, the more is cut."""
+        if kind == "latency":
+            ms = latency([on_device(fused(m), device) for m in (model, slim(model, masks))], opt.imgsz)  # type: ignore[arg-type]
+            return ms[1] / ms[0]
+        if kind == "map-drop":
+            zeroed = masked(model, masks)
+            return evaluate(on_device(fused(zeroed), device), loader, device).ap.map - before  # type: ignore[arg-type]
+        parameters, flops = costs.remaining(keep_ids(ranked.graph, masks))
+        return parameters / full[0] if kind == "params" else flops / full[1]
+
+    if kind == "map-drop":  # one group less than the first cut that costs more than this
+        groups, reached = ranked.until(lambda masks: left(masks) < -wanted)
+        masks = ranked.cut(groups - 1 if reached and groups else groups)
+        print(f"target map-drop={wanted:g}: mAP50-95 falls by {-left(masks):.4f} without the cut channels, before any fine-tuning")
+        return masks
+    groups, reached = ranked.until(lambda masks: left(masks) <= wanted)
+    masks = ranked.cut(groups)
+    print(f"target {kind}={wanted:g}: {left(masks):.3f} of the {kind} are left"
+          + ("" if reached else "; there is no smaller cut, every layer keeps --min-channels and what shortcuts tie"))
+    return masks
+
+
+def cut(model: Model, ranked: Selection, masks: Masks) -> Cut:
+    """Cut and prove. Raises UserError where the proof fails."""
+    graph, total = ranked.graph, ranked.total
     bound = limit(graph, model)
-    masks = select(graph, model, percent, min_channels)
     modules = dict(model.named_modules())
     gone = torch.cat([modules[n].weight.detach().abs()[~m] for n, m in masks.items()])  # type: ignore[operator, union-attr]
     narrow = slim(model, masks)
@@ -79,10 +126,11 @@ def describe(result: Cut, opt: Namespace) -> None:
     """Say what the source's rule allows, what was asked for and what came of it."""
     print(f"largest safe gamma: {result.limit.gamma:.4g}; cutting below it is --percent {result.limit.percent:.3f} "
           "(the smallest of the layers' largest gammas: beyond it some layer would lose every channel)")
-    if opt.percent > result.limit.percent:
-        print(f"warning: --percent {opt.percent:g} is above that limit; every layer keeps at least {opt.min_channels} "
+    if (asked := result.achieved if opt.target else opt.percent) > result.limit.percent:
+        print(f"warning: {asked:.3f} is above that limit; every layer keeps at least {opt.min_channels} "
               f"channel{'s' if opt.min_channels > 1 else ''}. Train with a larger --sr, or longer, to move the limit")
-    print(f"requested {opt.percent:.1%} of the prunable channels, achieved {result.achieved:.1%}, threshold |gamma| {result.threshold:.4g}")
+    requested = f"{opt.target[0]}={opt.target[1]:g}" if opt.target else f"{opt.percent:.1%} of the prunable channels"
+    print(f"requested {requested}, achieved {result.achieved:.1%}, threshold |gamma| {result.threshold:.4g}")
     everything = torch.cat(list(gammas(result.graph, result.dense).values()))
     if zero := float((everything == 0).float().mean()):
         print(f"{zero:.1%} of the prunable gammas are exactly 0: a --percent up to {zero:.3f} cuts nothing that the model uses")
@@ -90,18 +138,56 @@ def describe(result: Cut, opt: Namespace) -> None:
         print(f"note: {note}")
 
 
+def val_loader(model: Model, opt: Namespace) -> DataLoader:
+    """The data set's val images."""
+    config = read_data(opt.data)
+    if config.nc != model.detect.nc and not opt.single_cls:
+        raise UserError(f"{opt.weights}: knows {model.detect.nc} classes, {opt.data} names {config.nc}; give its --data, or --noval")
+    return validation_loader(config, "val", opt.imgsz, opt.batch_size, int(model.stride.max()), opt.workers, cache="ram", single_cls=opt.single_cls)
+
+
 def measure(result: Cut, opt: Namespace, device: torch.device) -> list[dict[str, Any]]:
     """mAP of the three stages on the data set's val images."""
-    config = read_data(opt.data)
-    if config.nc != result.dense.detect.nc and not opt.single_cls:
-        raise UserError(f"{opt.weights}: knows {result.dense.detect.nc} classes, {opt.data} names {config.nc}; give its --data, or --noval")
-    loader = validation_loader(config, "val", opt.imgsz, opt.batch_size, int(result.dense.stride.max()), opt.workers,
-                               cache="ram", single_cls=opt.single_cls)
+    loader = val_loader(result.dense, opt)
     rows = []
     for stage, model in (("before", result.dense), ("masked", result.masked), ("slim", result.slim)):
-        found = evaluate(on_device(fused(model), device), loader, device).ap
+        found = evaluate(on_device(fused(model), device), loader, device, single_cls=opt.single_cls).ap
         rows.append({"stage": stage, "P": found.mp, "R": found.mr, "mAP50": found.map50, "mAP50-95": found.map})
     return rows
+
+
+def sweep(model: Model, ranked: Selection, opt: Namespace, device: torch.device) -> Path:
+    """What every percent of --sweep would give, without writing a model: a table, sweep.csv and a picture; returns the folder."""
+    loader, costs = val_loader(model, opt), CostModel(model, ranked.graph, opt.imgsz, model.yaml["ch"])
+    shares = [0.0, *opt.sweep]
+    models, rows = [], []
+    for share in tqdm(shares, desc="sweep", leave=False, disable=None):
+        masks = ranked.percent(share)
+        zeroed, narrow = masked(model, masks), slim(model, masks)
+        found = evaluate(on_device(fused(zeroed), device), loader, device, single_cls=opt.single_cls).ap  # type: ignore[arg-type]
+        parameters, flops = costs.remaining(keep_ids(ranked.graph, masks))
+        models.append(on_device(fused(narrow), device))  # type: ignore[arg-type]
+        rows.append({"percent": share, "mAP50": found.map50, "mAP50-95": found.map, "parameters": parameters, "GFLOPs": flops / 1e9})
+    for row, ms in zip(rows, latency(list(models), opt.imgsz)):
+        row["ms"] = ms
+    best = knee(np.array([r["percent"] for r in rows]), np.array([r["mAP50-95"] for r in rows]))
+    print(stage_table([{**{k: f"{v:.2f}" if k == "percent" else v for k, v in row.items()}, "": "<- knee" if i == best else ""} for i, row in enumerate(rows)]))
+    folder = new_run_folder(opt.project, opt.name, opt.exist_ok)
+    write_text(folder / "sweep.csv", "\n".join([",".join(rows[0]), *(",".join(f"{v:.6g}" for v in row.values()) for row in rows)]) + "\n")
+    plot_sweep(rows, folder / "sweep.png", best)
+    print(f"mAP is that right after the cut, before any fine-tuning. Results in {folder}")
+    return folder
+
+
+def percents(text: str) -> list[float]:
+    """'0.1:0.8:0.1' -> [0.1, 0.2, ... 0.8]."""
+    try:
+        first, last, step = map(float, text.split(":"))
+    except ValueError:
+        first = last = step = 0.0
+    if not 0 < first <= last < 1 or step <= 0:
+        raise UserError(f"--sweep {text}: give first:last:step between 0 and 1, such as 0.1:0.8:0.1")
+    return [round(first + i * step, 6) for i in range(int((last - first) / step + 1e-6) + 1)]
 
 
 def check_cfg(model: Model, path: str) -> None:
@@ -153,6 +239,18 @@ def write(result: Cut, opt: Namespace, source: dict[str, Any], report: dict[str,
     return folder
 
 
+def target(text: str) -> tuple[str, float]:
+    """'flops=0.5' -> ("flops", 0.5)."""
+    kind, _, number = text.partition("=")
+    try:
+        value = float(number)
+    except ValueError:
+        value = -1.0
+    if kind not in ("params", "flops", "latency", "map-drop") or not 0 < value < 1:
+        raise UserError(f"--target {text}: give params=0.5, flops=0.5, latency=0.6 or map-drop=0.01, a number between 0 and 1")
+    return kind, value
+
+
 def parse(argv: list[str] | None = None) -> Namespace:
     """Command line -> options."""
     parser = HelpfulParser(__doc__)
@@ -161,7 +259,14 @@ def parse(argv: list[str] | None = None) -> Namespace:
     add("--percent", type=float, default=0.5, help="share of the prunable channels to cut, 0..1")
     add("--cfg", help="model yaml to check the checkpoint against; never needed")
     add_common(parser, "runs/prune")
+    add("--target", type=target, help="cut as much as this takes, in the place of --percent: params=0.5, flops=0.5, latency=0.6 (what is left), map-drop=0.01")
+    add("--sweep", type=percents, help="first:last:step; show what each of these percents would give, and write no model")
+    add("--score", choices=list(SCORES), default="gamma", help="what channels are ranked by")
+    add("--per-flop", action="store_true", help="rank by score per FLOP that goes with the channel: faster models")
     add("--min-channels", type=int, default=1, help="channels that every layer keeps")
+    add("--round-to", type=int, default=1, help="layers that are cut keep a multiple of this, 8 say")
+    add("--shortcuts", choices=["skip", "joint"], default="skip", help="channels that shortcuts tie together stay (skip), or go all at once (joint)")
+    add("--keep", nargs="+", default=[], metavar="PATTERN", help="BatchNorms that stay whole, such as 'model.0.*'")
     add("--noval", action="store_true", help="do not measure accuracy and speed")
     return parser.parse_args(argv)
 
@@ -171,8 +276,9 @@ def main(argv: list[str] | None = None) -> Path:
     opt = parse(argv)
     if not 0 <= opt.percent < 1:
         raise UserError(f"--percent {opt.percent}: must be at least 0 and below 1 (0.5 cuts half of the prunable channels)")
-    if opt.min_channels < 1:
-        raise UserError(f"--min-channels {opt.min_channels}: must be at least 1")
+    for flag, value in (("--min-channels", opt.min_channels), ("--round-to", opt.round_to)):
+        if value < 1:
+            raise UserError(f"{flag} {value}: must be at least 1")
     if not opt.weights:
         opt.weights = str(newest_sparsity_run())
         print(f"--weights not given: taking the newest sparsity run, {opt.weights}")
@@ -182,7 +288,10 @@ def main(argv: list[str] | None = None) -> Path:
         check_cfg(model, opt.cfg)
     opt = resolve(opt, source)
     device = select_device(opt.device)
-    result = cut(model, opt.percent, opt.min_channels)
+    ranked = rank(model, opt)
+    if opt.sweep:
+        return sweep(model, ranked, opt, device)
+    result = cut(model, ranked, choose(model, ranked, opt, device))
     describe(result, opt)
     layers = layer_rows(result.masks, result.graph.prunable())
     print("\n" + layer_table(layers) + "\n")
@@ -194,7 +303,7 @@ def main(argv: list[str] | None = None) -> Path:
     costs = cost_rows(profile(result.dense, opt.imgsz), profile(result.slim, opt.imgsz), ms)
     print(cost_table(costs) + "\n")
     report = {"command": command_line(), "weights": str(opt.weights), "data": opt.data, "imgsz": opt.imgsz,
-              "requested": opt.percent, "achieved": result.achieved, "threshold": result.threshold,
+              "requested": dict([opt.target]) if opt.target else opt.percent, "achieved": result.achieved, "threshold": result.threshold,
               "limit": {"gamma": result.limit.gamma, "percent": result.limit.percent}, "proof": result.proof, "stages": stages,
               "cost": costs, "layers": layers, "notes": result.graph.notes}
     folder = write(result, opt, source, report)

@@ -115,6 +115,40 @@ def test_a_target_is_reached_resumed_exactly_and_cut_without_a_trace(script, tin
     assert len(resumed["training"]["hooks"][0]["history"]) == 4
 
 
+@pytest.fixture(scope="module")
+def untrained(tmp_path_factory, cfg) -> Path:
+    from models.yolo import Model
+    from tests.test_slimming import randomised
+
+    path = tmp_path_factory.mktemp("weights") / "untrained.pt"
+    checkpoint.save(path, randomised(Model(str(cfg), nc=2, names={0: "square", 1: "circle"})).eval(), imgsz=64)
+    return path
+
+
+@pytest.mark.slow
+def test_prune_to_targets_and_by_rules(script, tiny, untrained, tmp_path):
+    common = ["prune.py", "--weights", untrained, "--data", tiny, *FAST]
+    script(*common, "--target", "flops=0.6", "--shortcuts", "joint", "--round-to", 4, "--keep", "model.0.*", "--noval", cwd=tmp_path)
+    report = json.loads((tmp_path / "runs/prune/exp/report.json").read_text())
+    flops = next(c for c in report["cost"] if c["figure"] == "GFLOPs")
+    assert 0.5 < flops["left"] <= 0.6 and report["requested"] == {"flops": 0.6} and report["proof"] < 1e-9
+    left = {r["layer"]: (r["original"], r["remaining"]) for r in report["layers"]}
+    assert len(set(left["model.0.bn"])) == 1 and all(b == a or b % 4 == 0 for a, b in left.values())
+    done = script(*common, "--target", "map-drop=0.5", cwd=tmp_path)
+    assert "mAP50-95 falls by" in done.stdout
+    done = script(*common, "--target", "latency=0.9", "--per-flop", "--score", "gamma-l1", "--noval", cwd=tmp_path)
+    assert "of the latency are left" in done.stdout
+
+
+@pytest.mark.slow
+def test_sweep_shows_and_writes_no_model(script, tiny, untrained, tmp_path):
+    done = script("prune.py", "--weights", untrained, "--data", tiny, "--sweep", "0.2:0.6:0.2", *FAST, cwd=tmp_path)
+    table = rows(tmp_path / "runs/prune/exp/sweep.csv")
+    assert [float(r["percent"]) for r in table] == [0, 0.2, 0.4, 0.6] and "<- knee" in done.stdout
+    assert float(table[-1]["parameters"]) < 0.7 * float(table[0]["parameters"])
+    assert (tmp_path / "runs/prune/exp/sweep.png").is_file() and not list(tmp_path.rglob("*.pt"))
+
+
 @pytest.mark.slow
 def test_official_weights_start_a_run_and_are_pruned(script, tiny, assets, tmp_path):
     script("train_sparsity.py", "--data", tiny, "--weights", assets / "yolov5n.pt", "--epochs", 1, "--noplots", "--amp", "bf16", *FAST, cwd=tmp_path)
@@ -152,6 +186,8 @@ def test_two_processes(tiny, cfg, tmp_path):
 MISTAKES = [
     (["prune.py", "--percent", "1.5"], "--percent 1.5"),
     (["prune.py"], "no sparsity run"),
+    (["prune.py", "--target", "flops=2"], "--target flops=2"),
+    (["prune.py", "--sweep", "0.1"], "--sweep 0.1"),
     (["prune.py", "--weights", "none.pt"], "none.pt: no such checkpoint"),
     (["val.py"], "no run here yet"),
     (["finetune_pruned.py"], "pruned_model.pt: no such checkpoint"),

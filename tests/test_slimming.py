@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from copy import deepcopy
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -11,7 +12,7 @@ from models.common import Conv
 from models.yolo import Model
 from utils.slimming.cost import CostModel, latency, profile
 from utils.slimming.graph import trace
-from utils.slimming.selection import limit, select
+from utils.slimming.selection import SCORES, Rules, Selection, knee, limit, select
 from utils.slimming.surgery import compose, keep_ids, largest_difference, masked, resize_like, slim
 
 
@@ -185,3 +186,44 @@ def test_predicted_cost_is_the_slim_models(model, seed):
     keep = keep_ids(graph, masks)
     cost = profile(slim(model, masks), 64)
     assert CostModel(model, graph, 64).remaining(keep) == (cost.parameters, cost.flops)
+
+
+@pytest.mark.parametrize("rules", [Rules(), Rules(joint=True), Rules(round_to=8), Rules(joint=True, round_to=4, min_channels=3)], ids=str)
+@pytest.mark.parametrize("score", SCORES)
+def test_every_rule_is_kept_and_every_cut_exact(model, rules, score):
+    graph = trace(model)
+    ranked = Selection(graph, model, rules, score, CostModel(model, graph, 64).freed() if score == "l1" else None)
+    masks = ranked.percent(0.5)
+    for name, mask in masks.items():
+        left = int(mask.sum())
+        assert left >= min(rules.min_channels, len(mask))
+        assert left == len(mask) or left % rules.round_to == 0 or left < rules.round_to, name
+        assert rules.joint or bool(mask[~graph.prunable()[name]].all())
+    tied = [n for n, free in graph.prunable().items() if not free.any()]
+    assert any(not masks[n].all() for n in tied) == rules.joint
+    assert largest_difference(masked(model, masks), slim(model, masks)) < 1e-9
+
+
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.8])
+def test_a_target_is_met_by_the_smallest_cut(model, share):
+    graph = trace(model)
+    costs, ranked = CostModel(model, graph, 64), Selection(graph, model, Rules(joint=True))
+    full = profile(model, 64).flops
+    groups, reached = ranked.until(lambda masks: costs.remaining(keep_ids(graph, masks))[1] <= share * full)
+    left = [profile(slim(model, ranked.cut(n)), 64).flops / full for n in (groups - 1, groups)]
+    assert reached and left[0] > share >= left[1] > share - 0.01
+    assert ranked.until(lambda masks: False) == (len(ranked.roots), False) and ranked.until(lambda masks: True) == (0, True)
+
+
+def test_layers_by_pattern_stay_whole(model):
+    graph = trace(model)
+    masks = Selection(graph, model, Rules(keep=("model.0.*", "model.2[03].*"))).percent(0.7)
+    assert all(bool(m.all()) for n, m in masks.items() if n.startswith(("model.0.", "model.20.", "model.23.")))
+    with pytest.raises(ValueError, match="no BatchNorm is called nothing"):
+        Selection(graph, model, Rules(keep=("nothing.*",)))
+
+
+def test_knee():
+    x = np.linspace(0, 0.8, 9)
+    assert knee(x, np.array([0.58, 0.58, 0.58, 0.57, 0.57, 0.56, 0.30, 0.05, 0.0])) == 5
+    assert knee(x, np.zeros(9)) == 0

@@ -231,6 +231,29 @@ def plot_kept(layers: Sequence[str], original: Sequence[int], kept: Sequence[int
     return save(figure, path)
 
 
+def plot_sweep(rows: Sequence[Mapping[str, float]], path: str | Path, knee: int) -> Path:
+    """mAP on the left axis and cost as a share of the first row on the right one, over percent; the knee is marked.
+
+    Each row has percent (0..1), mAP50, mAP50-95, parameters, GFLOPs and ms.
+    """
+    figure = new_figure(8, 4.4)
+    ax = figure.add_subplot()
+    dress(ax, "Right after the cut, before any fine-tuning", "percent of the prunable channels cut", "mAP", grid="both")
+    x = [100 * row["percent"] for row in rows]
+    for key, colour in (("mAP50", SKY), ("mAP50-95", BLUE)):
+        ax.plot(x, [row[key] for row in rows], color=colour, marker="o", markersize=4, label=key)
+    ax.axvline(x[knee], color=VERMILION, linestyle="--", linewidth=1.4, label=f"knee: {x[knee]:.0f}%")
+    ax.set_ylim(bottom=0)
+    other = ax.twinx()
+    dress(other, ylabel="cost, share of the first", grid=None)
+    for key, colour in (("parameters", GREY), ("GFLOPs", ORANGE), ("ms", GREEN)):
+        other.plot(x, [row[key] / rows[0][key] for row in rows], color=colour, linestyle=":", marker="s", markersize=3, label=key)
+    other.set_ylim(0, 1.1)
+    other.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    figure.legend(loc="outside lower center", ncols=6, frameon=False, fontsize=9)
+    return save(figure, path)
+
+
 def plot_stages(rows: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
     """The story of a slimming run: accuracy on the left, cost as a share of the first stage on the right.
 
