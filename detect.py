@@ -41,6 +41,7 @@ def parse(argv: list[str] | None = None) -> Namespace:
     add("--agnostic-nms", action="store_true", help="NMS over all classes together")
     add("--device", default="", help="cpu, or the number of a GPU (the first GPU if there is one)")
     add("--half", action="store_true", help="fp16 inference (GPU)")
+    add("--augment", action="store_true", help="test-time augmentation: three sizes, one of them mirrored")
     add("--view-img", action="store_true", help="show the pictures in a window (needs opencv-python, not -headless)")
     add("--save-txt", action="store_true", help="write labels/*.txt: class x y w h")
     add("--save-conf", action="store_true", help="with --save-txt: a sixth column, the confidence")
@@ -146,7 +147,7 @@ def main(argv: list[str] | None = None) -> Path:
         raise UserError("--half: fp16 needs a GPU; leave it out on a CPU")
     if opt.vid_stride < 1:
         raise UserError(f"--vid-stride {opt.vid_stride}: must be at least 1")
-    model, data = backend.load(opt.weights, device, opt.half)
+    model, data = backend.load(opt.weights, device, opt.half, opt.augment)
     stride = int(torch.as_tensor(model.stride).max())
     imgsz = -(-(opt.imgsz or data.get("imgsz") or 640) // stride) * stride
     square = isinstance(model, backend.OnnxModel) and bool(model.shape[2])

@@ -28,7 +28,7 @@ from models import checkpoint
 from models.yolo import Model, on_device, set_anchors, with_classes
 from utils.autoanchor import fit_anchors
 from utils.data_config import DataConfig, read_data
-from utils.dataloaders import Batch, DetectionDataset, build_loader
+from utils.dataloaders import Batch, DetectionDataset, EpochBatchSampler, build_loader, image_weights
 from utils.distributed import World, barrier, broadcast, world
 from utils.errors import NonFiniteError, UserError, run_cli
 from utils.files import command_line, new_run_folder, write_yaml
@@ -99,6 +99,7 @@ class Run:
     iteration: int = 0            # batches since the beginning of epoch 0
     step_share: float = 1.0       # images this step has seen / nominal batch: 1 for a whole step
     results: dict[str, float] = field(default_factory=dict)
+    class_map: np.ndarray = field(default_factory=lambda: np.zeros(1))  # (nc,) mAP50-95 at the last validation, for --image-weights
 
     @property
     def progress(self) -> float:
@@ -127,6 +128,7 @@ def train(opt: Namespace, hooks: Sequence[Hook] = ()) -> Run:
             best = False
             if place.main and (final or not run.opt.noval):
                 best = validate(run, log)
+            run.class_map = np.array(broadcast(run.class_map.tolist(), place.size))
             for hook in run.hooks:
                 hook.epoch_end(log)
             stop = False
@@ -149,7 +151,10 @@ def train(opt: Namespace, hooks: Sequence[Hook] = ()) -> Run:
 def train_epoch(run: Run) -> dict[str, float]:
     """One pass over the training images; returns the epoch's mean losses and learning rates."""
     run.wrapped.train()
-    run.loader.batch_sampler.set_epoch(run.epoch)  # type: ignore[union-attr]
+    sampler: EpochBatchSampler = run.loader.batch_sampler  # type: ignore[assignment]
+    sampler.set_epoch(run.epoch)
+    if run.opt.image_weights:
+        sampler.weights = image_weights(run.loader.dataset.labels, run.class_map)  # type: ignore[attr-defined]
     device, batches = run.world.device, len(run.loader)
     mean, waiting = torch.zeros(3, device=device), torch.zeros(1, device=device)
     gathered, images = 0, 0
@@ -161,6 +166,8 @@ def train_epoch(run: Run) -> dict[str, float]:
         gathered, images, names = gathered + 1, images + len(batch.images) * run.world.size, names + batch.paths
         stepping = gathered >= run.schedule.accumulate(run.iteration) or i + 1 == batches
         x = batch.images.to(device, non_blocking=True).to(torch.float32, memory_format=torch.channels_last) / 255
+        if run.opt.multi_scale:
+            x = rescaled(run, x)
         with nullcontext() if stepping or run.world.size == 1 else run.wrapped.no_sync():  # type: ignore[operator]
             with torch.autocast(device.type, run.amp, enabled=run.amp is not None):
                 outputs = run.wrapped(x)
@@ -187,6 +194,14 @@ def train_epoch(run: Run) -> dict[str, float]:
             plot_batch(batch.images, batch.targets, batch.paths, run.model.names, run.folder / f"train_batch{i}.png")
     return {**{f"train/{name}": value for name, value in zip(LOSSES, mean.tolist())},
             **{f"x/lr{j}": group["lr"] for j, group in enumerate(run.optimizer.param_groups)}}
+
+
+def rescaled(run: Run, x: Tensor) -> Tensor:
+    """--multi-scale: the batch at 0.5 to 1.5 times the size, whole strides; the size is a pure function of the iteration."""
+    stride, imgsz = int(run.model.stride.max()), run.opt.imgsz
+    size = int(np.random.default_rng([run.opt.seed, run.iteration]).integers(imgsz // 2, imgsz * 3 // 2 + stride)) // stride * stride
+    sides = [math.ceil(s * max(size, stride) / max(x.shape[2:]) / stride) * stride for s in x.shape[2:]]
+    return nn.functional.interpolate(x, sides, mode="bilinear", align_corners=False)
 
 
 def complete_gradients(run: Run) -> Tensor:
@@ -226,6 +241,7 @@ def validate(run: Run, log: dict[str, float]) -> bool:
     log.update(result.metrics())
     log.update({f"val/{name}": float(value) for name, value in zip(LOSSES, result.losses)})
     losses = "  ".join(f"{log[f'train/{name}']:>7.4f}" for name in LOSSES)
+    run.class_map = result.class_map(run.model.detect.nc)
     print(f"{run.epoch + 1:>5}/{run.opt.epochs:<5}{losses}  " + "".join(f"{v:>10.3f}" for v in result.metrics().values()), flush=True)
     return run.stopper.better(run.epoch, result.fitness)
 
@@ -248,6 +264,8 @@ def build_run(opt: Namespace, place: World, hooks: Sequence[Hook]) -> Run:
     loader = training_loader(opt, config, stride, place)
     if not data:
         adapt_anchors(opt, model, loader.dataset, place)
+    if opt.sync_bn:
+        model = synchronised(model, place)
     model = on_device(model, place.device)
     freeze(model, opt.freeze)
     val_loader = validation_loader(config, "val", opt.imgsz, max(opt.batch_size // place.size, 1) * 2, stride, opt.workers,
@@ -260,7 +278,7 @@ def build_run(opt: Namespace, place: World, hooks: Sequence[Hook]) -> Run:
     run = Run(opt=opt, world=place, folder=folder, config=config, model=model, wrapped=model, optimizer=optimizer,
               scaler=torch.amp.GradScaler(place.device.type, enabled=opt.amp == "fp16"), schedule=schedule,
               ema=ModelEMA(model, tau=ema_tau(schedule.steps)), loss=DetectionLoss(model, gains), loader=loader, val_loader=val_loader, hooks=hooks,
-              stopper=EarlyStopping(opt.patience), log=None)
+              stopper=EarlyStopping(opt.patience), log=None, class_map=np.zeros(len(names)))
     if data:
         restore(run, data)
     if place.main:
@@ -322,6 +340,13 @@ def adapt_anchors(opt: Namespace, model: Model, dataset: Any, place: World) -> N
         set_anchors(model, torch.as_tensor(better, dtype=torch.float32).view(pixels.shape))
 
 
+def synchronised(model: Model, place: World) -> Model:
+    """--sync-bn: BatchNorms that take their statistics over the images of all processes."""
+    if place.device.type != "cuda":
+        raise UserError("--sync-bn: PyTorch synchronises BatchNorm on GPUs only; leave it out here")
+    return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+
+
 def freeze(model: Model, layers: Sequence[int]) -> None:
     """--freeze 10 freezes layers 0 to 9, --freeze 0 3 5 those three."""
     wanted = range(layers[0]) if len(layers) == 1 else layers
@@ -339,7 +364,7 @@ def save(run: Run, name: str) -> None:
     training = {"epoch": run.epoch, "optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict(),
                 "updates": run.ema.updates, "stopper": {"best": run.stopper.best, "best_epoch": run.stopper.best_epoch},
                 "rng": {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []},
-                "hooks": [hook.state_dict() for hook in run.hooks]}
+                "hooks": [hook.state_dict() for hook in run.hooks], "class_map": run.class_map.tolist()}
     checkpoint.save(run.folder / "weights" / name, run.model, run.ema.ema, training=training, **record(run))
 
 
@@ -386,6 +411,7 @@ def restore(run: Run, data: dict[str, Any]) -> None:
     run.ema.ema.load_state_dict(data["ema"])
     run.ema.updates = training["updates"]
     run.stopper.best, run.stopper.best_epoch = training["stopper"]["best"], training["stopper"]["best_epoch"]
+    run.class_map = np.array(training.get("class_map", [0.0]))
     torch.set_rng_state(training["rng"]["torch"])
     if training["rng"]["cuda"] and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(training["rng"]["cuda"])

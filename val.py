@@ -49,6 +49,12 @@ class Evaluation:
     def fitness(self) -> float:
         return float(fitness(self.ap.mp, self.ap.mr, self.ap.map50, self.ap.map))
 
+    def class_map(self, nc: int) -> np.ndarray:
+        """(nc,) mAP50-95 of each class; a class without labels has the mean."""
+        values = np.full(nc, self.ap.map)
+        values[self.ap.classes.astype(int)] = self.ap.ap.mean(1)
+        return values
+
     def metrics(self) -> dict[str, float]:
         """The four numbers under the names that results.csv uses."""
         return {"metrics/precision": self.ap.mp, "metrics/recall": self.ap.mr,
@@ -143,6 +149,7 @@ def parse(argv: list[str] | None = None) -> Namespace:
     add("--iou-thres", type=float, default=0.6, help="IoU above which NMS takes two boxes for one")
     add("--max-det", type=int, default=300, help="most detections an image")
     add("--half", action="store_true", help="fp16 inference (GPU)")
+    add("--augment", action="store_true", help="test-time augmentation: three sizes, one of them mirrored")
     add("--save-json", action="store_true", help="write predictions.json and ask pycocotools for its figures, for any data set")
     add("--save-txt", action="store_true", help="write labels/*.txt: class x y w h confidence")
     add("--noplots", action="store_true", help="make no pictures")
@@ -162,7 +169,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     device = select_device(opt.device)
     if opt.half and device.type == "cpu":
         raise UserError("--half: fp16 needs a GPU; leave it out on a CPU")
-    model, data = backend.load(opt.weights, device, opt.half)
+    model, data = backend.load(opt.weights, device, opt.half, opt.augment)
     fixed = model.shape if isinstance(model, backend.OnnxModel) else (0, 0, 0, 0)  # ONNX files may take one size only
     opt.imgsz, opt.batch_size = fixed[2] or opt.imgsz, fixed[0] or opt.batch_size
     opt = resolve(opt, data)

@@ -2,11 +2,13 @@
 from __future__ import annotations
 
 import ast
+import math
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from models import checkpoint
@@ -64,9 +66,45 @@ class OnnxModel:
         return torch.from_numpy(found)[:count], None
 
 
-def load(path: str | Path, device: torch.device, half: bool = False) -> tuple[Detector, dict[str, Any]]:
+class Augmented:
+    """Test-time augmentation: the image, its mirror image at 0.83 and itself at 0.67, and the boxes of all three."""
+
+    VIEWS = ((1.0, False), (0.83, True), (0.67, False))
+
+    def __init__(self, model: Detector):
+        self.model, self.names, self.stride, self.dtype = model, model.names, model.stride, model.dtype
+
+    def __call__(self, images: Tensor) -> tuple[Tensor, None]:
+        """(B, 3, h, w) -> (decoded (B, N, nc + 5), None)."""
+        strides = torch.as_tensor(self.stride).tolist()
+        width, found = images.shape[3], []
+        for scale, mirrored in self.VIEWS:
+            boxes = self.model(_scaled(images.flip(3) if mirrored else images, scale, int(max(strides))))[0].clone()
+            boxes[..., :4] /= scale
+            if mirrored:
+                boxes[..., 0] = width - boxes[..., 0]
+            found.append(boxes)
+        # The level that a view is too large or too small for is left out: the coarsest of the first, the finest of the last.
+        shares = [1 / s ** 2 for s in strides]
+        coarsest, finest = (round(share / sum(shares) * y.shape[1]) for share, y in ((shares[-1], found[0]), (shares[0], found[-1])))
+        return torch.cat((found[0][:, :-coarsest], *found[1:-1], found[-1][:, finest:]), 1), None
+
+
+def _scaled(images: Tensor, scale: float, stride: int) -> Tensor:
+    """Images of `scale` times the size, padded at the right and below to whole strides with ImageNet's mean."""
+    if scale == 1:
+        return images
+    sides = [int(s * scale) for s in images.shape[2:]]
+    smaller = F.interpolate(images, size=sides, mode="bilinear", align_corners=False)
+    height, width = (math.ceil(s * scale / stride) * stride for s in images.shape[2:])
+    return F.pad(smaller, (0, width - sides[1], 0, height - sides[0]), value=0.447)
+
+
+def load(path: str | Path, device: torch.device, half: bool = False, augment: bool = False) -> tuple[Detector, dict[str, Any]]:
     """(detector ready to run, what its file says: imgsz, opt, data ... as far as it does)."""
     path = Path(path)
+    if augment and path.suffix == ".onnx":
+        raise UserError("--augment: not with ONNX, whose size is fixed; give the .pt")
     if path.suffix == ".onnx":
         if not path.is_file():
             raise UserError(f"{path}: no such file")
@@ -74,4 +112,5 @@ def load(path: str | Path, device: torch.device, half: bool = False) -> tuple[De
         return onnx_model, {"imgsz": onnx_model.shape[2] or None}
     data = checkpoint.read(path)
     model = on_device(fused(checkpoint.build(data, path=path)), device)
-    return model.half() if half else model, data
+    model = model.half() if half else model
+    return Augmented(model) if augment else model, data

@@ -115,6 +115,19 @@ def test_a_target_is_reached_resumed_exactly_and_cut_without_a_trace(script, tin
     assert len(resumed["training"]["hooks"][0]["history"]) == 4
 
 
+@pytest.mark.slow
+def test_further_training_flags(script, tiny, untrained, tmp_path):
+    flags = ["--multi-scale", "--image-weights", "--cos-lr", "--label-smoothing", 0.1, "--freeze", 2, "--cache", "--single-cls", "--noplots"]
+    script("train.py", "--data", tiny, "--weights", untrained, "--epochs", 2, *flags, *FAST, cwd=tmp_path)
+    frozen, before = checkpoint.load(tmp_path / "runs/train/exp/weights/last.pt"), checkpoint.load(untrained)
+    assert torch.equal(frozen.model[0].conv.weight, before.model[0].conv.weight) and frozen.names == {0: "object"}
+    script("val.py", "--weights", untrained, "--data", tiny, "--single-cls", "--augment", "--noplots", *FAST, cwd=tmp_path)
+    metrics = json.loads((tmp_path / "runs/val/exp/metrics.json").read_text())
+    assert set(metrics["per_class"]) == {"object"}
+    done = script("train.py", "--data", tiny, "--weights", untrained, "--sync-bn", *FAST, cwd=tmp_path, code=2)
+    assert "--sync-bn" in done.stderr
+
+
 @pytest.fixture(scope="module")
 def untrained(tmp_path_factory, cfg) -> Path:
     from models.yolo import Model

@@ -19,6 +19,7 @@ from utils.dataloaders import (
     DetectionDataset,
     EpochBatchSampler,
     build_loader,
+    image_weights,
     rect_shapes,
 )
 from utils.errors import UserError
@@ -436,3 +437,13 @@ def test_builtin_set_of_an_older_program_is_noticed(tmp_path: Path) -> None:
     (tmp_path / "made" / "complete").write_text("0\n")
     with pytest.raises(UserError, match="another version"):
         read_data(path)
+
+
+def test_image_weights_prefer_rare_and_badly_detected_classes() -> None:
+    labels = [np.array([[0.0, 0, 0, 0, 0]] * 4), np.array([[1.0, 0, 0, 0, 0]]), np.zeros((0, 5))]
+    even = image_weights(labels, np.zeros(2))
+    assert np.allclose(even, [1, 1, 1])  # four of four boxes, one of one
+    assert np.allclose(image_weights(labels, np.array([0.0, 0.5])), [1, 0.25, 0.25])
+    sampler = EpochBatchSampler(3, 3, shuffle=True)
+    sampler.weights = np.array([0.0, 1.0, 0.0])
+    assert [i for batch in sampler for _, i in batch] == [1, 1, 1]

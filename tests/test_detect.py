@@ -84,3 +84,16 @@ def test_onnx_in_val_and_detect(script, eager, tiny, tmp_path):
     assert c["metrics/mAP_0.5"] == pytest.approx(b["metrics/mAP_0.5"], abs=0.01)  # a random model: ties
     done = script("detect.py", "--weights", onnx, "--source", tiny.parent / "images/val/000.png", cwd=tmp_path)
     assert "1 pictures" in done.stdout
+
+
+def test_augmented_inference_is_three_views(assets):
+    """Stock YOLOv5 has 9399 boxes here, too; without augmentation there are 5040."""
+    from models import backend
+
+    x = torch.rand(1, 3, 256, 320)
+    plain, augmented = (backend.load(assets / "yolov5n.pt", torch.device("cpu"), augment=a)[0] for a in (False, True))
+    with torch.no_grad():
+        one, three = plain(x)[0], augmented(x)[0]
+    assert one.shape[1] == 5040 and three.shape[1] == 9399
+    assert torch.allclose(three[:, :4800], one[:, :4800])  # the first view without its coarsest level
+    assert not torch.allclose(three[:, -1:], one[:, -1:])

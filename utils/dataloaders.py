@@ -347,6 +347,7 @@ class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
         self.size, self.batch_size, self.shuffle, self.seed = size, batch_size, shuffle, seed % 2**63
         self.rank, self.world_size, self.drop_last, self.even = rank, world_size, drop_last, even
         self.epoch = 0
+        self.weights: np.ndarray | None = None  # (size,) chances of the samples; None = each comes once
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose order the next iteration gives."""
@@ -354,7 +355,8 @@ class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         if self.shuffle:
-            order = np.random.default_rng([self.seed, self.epoch]).permutation(self.size)
+            rng = np.random.default_rng([self.seed, self.epoch])
+            order = rng.permutation(self.size) if self.weights is None else rng.choice(self.size, self.size, p=self.weights / self.weights.sum())
             share = math.ceil(self.size / self.world_size)
             mine = np.resize(order, share * self.world_size)[self.rank::self.world_size]
             batches = [mine[i:i + self.batch_size] for i in range(0, share, self.batch_size)]
@@ -375,6 +377,18 @@ class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
         if self.shuffle:
             return batches
         return math.ceil((batches if self.even else max(batches - self.rank, 0)) / self.world_size)
+
+
+def image_weights(labels: Sequence[np.ndarray], class_map: np.ndarray) -> np.ndarray:
+    """(images,) chance of each image: the sum over its boxes of (1 - mAP of the class)^2 / boxes of the class.
+
+    labels: (m, 5) an image, class first; class_map (nc,) in 0..1. Images without boxes get the smallest chance there is.
+    """
+    nc = len(class_map)
+    counts = np.stack([np.bincount(rows[:, 0].astype(int), minlength=nc) for rows in labels])
+    weights = counts @ ((1 - class_map) ** 2 / np.maximum(counts.sum(0), 1))
+    least = weights[weights > 0].min(initial=np.inf)
+    return np.maximum(weights, least if np.isfinite(least) else 1.0)
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
