@@ -59,7 +59,7 @@ def rank(model: Model, opt: Namespace) -> Selection:
     """The model's channels, ranked as the flags say."""
     graph = trace(model)
     costs = CostModel(model, graph, opt.imgsz, model.yaml["ch"]).freed() if opt.per_flop else None
-    rules = Rules(opt.min_channels, opt.round_to, opt.shortcuts == "joint", tuple(opt.keep))
+    rules = Rules(opt.min_channels, opt.min_share, opt.round_to, opt.shortcuts == "joint", tuple(opt.keep))
     try:
         ranked = Selection(graph, model, rules, opt.score, costs)
     except ValueError as error:
@@ -128,7 +128,7 @@ def describe(result: Cut, opt: Namespace) -> None:
           "(the smallest of the layers' largest gammas: beyond it some layer would lose every channel)")
     if (asked := result.achieved if opt.target else opt.percent) > result.limit.percent:
         print(f"warning: {asked:.3f} is above that limit; every layer keeps at least {opt.min_channels} "
-              f"channel{'s' if opt.min_channels > 1 else ''}. Train with a larger --sr, or longer, to move the limit")
+              f"channel{'s' if opt.min_channels > 1 else ''} and {opt.min_share:.0%} of its own. Train with a larger --sr, or longer, to move the limit")
     requested = f"{opt.target[0]}={opt.target[1]:g}" if opt.target else f"{opt.percent:.1%} of the prunable channels"
     print(f"requested {requested}, achieved {result.achieved:.1%}, threshold |gamma| {result.threshold:.4g}")
     everything = torch.cat(list(gammas(result.graph, result.dense).values()))
@@ -264,6 +264,7 @@ def parse(argv: list[str] | None = None) -> Namespace:
     add("--score", choices=list(SCORES), default="gamma", help="what channels are ranked by")
     add("--per-flop", action="store_true", help="rank by score per FLOP that goes with the channel: faster models")
     add("--min-channels", type=int, default=1, help="channels that every layer keeps")
+    add("--min-share", type=float, default=0.1, help="share of its channels that every layer keeps at least, 0..1")
     add("--round-to", type=int, default=1, help="layers that are cut keep a multiple of this, 8 say")
     add("--shortcuts", choices=["skip", "joint"], default="skip", help="channels that shortcuts tie together stay (skip), or go all at once (joint)")
     add("--keep", nargs="+", default=[], metavar="PATTERN", help="BatchNorms that stay whole, such as 'model.0.*'")
@@ -279,6 +280,8 @@ def main(argv: list[str] | None = None) -> Path:
     for flag, value in (("--min-channels", opt.min_channels), ("--round-to", opt.round_to)):
         if value < 1:
             raise UserError(f"{flag} {value}: must be at least 1")
+    if not 0 <= opt.min_share <= 1:
+        raise UserError(f"--min-share {opt.min_share:g}: must be between 0 and 1")
     if not opt.weights:
         opt.weights = str(newest_sparsity_run())
         print(f"--weights not given: taking the newest sparsity run, {opt.weights}")

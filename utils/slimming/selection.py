@@ -6,6 +6,7 @@ would cut all or none of them.
 """
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -32,6 +33,7 @@ class Rules:
     """What every selection keeps to."""
 
     min_channels: int = 1        # that every layer keeps, its best ones
+    min_share: float = 0.0       # of its channels that every layer keeps, 0..1: one that is cut to a thread starves what follows
     round_to: int = 1            # a layer that is cut keeps a multiple of this, as far as it has so many
     joint: bool = False          # channels that shortcuts tie together may go, all of them at once; otherwise they stay
     keep: tuple[str, ...] = ()   # patterns of BatchNorm names, such as model.0.*: these layers stay whole
@@ -74,8 +76,8 @@ class Selection:
 
     def __init__(self, graph: ChannelGraph, model: nn.Module, rules: Rules = Rules(), score: str = "gamma",  # noqa: B008  (it is frozen)
                  costs: Mapping[str, np.ndarray] | None = None):
-        if rules.min_channels < 1 or rules.round_to < 1:
-            raise ValueError(f"min_channels and round_to must be at least 1, not {rules.min_channels} and {rules.round_to}")
+        if rules.min_channels < 1 or rules.round_to < 1 or not 0 <= rules.min_share <= 1:
+            raise ValueError(f"min_channels and round_to must be at least 1 and min_share between 0 and 1: {rules}")
         unused = [p for p in rules.keep if not any(fnmatch(name, p) for name in graph.norms)]
         if unused:
             raise ValueError(f"no BatchNorm is called {', '.join(unused)}")
@@ -89,7 +91,8 @@ class Selection:
         can_go = ~graph.frozen if rules.joint else ~(graph.frozen | graph.tied)
         protected = np.zeros(len(graph.group), bool)
         for name, ids in graph.norms.items():
-            best = ids[np.argsort(-self.scores[graph.group[ids]], kind="stable")][:rules.min_channels]
+            floor = max(rules.min_channels, math.ceil(rules.min_share * len(ids)))
+            best = ids[np.argsort(-self.scores[graph.group[ids]], kind="stable")][:floor]
             protected[graph.group[ids if any(fnmatch(name, p) for p in rules.keep) else best]] = True
         roots, channels = np.unique(graph.group[np.concatenate(list(graph.norms.values()))], return_counts=True)
         self.total = int(channels[can_go[roots]].sum())  # BatchNorm channels that may go at all
