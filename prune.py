@@ -33,7 +33,7 @@ from utils.slimming.graph import ChannelGraph, trace
 from utils.slimming.pictures import plot_gammas, plot_kept, plot_sweep
 from utils.slimming.report import cost_rows, cost_table, layer_rows, layer_table, stage_table
 from utils.slimming.selection import SCORES, Limit, Masks, Rules, Selection, gammas, knee, limit
-from utils.slimming.surgery import compose, keep_ids, largest_difference, masked, slim
+from utils.slimming.surgery import absorb, compose, keep_ids, largest_difference, masked, recalibrate, slim
 from val import evaluate, validation_loader
 
 OUTPUT = "pruned_model.pt"
@@ -146,11 +146,29 @@ def val_loader(model: Model, opt: Namespace) -> DataLoader:
     return validation_loader(config, "val", opt.imgsz, opt.batch_size, int(model.stride.max()), opt.workers, cache="ram", single_cls=opt.single_cls)
 
 
-def measure(result: Cut, opt: Namespace, device: torch.device) -> list[dict[str, Any]]:
-    """mAP of the three stages on the data set's val images."""
-    loader = val_loader(result.dense, opt)
+def repair(result: Cut, opt: Namespace, device: torch.device) -> dict[str, Model]:
+    """--absorb and --recalibrate: the slim model, repaired with what training images show; the last one is what is written."""
+    stages: dict[str, Model] = {"before": result.dense, "masked": result.masked, "slim": result.slim}
+    count = opt.recalibrate or 64 * opt.absorb
+    if not count:
+        return stages
+    config, dense = read_data(opt.data), on_device(result.dense, device)
+    loader = validation_loader(config, "train", opt.imgsz, opt.batch_size, int(dense.stride.max()), opt.workers, single_cls=opt.single_cls)
+    images = [batch.images.to(device, torch.float32) / 255 for batch, _ in zip(loader, range(-(-count // opt.batch_size)))]
+    if opt.absorb:
+        stages["absorbed"] = slim(absorb(dense, result.masks, images), result.masks)  # type: ignore[assignment]
+    if opt.recalibrate:
+        stages["recalibrated"] = recalibrate(on_device([*stages.values()][-1], device), images)  # type: ignore[assignment]
+    final = [*stages.values()][-1]
+    final.masks, result.slim = result.slim.masks, final
+    return stages
+
+
+def measure(stages: dict[str, Model], opt: Namespace, device: torch.device) -> list[dict[str, Any]]:
+    """mAP of each stage on the data set's val images."""
+    loader = val_loader(stages["before"], opt)
     rows = []
-    for stage, model in (("before", result.dense), ("masked", result.masked), ("slim", result.slim)):
+    for stage, model in stages.items():
         found = evaluate(on_device(fused(model), device), loader, device, single_cls=opt.single_cls).ap
         rows.append({"stage": stage, "P": found.mp, "R": found.mr, "mAP50": found.map50, "mAP50-95": found.map})
     return rows
@@ -268,6 +286,8 @@ def parse(argv: list[str] | None = None) -> Namespace:
     add("--round-to", type=int, default=1, help="layers that are cut keep a multiple of this, 8 say")
     add("--shortcuts", choices=["skip", "joint"], default="skip", help="channels that shortcuts tie together stay (skip), or go all at once (joint)")
     add("--keep", nargs="+", default=[], metavar="PATTERN", help="BatchNorms that stay whole, such as 'model.0.*'")
+    add("--absorb", action="store_true", help="move the mean of the cut channels into the layers that read them")
+    add("--recalibrate", type=int, default=0, metavar="N", help="measure the BatchNorms' statistics anew on N training images")
     add("--noval", action="store_true", help="do not measure accuracy and speed")
     return parser.parse_args(argv)
 
@@ -299,7 +319,8 @@ def main(argv: list[str] | None = None) -> Path:
     layers = layer_rows(result.masks, result.graph.prunable())
     print("\n" + layer_table(layers) + "\n")
     print(f"proof: largest relative |slim - masked| in float64 is {result.proof:.1e} (must be below {PROOF_BOUND:.0e})\n")
-    stages = [] if opt.noval else measure(result, opt, device)
+    repaired = repair(result, opt, device)
+    stages = [] if opt.noval else measure(repaired, opt, device)
     if stages:
         print(stage_table(stages) + "\n")
     ms = None if opt.noval else latency([on_device(fused(m), device) for m in (result.dense, result.slim)], opt.imgsz)

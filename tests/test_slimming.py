@@ -13,7 +13,7 @@ from models.yolo import Model
 from utils.slimming.cost import CostModel, latency, profile
 from utils.slimming.graph import trace
 from utils.slimming.selection import SCORES, Rules, Selection, knee, limit, select
-from utils.slimming.surgery import compose, keep_ids, largest_difference, masked, resize_like, slim
+from utils.slimming.surgery import absorb, compose, keep_ids, largest_difference, masked, recalibrate, resize_like, slim
 
 
 def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -227,3 +227,48 @@ def test_knee():
     x = np.linspace(0, 0.8, 9)
     assert knee(x, np.array([0.58, 0.58, 0.58, 0.57, 0.57, 0.56, 0.30, 0.05, 0.0])) == 5
     assert knee(x, np.zeros(9)) == 0
+
+
+def constant_channels(model, masks):
+    """The model with gamma 0, but beta not, on the cut channels: they are constants."""
+    new = deepcopy(model)
+    modules = dict(new.named_modules())
+    with torch.no_grad():
+        for name, mask in masks.items():
+            modules[name].weight[~mask] = 0.0
+    return new
+
+
+def test_absorbed_constants_of_1x1_readers_are_exact():
+    torch.manual_seed(0)
+    net = nn.Sequential(Conv(3, 8, 3), nn.MaxPool2d(3, 1, 1), Conv(8, 8, 1), nn.Upsample(scale_factor=2), nn.Conv2d(8, 4, 1))
+    randomised(net).double().eval()
+    masks = {"0.bn": torch.arange(8) % 2 == 0, "2.bn": torch.arange(8) > 2}
+    dense = constant_channels(net, masks)
+    x = torch.rand(2, 3, 16, 16, dtype=torch.float64)
+    small = slim(absorb(dense, masks, [x]), masks)
+    with torch.no_grad():
+        assert torch.allclose(small(x), dense(x), rtol=0, atol=1e-12)
+        assert not torch.allclose(slim(dense, masks)(x), dense(x), atol=1e-3)
+
+
+def test_absorption_comes_nearer_on_a_whole_yolov5(model):
+    graph = trace(model)
+    masks = select(graph, model, 0.3)
+    dense = constant_channels(model, masks).eval()
+    images = [torch.rand(4, 3, 96, 96)]
+    with torch.no_grad():
+        truth = dense(images[0])[0]
+        errors = [float((m.eval()(images[0])[0] - truth).abs().mean()) for m in (slim(dense, masks), slim(absorb(dense, masks, images), masks))]
+    assert errors[1] < 0.3 * errors[0]
+
+
+def test_recalibration_gives_the_images_statistics():
+    net = randomised(nn.Sequential(Conv(3, 8, 3), Conv(8, 4, 1)))
+    x = torch.rand(8, 3, 16, 16) * 3
+    new = recalibrate(net, [x, x])
+    with torch.no_grad():
+        first = net[0].conv(x)
+    assert torch.allclose(new[0].bn.running_mean, first.mean((0, 2, 3)), atol=1e-5)
+    assert torch.allclose(new[0].bn.running_var, first.var((0, 2, 3)), rtol=1e-3) and new[0].bn.momentum == net[0].bn.momentum
+    assert not new.training and not torch.equal(new[0].bn.running_mean, net[0].bn.running_mean)

@@ -4,6 +4,7 @@ A mask is a bool tensor over the channels that a BatchNorm has now; True is kept
 """
 from __future__ import annotations
 
+from collections.abc import Iterable
 from copy import deepcopy
 
 import numpy as np
@@ -52,6 +53,72 @@ def masked(model: nn.Module, masks: Masks) -> nn.Module:
             modules[name].weight[~mask] = 0.0  # type: ignore[operator]
             modules[name].bias[~mask] = 0.0  # type: ignore[operator]
     return new
+
+
+@torch.no_grad()
+def absorb(model: nn.Module, masks: Masks, images: Iterable[Tensor]) -> nn.Module:
+    """A copy whose other layers carry the mean of the channels that are about to be cut; same shape, nothing is cut yet.
+
+    A cut channel was not nothing: it was about act(beta), and exactly that where gamma is 0. A convolution that reads it
+    adds sum(W) times that to its output, which is moved into the mean of the BatchNorm behind, or into its own bias. The means
+    are measured on `images` (batches (B, C, H, W)), so that any activation, pool, concat or sum between is covered. Exact for constant
+    channels and 1x1 convolutions; zero padding makes the border of larger ones differ.
+    """
+    graph = trace(model)
+    keep = keep_ids(graph, masks)
+    new = deepcopy(model).eval()
+    modules = dict(new.named_modules())
+    readers = {name: ~keep[graph.inputs[name]] for name in graph.inputs}
+    readers = {name: gone for name, gone in readers.items() if gone.any() and modules[name].groups == 1}
+    means = _input_means(new, readers, images)
+    behind: dict[int, str] = {}
+    for name, ids in graph.norms.items():
+        behind.setdefault(int(ids[0]), name)  # the first BatchNorm over a convolution's channels stands right behind it
+    for name, gone in readers.items():
+        conv, columns = modules[name], torch.from_numpy(gone)
+        assert isinstance(conv, nn.Conv2d)
+        constant = conv.weight.sum((2, 3))[:, columns] @ means[name][columns].to(conv.weight)
+        norm = behind.get(int(graph.outputs[name][0]))
+        if conv.bias is not None:
+            conv.bias += constant
+        elif norm is not None and len(graph.norms[norm]) == len(constant):
+            modules[norm].running_mean -= constant  # type: ignore[operator]
+    return new
+
+
+def _input_means(model: nn.Module, names: Iterable[str], images: Iterable[Tensor]) -> dict[str, Tensor]:
+    """Mean of each input channel (channels,) of the named modules over all images and pixels."""
+    modules = dict(model.named_modules())
+    total: dict[str, Tensor] = {}
+    count: dict[str, int] = {}
+
+    def note(name: str, x: Tensor) -> None:
+        total[name] = total.get(name, 0) + x.double().sum((0, 2, 3))
+        count[name] = count.get(name, 0) + x.numel() // x.shape[1]
+
+    handles = [modules[n].register_forward_pre_hook(lambda _, inputs, n=n: note(n, inputs[0])) for n in names]
+    for batch in images:
+        model(batch)
+    for handle in handles:
+        handle.remove()
+    return {name: value / count[name] for name, value in total.items()}
+
+
+@torch.no_grad()
+def recalibrate(model: nn.Module, images: Iterable[Tensor]) -> nn.Module:
+    """A copy whose BatchNorms have the means and variances of `images`, batches (B, C, H, W) of what the model will see."""
+    new = deepcopy(model).eval()
+    norms = [m for m in new.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    momenta = [m.momentum for m in norms]
+    for m in norms:
+        m.reset_running_stats()
+        m.momentum = None  # the plain average over the batches
+        m.train()
+    for batch in images:
+        new(batch)
+    for m, momentum in zip(norms, momenta):
+        m.momentum = momentum
+    return new.eval()
 
 
 def compose(old: Masks, new: Masks) -> Masks:
