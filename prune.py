@@ -32,7 +32,7 @@ from utils.slimming.cost import CostModel, latency, profile
 from utils.slimming.graph import ChannelGraph, trace
 from utils.slimming.pictures import plot_gammas, plot_kept, plot_sweep
 from utils.slimming.report import cost_rows, cost_table, layer_rows, layer_table, stage_table
-from utils.slimming.selection import SCORES, Limit, Masks, Rules, Selection, gammas, knee, limit
+from utils.slimming.selection import MIN_SHARE, SCORES, Limit, Masks, Rules, Selection, gammas, knee, limit
 from utils.slimming.surgery import absorb, compose, keep_ids, largest_difference, masked, recalibrate, slim
 from val import evaluate, validation_loader
 
@@ -282,7 +282,7 @@ def parse(argv: list[str] | None = None) -> Namespace:
     add("--score", choices=list(SCORES), default="gamma", help="what channels are ranked by")
     add("--per-flop", action="store_true", help="rank by score per FLOP that goes with the channel: faster models")
     add("--min-channels", type=int, default=1, help="channels that every layer keeps")
-    add("--min-share", type=float, default=0.1, help="share of its channels that every layer keeps at least, 0..1")
+    add("--min-share", type=float, default=MIN_SHARE, help="share of its channels that every layer keeps at least, unless their score is 0; 0..1")
     add("--round-to", type=int, default=1, help="layers that are cut keep a multiple of this, 8 say")
     add("--shortcuts", choices=["skip", "joint"], default="skip", help="channels that shortcuts tie together stay (skip), or go all at once (joint)")
     add("--keep", nargs="+", default=[], metavar="PATTERN", help="BatchNorms that stay whole, such as 'model.0.*'")

@@ -22,7 +22,7 @@ from utils.options import resolve, training_parser
 from utils.slimming.cost import CostModel
 from utils.slimming.graph import trace
 from utils.slimming.pictures import plot_gamma_history, plot_gammas
-from utils.slimming.selection import Rules, Selection, limit
+from utils.slimming.selection import MIN_SHARE, Rules, Selection, limit
 from utils.slimming.sparsity import GammaL1, TargetSparsity, gauge, travel
 from utils.slimming.surgery import keep_ids, masked
 from val import evaluate
@@ -85,7 +85,7 @@ class SparsityHook(Hook):
     def outlook(self) -> dict[str, float]:
         """What prune.py --percent would make of the model as it is now: size, the source's limit and, now and then, mAP."""
         run, opt, model = self.run, self.run.opt, self.run.ema.ema
-        masks = Selection(self.graph, model, Rules(min_share=0.1)).percent(opt.percent)
+        masks = Selection(self.graph, model, Rules(min_share=MIN_SHARE)).percent(opt.percent)
         parameters, flops = self.costs.remaining(keep_ids(self.graph, masks))
         log = {"sparsity/limit": limit(self.graph, model).percent, "sparsity/parameters_left": float(parameters), "sparsity/gflops_left": flops / 1e9}
         text = f"{'':>11}--percent {opt.percent:g} would leave {parameters:,} parameters, {flops / 1e9:.3f} GFLOPs"

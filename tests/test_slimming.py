@@ -272,3 +272,14 @@ def test_recalibration_gives_the_images_statistics():
     assert torch.allclose(new[0].bn.running_mean, first.mean((0, 2, 3)), atol=1e-5)
     assert torch.allclose(new[0].bn.running_var, first.var((0, 2, 3)), rtol=1e-3) and new[0].bn.momentum == net[0].bn.momentum
     assert not new.training and not torch.equal(new[0].bn.running_mean, net[0].bn.running_mean)
+
+
+def test_a_layer_keeps_its_share_but_no_zeros(model):
+    zeros = deepcopy(model)
+    with torch.no_grad():
+        zeros.model[7].bn.weight[:200] = 0.0  # of 256
+        zeros.model[5].bn.weight.mul_(1e-3)   # 128 small ones
+    ranked = Selection(trace(zeros), zeros, Rules(min_share=0.25))
+    masks = ranked.percent(0.3)
+    assert int(masks["model.7.bn"].sum()) <= 56 and int(masks["model.5.bn"].sum()) == 32
+    assert int(ranked.cut(len(ranked.roots))["model.7.bn"].sum()) == 56
