@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from argparse import BooleanOptionalAction, Namespace
+from fnmatch import fnmatch
 from typing import Any
 
 import torch
@@ -38,9 +39,14 @@ class SparsityHook(Hook):
         self.run, opt = run, run.opt
         self.graph = graph = trace(run.model)
         self.costs = CostModel(run.model, graph, opt.imgsz)
-        names = graph.prunable_norms()
+        names = [n for n in graph.prunable_norms() if not any(fnmatch(n, p) for p in opt.keep)]
         modules, averaged = dict(run.model.named_modules()), dict(run.ema.ema.named_modules())
         norms = [modules[n] for n in names]
+        unused = [p for p in opt.keep if not any(fnmatch(n, p) for n in graph.norms)]
+        if unused:
+            raise UserError(f"--keep {' '.join(unused)}: no BatchNorm has such a name; prune.py's table shows them")
+        if not names:
+            raise UserError("sparsity: no BatchNorm is left to act on; give fewer --keep, or a model with BatchNorms")
         self.norms: dict[str, Any] = {n: averaged[n] for n in names}  # what is shown is what is saved: the averaged weights
         self.penalty = GammaL1(norms, opt.sr, opt.epochs, opt.sr_bias)
         # The average of a gamma that is 0 comes near 0 but never there, so it is set to 0 as well.
@@ -53,7 +59,8 @@ class SparsityHook(Hook):
             every = sum(isinstance(m, _BatchNorm) for m in modules.values())
             channels = sum(len(m.weight) for m in self.norms.values())
             aim = f"target {opt.target_sparsity:.0%}" if self.target else f"sr {opt.sr:g}"
-            print(f"sparsity: {aim}, on {len(names)} of {every} BatchNorms, {channels} channels; the others are tied by shortcuts")
+            others = "tied by shortcuts" + (f" or kept by {' '.join(opt.keep)}" if opt.keep else "")
+            print(f"sparsity: {aim}, on {len(names)} of {every} BatchNorms, {channels} channels; the others are {others}")
             if opt.sr:
                 print(budget(run, self.penalty))
 
@@ -85,7 +92,7 @@ class SparsityHook(Hook):
     def outlook(self) -> dict[str, float]:
         """What prune.py --percent would make of the model as it is now: size, the source's limit and, now and then, mAP."""
         run, opt, model = self.run, self.run.opt, self.run.ema.ema
-        masks = Selection(self.graph, model, Rules(min_share=MIN_SHARE)).percent(opt.percent)
+        masks = Selection(self.graph, model, Rules(min_share=MIN_SHARE, keep=tuple(opt.keep))).percent(opt.percent)
         parameters, flops = self.costs.remaining(keep_ids(self.graph, masks))
         log = {"sparsity/limit": limit(self.graph, model).percent, "sparsity/parameters_left": float(parameters), "sparsity/gflops_left": flops / 1e9}
         text = f"{'':>11}--percent {opt.percent:g} would leave {parameters:,} parameters, {flops / 1e9:.3f} GFLOPs"
@@ -154,6 +161,7 @@ def main(argv: list[str] | None = None) -> Run:
     parser.add_argument("--target-sparsity", type=float, help="share of the prunable channels that are exactly 0 in the end, 0..1")
     parser.add_argument("--per-flop", action=BooleanOptionalAction, default=True,
                         help="with --target-sparsity: rank channels by importance per FLOP, which makes the slim model faster; --no-per-flop: by importance")
+    parser.add_argument("--keep", nargs="+", default=[], metavar="PATTERN", help="BatchNorms to leave alone, such as 'model.0.*'")
     parser.add_argument("--percent", type=float, default=0.5, help="the prune.py --percent that the outlook of every epoch is for")
     parser.add_argument("--masked-val", type=int, default=0, metavar="N", help="every N epochs also validate the model without those channels (0: never)")
     opt = parser.parse_args(argv)
