@@ -12,6 +12,7 @@ import yaml
 from PIL import Image
 
 from data.scripts import voc_to_yolo as voc
+from data.scripts import yolo_layout
 from utils.data_config import read_data
 from utils.errors import UserError
 
@@ -31,7 +32,7 @@ def add(root: Path, stem: str, objects: str = thing(), size: str = "<size><width
     image = Image.new("RGB", (80, 100) if exif in (6, 8) else (100, 80), (90, 120, 30))
     tags = Image.Exif()
     if exif:
-        tags[voc.EXIF_ORIENTATION] = exif
+        tags[yolo_layout.EXIF_ORIENTATION] = exif
     image.save(root / "JPEGImages" / f"{stem}{suffix}", exif=tags)
     named = f"<filename>{stem + suffix if filename is None else filename}</filename>"
     text = f"<annotation>{named}{size}{objects}</annotation>" if xml is None else xml
@@ -364,7 +365,7 @@ def test_second_call_removes_only_what_the_first_has_made(folder: Path, tmp_path
     lists(folder, train="b\n")
     run(folder, tmp_path / "out")
     left = {p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").rglob("*") if p.is_file()}
-    assert left == {voc.MARKER, "data.yaml", "notes.txt", "images/train/mine.jpg", "images/train/b.jpg",
+    assert left == {yolo_layout.MARKER, "data.yaml", "notes.txt", "images/train/mine.jpg", "images/train/b.jpg",
                     "labels/train/b.txt"}
 
 

@@ -1,0 +1,1 @@
+"""Converters into YOLO layout."""
