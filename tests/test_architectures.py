@@ -8,9 +8,12 @@ import torch
 
 from models.yolo import FOLDER, Model, read_yaml
 from tests.test_slimming import randomised
+from utils.loss import DetectionLoss, scale_gains
+from utils.options import read_hyp
 from utils.slimming.cost import CostModel, profile
 from utils.slimming.graph import trace
 from utils.slimming.selection import select
+from utils.slimming.sparsity import TargetSparsity
 from utils.slimming.surgery import keep_ids, largest_difference, masked, slim
 
 # Parameters and entries of the state_dict, as stock YOLOv5 counts them.
@@ -58,6 +61,25 @@ def test_half_of_the_channels_go_exactly(narrow):
     assert cost.parameters < 0.8 * profile(model, 2 * s).parameters or "transformer" in path.stem
     # What is not understood is said, and only attention is not.
     assert bool(graph.notes) == ("transformer" in path.stem), graph.notes
+
+
+@pytest.mark.slow
+def test_one_step_of_training_and_sparsity(narrow):
+    """Loss, gradients in every parameter, the penalty on what is prunable: what train_sparsity.py does."""
+    model = Model(narrow[1].yaml, nc=2).train()
+    hyp = scale_gains(read_hyp({}), model.detect.nl, 2, 128)
+    targets = torch.tensor([[0, 1, 0.5, 0.5, 0.3, 0.4], [1, 0, 0.4, 0.6, 0.8, 0.7]])
+    side = max(int(model.stride.max()), 64)
+    loss, items = DetectionLoss(model, hyp)(model(torch.rand(2, 3, side, 2 * side)), targets)
+    loss.backward()
+    assert bool(torch.isfinite(items).all()) and all(p.grad is not None and bool(p.grad.isfinite().all()) for p in model.parameters())
+    modules = dict(model.named_modules())
+    norms = [modules[n] for n in trace(model).prunable_norms()]
+    target = TargetSparsity(norms, 0.5)
+    target.observe()
+    target.shrink(1.0)
+    total = sum(m.num_features for m in norms)
+    assert sum(int((m.weight == 0).sum()) for m in norms) == pytest.approx(0.5 * total, abs=0.05 * total)
 
 
 @pytest.mark.slow

@@ -447,3 +447,32 @@ def test_image_weights_prefer_rare_and_badly_detected_classes() -> None:
     sampler = EpochBatchSampler(3, 3, shuffle=True)
     sampler.weights = np.array([0.0, 1.0, 0.0])
     assert [i for batch in sampler for _, i in batch] == [1, 1, 1]
+
+
+def test_label_cache_is_used_and_notices_changes(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("YOLO_CACHE", str(tmp_path / "cache"))
+    scanned: list[Path] = []
+    plain = dataloaders.scan_image
+    monkeypatch.setattr(dataloaders, "scan_image", lambda path, **options: (scanned.append(path), plain(path, **options))[1])
+    before = tree_hash(images.parent.parent)
+    first = DetectionDataset([images], 64, nc=2)
+    again = DetectionDataset([images], 64, nc=2)
+    assert len(scanned) == 7 and tree_hash(images.parent.parent) == before
+    assert again.images == first.images and np.array_equal(again.shapes, first.shapes)
+    assert all(a.dtype == np.float32 and np.array_equal(a, b) for a, b in zip(first.labels, again.labels))
+    label_path(first.images[3]).write_text("1 0.5 0.5 0.25 0.25\n0 0.1 0.1 9 9\n")
+    label_path(first.images[4]).unlink()
+    changed = DetectionDataset([images], 64, nc=2)
+    assert len(scanned) == 9 and len(changed.labels[3]) == 2 and not len(changed.labels[4]) and changed.problems
+    assert DetectionDataset([images], 64, nc=2).problems == changed.problems and len(scanned) == 9
+    with pytest.raises(UserError, match="class 1"):  # the number of classes belongs to it
+        DetectionDataset([images], 64, nc=1)
+
+
+@pytest.mark.parametrize("content", [b"", b"nothing", b"\x93NUMPY\x01\x00"])
+def test_a_damaged_label_cache_is_made_anew(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
+    monkeypatch.setenv("YOLO_CACHE", str(tmp_path / "cache"))
+    first = DetectionDataset([images], 64)
+    file, = (tmp_path / "cache" / "labels").iterdir()
+    file.write_bytes(content)
+    assert all(map(np.array_equal, first.labels, DetectionDataset([images], 64).labels)) and len(file.read_bytes()) > 100

@@ -45,10 +45,10 @@ from utils.image_files import (
     label_path,
     scan_image,
 )
+from utils.label_cache import cache_folder, scan_with_cache
 
 HYP = ("degrees", "translate", "scale", "shear", "perspective", "mosaic", "mixup", "hsv_h", "hsv_s", "hsv_v", "flipud",
        "fliplr", "copy_paste")
-DISK_CACHE = "~/.cache/yolov5-slimming"
 
 # ((h0, w0) of the file, ((gain_h, gain_w), (pad_w, pad_h))): how an image got from the file into the batch
 Geometry = tuple[tuple[int, int], tuple[tuple[float, float], tuple[float, float]]]
@@ -140,7 +140,8 @@ class DetectionDataset(Dataset[Sample]):
         if not found:
             raise UserError(f"{where}: no images there ({', '.join(sorted(s[1:] for s in IMAGE_SUFFIXES))})")
         scan = partial(scan_image, nc=nc, single_cls=single_cls)
-        records = in_threads(scan, sorted(found), f"{self.prefix} scan".strip())
+        title = f"{self.prefix} scan".strip()
+        records = scan_with_cache(sorted(found), f"{nc} {single_cls}", lambda changed: in_threads(scan, changed, title))
         self.problems: dict[str, int] = dict(sum((r.problems for r in records), Counter()))
         self.refused = [(r.path, r.refused) for r in records if r.refused]
         usable = [r for r in records if not r.refused]
@@ -280,7 +281,7 @@ class DetectionDataset(Dataset[Sample]):
 
     def _fill_disk(self) -> None:
         """Make the .npy files that are missing."""
-        folder = Path(os.environ.get("YOLO_CACHE") or DISK_CACHE).expanduser() / "images"
+        folder = cache_folder("images")
 
         def fill(i: int) -> bool:
             return self._load_disk(folder, i) is not None
