@@ -60,12 +60,15 @@ def rank(model: Model, opt: Namespace) -> Selection:
     graph = trace(model)
     costs = CostModel(model, graph, opt.imgsz, model.yaml["ch"]).freed() if opt.per_flop else None
     rules = Rules(opt.min_channels, opt.min_share, opt.round_to, opt.shortcuts == "joint", tuple(opt.keep))
+    none = "this model has no BatchNorm channel that may be cut (a fused or exported model? give the file from before fusing)"
+    if not graph.norms:
+        raise UserError(none)
     try:
         ranked = Selection(graph, model, rules, opt.score, costs)
     except ValueError as error:
         raise UserError(f"--keep: {error}; the names are in the table that prune.py prints") from None
     if not ranked.total:
-        raise UserError("this model has no BatchNorm channel that may be cut (a fused or exported model? use the training checkpoint)")
+        raise UserError(none)
     return ranked
 
 

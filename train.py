@@ -298,7 +298,10 @@ def start_model(opt: Namespace, names: dict[int, str], resumed: dict[str, Any], 
     if resumed:
         return checkpoint.build(resumed, ema=False)
     if opt.weights and not opt.cfg:
-        return with_classes(checkpoint.load(opt.weights), names)
+        model = with_classes(checkpoint.load(opt.weights), names)
+        if not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()):
+            raise UserError(f"{opt.weights}: BatchNorm is fused into the convolutions; train the file from before fusing or exporting")
+        return model
     if not opt.cfg:
         raise UserError("--weights '' needs --cfg, a model yaml such as models/yolov5s.yaml")
     model = Model(opt.cfg, nc=len(names), names=names)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.yolo import Model
+from models.yolo import Model, fused
 from utils.downloads import fetch
 from utils.errors import UserError
 from utils.slimming.surgery import resize_like
@@ -112,9 +112,9 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Model:
 def build(data: dict[str, Any], device: str | torch.device = "cpu", path: str | Path = "checkpoint", ema: bool = True) -> Model:
     """The Model that read()'s dict describes: built from its yaml, narrowed to the shapes of its weights, loaded."""
     state = data["ema"] if ema and data.get("ema") else data["state_dict"]
-    if any(key.endswith(".conv.bias") for key in state) and not any(".bn." in key for key in state):
-        raise UserError(f"{path}: BatchNorm is fused into the convolutions; use the file from before fusing or exporting")
     model = Model(data["yaml"], names=data["names"])
+    if not any(".bn." in key for key in state):  # folded into the convolutions: good for inference, and for nothing else
+        model = fused(model)
     try:
         resize_like(model, state)
         model.load_state_dict(state)

@@ -124,9 +124,11 @@ def test_other_tasks_are_refused_by_name(tmp_path, monkeypatch, name, task):
         checkpoint.load(tmp_path / "x.pt")
 
 
-def test_a_fused_file_is_refused_with_the_mend(tmp_path):
+def test_a_fused_file_is_good_for_inference(tmp_path):
     from models.yolo import fused
 
-    checkpoint.save(tmp_path / "fused.pt", fused(small()))
-    with pytest.raises(UserError, match="from before fusing"):
-        checkpoint.load(tmp_path / "fused.pt")
+    model = small()
+    checkpoint.save(tmp_path / "fused.pt", fused(model))
+    x = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.allclose(checkpoint.load(tmp_path / "fused.pt")(x)[0], model.eval()(x)[0], rtol=1e-4, atol=1e-3)

@@ -139,6 +139,18 @@ def untrained(tmp_path_factory, cfg) -> Path:
 
 
 @pytest.mark.slow
+def test_a_fused_model_is_validated_but_not_trained_or_cut(script, tiny, untrained, tmp_path):
+    from models.yolo import fused
+
+    checkpoint.save(tmp_path / "fused.pt", fused(checkpoint.load(untrained)), imgsz=64)
+    common = ["--weights", "fused.pt", "--data", tiny, *FAST]
+    script("val.py", *common, "--noplots", cwd=tmp_path)
+    for name in ("train.py", "train_sparsity.py", "finetune_pruned.py", "prune.py"):
+        done = script(name, *common, cwd=tmp_path, code=2)
+        assert "from before fusing" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
 def test_prune_to_targets_and_by_rules(script, tiny, untrained, tmp_path):
     common = ["prune.py", "--weights", untrained, "--data", tiny, *FAST]
     script(*common, "--target", "flops=0.6", "--shortcuts", "joint", "--round-to", 4, "--keep", "model.0.*", "--noval", cwd=tmp_path)

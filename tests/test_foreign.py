@@ -29,6 +29,7 @@ import pytest
 import torch
 from torch import nn
 
+import models.common
 import models.yolo
 from models import checkpoint, stock
 from models.yolo import Model
@@ -102,10 +103,16 @@ def test_every_kind_of_yolov5_file_loads(mine, tmp_path, monkeypatch, kind, name
     assert torch.equal(loaded.detect.anchors, mine.detect.anchors)
 
 
-def test_fused_yolov5_files_are_refused_with_the_mend(mine, tmp_path, monkeypatch):
-    torch.save({"model": as_stock(models.yolo.fused(mine), monkeypatch)}, tmp_path / "x.pt")
-    with pytest.raises(UserError, match="from before fusing"):
-        checkpoint.load(tmp_path / "x.pt")
+def test_fused_yolov5_files_load(mine, tmp_path, monkeypatch):
+    whole = as_stock(models.yolo.fused(mine), monkeypatch)
+    for module in whole.modules():
+        if isinstance(module, models.common.Conv):
+            del module.bn  # as stock's fuse() does
+    torch.save({"model": whole}, tmp_path / "x.pt")
+    x = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        a, b = checkpoint.load(tmp_path / "x.pt")(x)[0], mine(x)[0]
+    assert torch.allclose(a, b, rtol=2e-3, atol=2e-3 * float(b.abs().max()))
 
 
 def test_anchors_that_autoanchor_changed_come_along(mine, tmp_path, monkeypatch):
