@@ -1,0 +1,68 @@
+"""The model that a training starts from: a checkpoint, a yaml or both; its anchors, frozen layers, kind of BatchNorm."""
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from models import checkpoint
+from models.yolo import Model, set_anchors, with_classes
+from utils.autoanchor import fit_anchors
+from utils.distributed import World
+from utils.errors import UserError
+
+
+def start_model(opt: Namespace, names: dict[int, str], resumed: dict[str, Any], place: World) -> Model:
+    """From a resumed run, from a checkpoint (slim ones stay slim), from a yaml, or from a yaml with a checkpoint's weights."""
+    if resumed:
+        return checkpoint.build(resumed, ema=False)
+    if opt.weights and not opt.cfg:
+        model = with_classes(checkpoint.load(opt.weights), names)
+        if not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()):
+            raise UserError(f"{opt.weights}: BatchNorm is fused into the convolutions; train the file from before fusing or exporting")
+        return model
+    if not opt.cfg:
+        raise UserError("--weights '' needs --cfg, a model yaml such as models/yolov5s.yaml")
+    model = Model(opt.cfg, nc=len(names), names=names)
+    if opt.weights:
+        theirs, mine = checkpoint.load(opt.weights).state_dict(), model.state_dict()
+        same = {k: v for k, v in theirs.items() if k in mine and v.shape == mine[k].shape and not k.endswith("anchors")}
+        model.load_state_dict(same, strict=False)
+        if place.main:
+            print(f"{len(same)} of {len(mine)} tensors taken from {opt.weights}")
+    return model
+
+
+def adapt_anchors(opt: Namespace, model: Model, dataset: Any, place: World) -> None:
+    """Autoanchor: fit the anchors to the data set's boxes unless they fit already."""
+    if opt.noautoanchor:
+        return
+    largest = dataset.shapes.max(1, keepdims=True)
+    sizes = dataset.shapes / largest * opt.imgsz
+    wh = np.concatenate([labels[:, 3:5] * size for labels, size in zip(dataset.labels, sizes)])
+    pixels = (model.detect.anchors * model.stride.view(-1, 1, 1)).cpu().numpy()
+    better, message = fit_anchors(wh, pixels, opt.imgsz, opt.hyp["anchor_t"], opt.seed)
+    if place.main:
+        print(message)
+    if better is not None:
+        set_anchors(model, torch.as_tensor(better, dtype=torch.float32).view(pixels.shape))
+
+
+def synchronised(model: Model, place: World) -> Model:
+    """--sync-bn: BatchNorms that take their statistics over the images of all processes."""
+    if place.device.type != "cuda":
+        raise UserError("--sync-bn: PyTorch synchronises BatchNorm on GPUs only; leave it out here")
+    return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+
+
+def freeze(model: Model, layers: Sequence[int]) -> None:
+    """--freeze 10 freezes layers 0 to 9, --freeze 0 3 5 those three."""
+    wanted = range(layers[0]) if len(layers) == 1 else layers
+    for i in wanted:
+        if not 0 <= i < len(model.model):
+            raise UserError(f"--freeze {i}: the model has layers 0 to {len(model.model) - 1}")
+        model.model[i].requires_grad_(False)
