@@ -129,12 +129,15 @@ def budget(run: Run, penalty: GammaL1) -> str:
     every = schedule.accumulate(schedule.warmup)
     epochs = [i // batches for i in range(0, run.opt.epochs * batches, every)]
     share = min(every * run.opt.batch_size / run.opt.nbs, 1.0)
+    adam = run.opt.optimizer != "SGD"
     distance = travel([hyp["lr0"] * schedule.factor(e) for e in epochs], [penalty.coefficient(e) * share for e in epochs],
-                      hyp["momentum"] if run.opt.optimizer == "SGD" else None)
-    text = f"sparsity: in {len(epochs)} steps this sr moves a gamma that nothing holds by {distance:.2g} (at the start they are near 1)"
-    if distance >= 0.5:
-        return text
-    return text + ("; too little to reach 0. More epochs help, SGD and a larger --sr, or --target-sparsity 0.5, which needs no strength")
+                      None if adam else hyp["momentum"])
+    text = f"sparsity: in {len(epochs)} steps this sr moves a gamma that nothing holds by {'at most ' * adam}{distance:.2g} (at the start they are near 1)"
+    if adam:  # it divides each gradient by its usual size: the penalty drowns where that is larger
+        text += ", and one whose own gradients are larger than sr hardly at all"
+    if adam or distance < 0.5:
+        text += ". If they stay away from 0: more epochs, SGD with a larger --sr, or --target-sparsity 0.5, which needs no strength"
+    return text
 
 
 def check(opt: Namespace) -> Namespace:
