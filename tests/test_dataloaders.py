@@ -476,3 +476,15 @@ def test_a_damaged_label_cache_is_made_anew(images: Path, tmp_path: Path, monkey
     file, = (tmp_path / "cache" / "labels").iterdir()
     file.write_bytes(content)
     assert all(map(np.array_equal, first.labels, DetectionDataset([images], 64).labels)) and len(file.read_bytes()) > 100
+
+
+@pytest.mark.parametrize("suffix", ["bmp", "webp", "tiff", "jpeg"])
+def test_names_with_spaces_and_foreign_letters(tmp_path: Path, suffix: str) -> None:
+    folder = tmp_path / "Fotos größer 漢" / "images"
+    folder.mkdir(parents=True)
+    (folder.parent / "labels").mkdir()
+    Image.fromarray(np.full((40, 60, 3), 200, np.uint8)).save(folder / f"ein Bild ä.{suffix}")
+    label_path(folder / f"ein Bild ä.{suffix}").write_text("0 0.5 0.5 0.5 0.5\n")
+    data = DetectionDataset([folder, folder], 64, nc=1)  # the same root twice: every image twice, as it was asked for
+    assert len(data) == 2 and all(len(rows) == 1 for rows in data.labels)
+    assert data[0, 0].image.shape == (3, 64, 64) and int(data[0, 0].image[:, 32, 32].min()) > 190
