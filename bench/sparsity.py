@@ -22,7 +22,7 @@ from utils.slimming.pictures import BLUE, GREY, dress, new_figure, save
 from utils.slimming.selection import select
 from utils.slimming.surgery import keep_ids
 
-RUNS = [(share, seed) for share in (0.0, 0.5) for seed in (0, 1, 2)] + [(0.3, 0), (0.65, 0), (0.8, 0)]
+RUNS = [(share, seed) for share in (0.0, 0.5) for seed in (0, 1, 2)] + [(0.65, 0), (0.8, 0)]
 
 
 def row(folder: Path, share: float, seed: int) -> dict[str, float]:
