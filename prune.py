@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -27,6 +28,7 @@ from utils.data_config import read_data
 from utils.distributed import select_device
 from utils.errors import UserError, run_cli
 from utils.files import command_line, new_run_folder, write_json, write_text
+from utils.metrics import APResult
 from utils.options import HelpfulParser, add_common, resolve
 from utils.slimming.cost import CostModel, latency, profile
 from utils.slimming.graph import ChannelGraph, trace
@@ -81,7 +83,7 @@ def choose(model: Model, ranked: Selection, opt: Namespace, device: torch.device
     full = costs.remaining(np.ones(len(ranked.graph.group), bool))
     if kind == "map-drop":
         loader = val_loader(model, opt)
-        before = evaluate(on_device(fused(model), device), loader, device).ap.map
+        before = accuracy(model, loader, opt, device).map
 
     def left(masks: Masks) -> float:
         """What the target speaks of, for a cut; the smaller, the more is cut."""
@@ -89,8 +91,7 @@ def choose(model: Model, ranked: Selection, opt: Namespace, device: torch.device
             ms = latency([on_device(fused(m), device) for m in (model, slim(model, masks))], opt.imgsz)  # type: ignore[arg-type]
             return ms[1] / ms[0]
         if kind == "map-drop":
-            zeroed = masked(model, masks)
-            return evaluate(on_device(fused(zeroed), device), loader, device).ap.map - before  # type: ignore[arg-type]
+            return accuracy(masked(model, masks), loader, opt, device).map - before
         parameters, flops = costs.remaining(keep_ids(ranked.graph, masks))
         return parameters / full[0] if kind == "params" else flops / full[1]
 
@@ -149,6 +150,12 @@ def val_loader(model: Model, opt: Namespace) -> DataLoader:
     return validation_loader(config, "val", opt.imgsz, opt.batch_size, int(model.stride.max()), opt.workers, cache="ram", single_cls=opt.single_cls)
 
 
+def accuracy(model: nn.Module, loader: DataLoader, opt: Namespace, device: torch.device) -> APResult:
+    """Precision, recall and mAP of a Model, fused, on `device`."""
+    assert isinstance(model, Model)
+    return evaluate(on_device(fused(model), device), loader, device, single_cls=opt.single_cls).ap
+
+
 def repair(result: Cut, opt: Namespace, device: torch.device) -> dict[str, Model]:
     """--absorb and --recalibrate: the slim model, repaired with what training images show; the last one is what is written."""
     stages: dict[str, Model] = {"before": result.dense, "masked": result.masked, "slim": result.slim}
@@ -172,7 +179,7 @@ def measure(stages: dict[str, Model], opt: Namespace, device: torch.device) -> l
     loader = val_loader(stages["before"], opt)
     rows = []
     for stage, model in stages.items():
-        found = evaluate(on_device(fused(model), device), loader, device, single_cls=opt.single_cls).ap
+        found = accuracy(model, loader, opt, device)
         rows.append({"stage": stage, "P": found.mp, "R": found.mr, "mAP50": found.map50, "mAP50-95": found.map})
     return rows
 
@@ -184,8 +191,8 @@ def sweep(model: Model, ranked: Selection, opt: Namespace, device: torch.device)
     models, rows = [], []
     for share in tqdm(shares, desc="sweep", leave=False, disable=None):
         masks = ranked.percent(share)
-        zeroed, narrow = masked(model, masks), slim(model, masks)
-        found = evaluate(on_device(fused(zeroed), device), loader, device, single_cls=opt.single_cls).ap  # type: ignore[arg-type]
+        narrow = slim(model, masks)
+        found = accuracy(narrow, loader, opt, device)
         parameters, flops = costs.remaining(keep_ids(ranked.graph, masks))
         models.append(on_device(fused(narrow), device))  # type: ignore[arg-type]
         rows.append({"percent": share, "mAP50": found.map50, "mAP50-95": found.map, "parameters": parameters, "GFLOPs": flops / 1e9})

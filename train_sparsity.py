@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 from argparse import BooleanOptionalAction, Namespace
-from fnmatch import fnmatch
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from utils.options import resolve, training_parser
 from utils.slimming.cost import CostModel
 from utils.slimming.graph import trace
 from utils.slimming.pictures import plot_gamma_history, plot_gammas
-from utils.slimming.selection import MIN_SHARE, Rules, Selection, limit
+from utils.slimming.selection import MIN_SHARE, Rules, Selection, limit, matching
 from utils.slimming.sparsity import GammaL1, TargetSparsity, gauge, travel
 from utils.slimming.surgery import keep_ids, masked
 from val import evaluate
@@ -39,12 +38,13 @@ class SparsityHook(Hook):
         self.run, opt = run, run.opt
         self.graph = graph = trace(run.model)
         self.costs = CostModel(run.model, graph, opt.imgsz)
-        names = [n for n in graph.prunable_norms() if not any(fnmatch(n, p) for p in opt.keep)]
+        try:
+            left_alone = matching(graph.norms, opt.keep)
+        except ValueError as error:
+            raise UserError(f"--keep: {error}; prune.py's table shows the names") from None
+        names = [n for n in graph.prunable_norms() if n not in left_alone]
         modules, averaged = dict(run.model.named_modules()), dict(run.ema.ema.named_modules())
         norms = [modules[n] for n in names]
-        unused = [p for p in opt.keep if not any(fnmatch(n, p) for n in graph.norms)]
-        if unused:
-            raise UserError(f"--keep {' '.join(unused)}: no BatchNorm has such a name; prune.py's table shows them")
         if not names:
             raise UserError("sparsity: no BatchNorm is left to act on; give fewer --keep, or a model with BatchNorms")
         self.norms: dict[str, Any] = {n: averaged[n] for n in names}  # what is shown is what is saved: the averaged weights

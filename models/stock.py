@@ -52,7 +52,7 @@ def dressed(model: Model) -> Model:
     for i, (layer, read) in enumerate(zip(new.model, model.inputs)):
         sources = [-1 if j == i - 1 else j for j in read]
         layer.__dict__.update(i=i, f=sources if len(sources) > 1 or layer is head else sources[0],
-                              type=f"{type(layer).__module__}.{type(layer).__name__}".replace("__main__.", ""),
+                              type=f"{type(layer).__module__}.{type(layer).__name__}",
                               np=sum(p.numel() for p in layer.parameters()))
     del head._buffers["stride"]  # there it is a plain attribute, and a class attribute would hide the buffer
     head._non_persistent_buffers_set.discard("stride")
@@ -66,5 +66,4 @@ def dressed(model: Model) -> Model:
             module.__dict__["recompute_scale_factor"] = None  # older PyTorch asks for it
         if isinstance(module, TransformerBlock):
             module.__dict__["c2"] = module.linear.out_features
-        module._forward_hooks.clear()
     return new

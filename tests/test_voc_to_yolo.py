@@ -15,6 +15,7 @@ from data.scripts import voc_to_yolo as voc
 from data.scripts import yolo_layout
 from utils.data_config import read_data
 from utils.errors import UserError
+from utils.image_files import EXIF_ORIENTATION
 
 BOX = (11, 21, 30, 60)                                     # VOC counts from 1: pixels 10..30 x 20..60
 ROW = "0 0.200000 0.500000 0.200000 0.500000\n"             # that box in an image of 100 x 80
@@ -32,7 +33,7 @@ def add(root: Path, stem: str, objects: str = thing(), size: str = "<size><width
     image = Image.new("RGB", (80, 100) if exif in (6, 8) else (100, 80), (90, 120, 30))
     tags = Image.Exif()
     if exif:
-        tags[yolo_layout.EXIF_ORIENTATION] = exif
+        tags[EXIF_ORIENTATION] = exif
     image.save(root / "JPEGImages" / f"{stem}{suffix}", exif=tags)
     named = f"<filename>{stem + suffix if filename is None else filename}</filename>"
     text = f"<annotation>{named}{size}{objects}</annotation>" if xml is None else xml

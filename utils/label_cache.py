@@ -35,7 +35,7 @@ def scan_with_cache(images: Sequence[Path], settings: str, scan: Callable[[Seque
     stamps = [_stamp(image, settings) for image in images]
     name = hashlib.sha256("\n".join((settings, *map(str, images))).encode()).hexdigest()[:40]
     file = cache_folder("labels") / f"{name}.npy"
-    known = _read(file, images)
+    known = _read(file)
     missing = [i for i, stamp in enumerate(stamps) if stamp not in known]
     fresh = dict(zip(missing, scan([images[i] for i in missing]))) if missing else {}
     records = [fresh[i] if i in fresh else known[stamp]._replace(path=images[i]) for i, stamp in enumerate(stamps)]
@@ -63,7 +63,7 @@ def _plain(record: Record) -> tuple:
     return record.size, record.orientation, record.labels.astype(float).tolist(), dict(record.problems), record.refused
 
 
-def _read(file: Path, images: Sequence[Path]) -> dict[str, Record]:
+def _read(file: Path) -> dict[str, Record]:
     """Stamp -> record; empty where there is no cache, or one that is damaged."""
     try:
         rows = json.loads(np.load(file, allow_pickle=False).tobytes())

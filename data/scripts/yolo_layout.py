@@ -10,7 +10,6 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,11 +18,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from utils.errors import UserError
+from utils.image_files import read_header
 
 MARKER = ".converted.json"     # in the output folder: the files that a converter has put there
 YAML_TITLE = "# Written by data/scripts/"
 MOST_NAMED = 10                # files named for each reason to leave them out
-EXIF_ORIENTATION = 274
 
 Corners = tuple[float, float, float, float]
 
@@ -56,18 +55,11 @@ class Skipped(Exception):
 
 
 def displayed_size(path: Path) -> tuple[int, int]:
-    """(w, h) of an image as a viewer shows it, after the EXIF rotation. Skipped if it is no image."""
+    """(w, h) of an image as the training will see it, after the EXIF rotation. Skipped if it is no image."""
     try:
-        with Image.open(path) as image:
-            width, height = image.size
-            turned = False
-            # As the training does: TIFF decoders turn by themselves, and PNG's EXIF may only follow the pixels.
-            if image.format not in ("PNG", "TIFF") or (image.format == "PNG" and "exif" in image.info):
-                with suppress(Exception):  # damaged EXIF fails in many ways, and the picture is good all the same
-                    turned = int(image.getexif().get(EXIF_ORIENTATION, 1)) in (5, 6, 7, 8)
+        return read_header(path)[0]
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         raise Skipped("image unreadable") from None
-    return (height, width) if turned else (width, height)
 
 
 def free_name(stem: str, folder: Path, split: str, taken: set[tuple[str, str]], tally: Tally) -> str:

@@ -52,7 +52,7 @@ class CostModel:
     def __init__(self, model: nn.Module, graph: ChannelGraph, imgsz: int = 640, channels: int = 3):
         self.graph = graph
         modules = dict(model.named_modules())
-        pixels = _map_sizes(model, graph, imgsz, channels)
+        pixels, total = _map_sizes(model, graph, imgsz, channels)
         self.parts: list[tuple[str, float, float, int]] = []  # name, weights and FLOPs of one output x input channel, biases
         counted = 0
         for name in graph.outputs:
@@ -63,7 +63,7 @@ class CostModel:
             counted += conv.weight.numel() + (0 if conv.bias is None else conv.bias.numel())
         counted += sum(2 * len(ids) for ids in graph.norms.values())
         self.rest = sum(p.numel() for p in model.parameters()) - counted  # what no cut changes
-        self.rest_flops = profile(model, imgsz, channels).flops - round(sum(
+        self.rest_flops = total - round(sum(
             work * len(graph.inputs[name]) * len(graph.outputs[name]) for name, _, work, _ in self.parts))  # attention, say
         self._depthwise = {name for name in graph.outputs if graph.outputs[name] is graph.inputs[name]}
 
@@ -89,8 +89,8 @@ class CostModel:
         return {name: total[self.graph.group[ids]] for name, ids in self.graph.norms.items()}
 
 
-def _map_sizes(model: nn.Module, graph: ChannelGraph, imgsz: int, channels: int) -> dict[str, int]:
-    """Convolution name -> pixels of its output map, from a pass on the meta device."""
+def _map_sizes(model: nn.Module, graph: ChannelGraph, imgsz: int, channels: int) -> tuple[dict[str, int], int]:
+    """(convolution name -> pixels of its output map, FLOPs of the whole model), from one pass on the meta device."""
     ghost = deepcopy(model).to("meta").eval()
     pixels: dict[str, int] = {}
 
@@ -100,9 +100,9 @@ def _map_sizes(model: nn.Module, graph: ChannelGraph, imgsz: int, channels: int)
     for name, module in ghost.named_modules():
         if name in graph.outputs:
             module.register_forward_hook(lambda _, __, y, name=name: note(name, y))
-    with torch.no_grad():
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
         ghost(torch.empty(1, channels, imgsz, imgsz, device="meta", dtype=next(ghost.parameters()).dtype))
-    return pixels
+    return pixels, counter.get_total_flops()
 
 
 def latency(models: list[nn.Module], imgsz: int = 640, batch: int = 1, runs: int = 20, channels: int = 3) -> list[float]:

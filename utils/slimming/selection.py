@@ -7,7 +7,7 @@ would cut all or none of them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 
@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from utils.slimming.graph import ChannelGraph
+from utils.slimming.surgery import Masks
 
-Masks = dict[str, Tensor]
 MIN_SHARE = 0.25  # default of prune.py; after an L1 run on BCCD, a floor of 0.1 ended .018 mAP50-95 lower
 
 
@@ -79,9 +79,7 @@ class Selection:
                  costs: Mapping[str, np.ndarray] | None = None):
         if rules.min_channels < 1 or rules.round_to < 1 or not 0 <= rules.min_share <= 1:
             raise ValueError(f"min_channels and round_to must be at least 1 and min_share between 0 and 1: {rules}")
-        unused = [p for p in rules.keep if not any(fnmatch(name, p) for name in graph.norms)]
-        if unused:
-            raise ValueError(f"no BatchNorm is called {', '.join(unused)}")
+        whole = matching(graph.norms, rules.keep)
         self.graph, self.rules = graph, rules
         self.scores = SCORES[score](graph, dict(model.named_modules()))
         if costs is not None:
@@ -92,7 +90,7 @@ class Selection:
         can_go = ~graph.frozen if rules.joint else ~(graph.frozen | graph.tied)
         protected = np.zeros(len(graph.group), bool)
         for name, ids in graph.norms.items():
-            if any(fnmatch(name, p) for p in rules.keep):
+            if name in whole:
                 protected[graph.group[ids]] = True
                 continue
             best = ids[np.argsort(-self.scores[graph.group[ids]], kind="stable")]
@@ -146,6 +144,14 @@ class Selection:
             if missing:
                 keep[gone[np.argsort(-self.scores[gone], kind="stable")][:missing]] = changed = True
         return changed
+
+
+def matching(names: Iterable[str], patterns: Sequence[str]) -> set[str]:
+    """The names that one of the patterns (model.0.*) means. ValueError for a pattern that means none."""
+    found = {p: {name for name in names if fnmatch(name, p)} for p in patterns}
+    if unused := [p for p in patterns if not found[p]]:
+        raise ValueError(f"no BatchNorm is called {', '.join(unused)}")
+    return set().union(*found.values())
 
 
 def select(graph: ChannelGraph, model: nn.Module, percent: float = 0.5, min_channels: int = 1) -> Masks:
