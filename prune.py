@@ -294,7 +294,8 @@ def parse(argv: list[str] | None = None) -> Namespace:
     add("--min-channels", type=int, default=1, help="channels that every layer keeps")
     add("--min-share", type=float, default=MIN_SHARE, help="share of its channels that every layer keeps at least, unless their score is 0; 0..1")
     add("--round-to", type=int, default=1, help="layers that are cut keep a multiple of this, 8 say")
-    add("--shortcuts", choices=["skip", "joint"], default="skip", help="channels that shortcuts tie together stay (skip), or go all at once (joint)")
+    add("--shortcuts", choices=["skip", "joint"],
+        help="channels that shortcuts tie together stay (skip), or go all at once (joint); default: what the sparsity training did, else skip")
     add("--keep", nargs="+", default=[], metavar="PATTERN", help="BatchNorms that stay whole, such as 'model.0.*'")
     add("--absorb", action="store_true", help="move the mean of the cut channels into the layers that read them")
     add("--recalibrate", type=int, default=0, metavar="N", help="measure the BatchNorms' statistics anew on N training images")
@@ -320,6 +321,7 @@ def main(argv: list[str] | None = None) -> Path:
     if opt.cfg:
         check_cfg(model, opt.cfg)
     opt = resolve(opt, source)
+    opt.shortcuts = opt.shortcuts or (source.get("opt") or {}).get("shortcuts", "skip")
     device = select_device(opt.device)
     ranked = rank(model, opt)
     if opt.sweep:

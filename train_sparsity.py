@@ -31,38 +31,49 @@ from val import evaluate
 class SparsityHook(Hook):
     """Sparsity on every prunable BatchNorm and on no other, and what TensorBoard and results.csv show of it.
 
-    The channel graph tells which are prunable: not those whose channels a shortcut's addition ties to others.
+    The channel graph tells which are prunable: not those whose channels a shortcut's addition ties to others, unless
+    --shortcuts joint takes such channels as one.
     """
 
     def start(self, run: Run) -> None:
         self.run, opt = run, run.opt
         self.graph = graph = trace(run.model)
         self.costs = CostModel(run.model, graph, opt.imgsz)
-        try:
-            left_alone = matching(graph.norms, opt.keep)
-        except ValueError as error:
-            raise UserError(f"--keep: {error}; prune.py's table shows the names") from None
-        names = [n for n in graph.prunable_norms() if n not in left_alone]
         modules, averaged = dict(run.model.named_modules()), dict(run.ema.ema.named_modules())
+        names = self.chosen(modules)
         norms = [modules[n] for n in names]
-        if not names:
-            raise UserError("sparsity: no BatchNorm is left to act on; give fewer --keep, or a model with BatchNorms")
         self.norms: dict[str, Any] = {n: averaged[n] for n in names}  # what is shown is what is saved: the averaged weights
         self.penalty = GammaL1(norms, opt.sr, opt.epochs, opt.sr_bias)
         # The average of a gamma that is 0 comes near 0 but never there, so it is set to 0 as well.
         self.target = None
         if opt.target_sparsity:
             flops = self.costs.freed() if opt.per_flop else {}
-            self.target = TargetSparsity(norms, opt.target_sparsity, list(self.norms.values()), [flops[n] for n in names] if flops else None)
+            groups = [graph.group[graph.norms[n]] for n in names]
+            self.target = TargetSparsity(norms, opt.target_sparsity, list(self.norms.values()), [flops[n] for n in names] if flops else None, groups)
         self.history: list[torch.Tensor] = []  # |gamma| of all channels, an entry an epoch
         if run.world.main:
             every = sum(isinstance(m, _BatchNorm) for m in modules.values())
             channels = sum(len(m.weight) for m in self.norms.values())
             aim = f"target {opt.target_sparsity:.0%}" if self.target else f"sr {opt.sr:g}"
-            others = "tied by shortcuts" + (f" or kept by {' '.join(opt.keep)}" if opt.keep else "")
+            others = " or ".join(["tied by shortcuts"] * (opt.shortcuts == "skip") + ["left out by --keep or --only"] * bool(opt.keep or opt.only) + ["frozen"])
             print(f"sparsity: {aim}, on {len(names)} of {every} BatchNorms, {channels} channels; the others are {others}")
             if opt.sr:
                 print(budget(run, self.penalty))
+
+    def chosen(self, modules: dict[str, Any]) -> list[str]:
+        """Names of the BatchNorms to act on, as --shortcuts, --only, --keep and --freeze leave them."""
+        opt, norms = self.run.opt, self.graph.norms
+        leave = {n for n in norms if not modules[n].weight.requires_grad}
+        for flag, patterns in (("--keep", opt.keep), ("--only", opt.only)):
+            try:
+                found = matching(norms, patterns)
+            except ValueError as error:
+                raise UserError(f"{flag}: {error}; prune.py's table shows the names") from None
+            leave |= found if flag == "--keep" else set(norms) - found if patterns else set()
+        names = self.graph.prunable_norms(opt.shortcuts == "joint", leave)
+        if not names:
+            raise UserError("sparsity: no BatchNorm is left to act on; give fewer --keep, --only or --freeze, or a model with BatchNorms")
+        return names
 
     def before_step(self) -> None:
         self.penalty.add_to_gradients(self.run.epoch, self.run.step_share)
@@ -92,7 +103,8 @@ class SparsityHook(Hook):
     def outlook(self) -> dict[str, float]:
         """What prune.py --percent would make of the model as it is now: size, the source's limit and, now and then, mAP."""
         run, opt, model = self.run, self.run.opt, self.run.ema.ema
-        masks = Selection(self.graph, model, Rules(min_share=MIN_SHARE, keep=tuple(opt.keep))).percent(opt.percent)
+        rules = Rules(min_share=MIN_SHARE, joint=opt.shortcuts == "joint", keep=tuple(opt.keep))
+        masks = Selection(self.graph, model, rules).percent(opt.percent)
         parameters, flops = self.costs.remaining(keep_ids(self.graph, masks))
         log = {"sparsity/limit": limit(self.graph, model).percent, "sparsity/parameters_left": float(parameters), "sparsity/gflops_left": flops / 1e9}
         text = f"{'':>11}--percent {opt.percent:g} would leave {parameters:,} parameters, {flops / 1e9:.3f} GFLOPs"
@@ -141,7 +153,11 @@ def budget(run: Run, penalty: GammaL1) -> str:
 
 
 def check(opt: Namespace) -> Namespace:
-    """Refuse strengths that can't be; the source's sr holds where neither a strength nor a target is given."""
+    """Refuse strengths that can't be; --sparsity says which mode they belong to, or follows from them."""
+    if opt.sparsity == "target" and opt.target_sparsity is None:
+        opt.target_sparsity = 0.5
+    if opt.sparsity == "l1" and opt.target_sparsity is not None:
+        raise UserError("--sparsity l1 knows no --target-sparsity; leave one of the two out")
     if opt.target_sparsity is not None and not 0 < opt.target_sparsity < 1:
         raise UserError(f"--target-sparsity {opt.target_sparsity:g}: must be between 0 and 1 (0.5 takes half of the prunable channels to 0)")
     if not 0 <= opt.percent < 1:
@@ -159,12 +175,15 @@ def main(argv: list[str] | None = None) -> Run:
     """Command line -> sparsity training."""
     parser = training_parser(__doc__)
     parser.add_argument("--st", action=BooleanOptionalAction, default=True, help="sparsity training; --no-st trains without it")
+    parser.add_argument("--sparsity", choices=["l1", "target"], help="l1: the penalty of --sr (default); target: --target-sparsity, 0.5 where that is not given")
     parser.add_argument("--sr", type=float, help="strength of the L1 penalty on the BN scales (0.0001; 0 with --target-sparsity)")
     parser.add_argument("--sr-bias", type=float, help="strength of the L1 penalty on the BN shifts (10 * sr)")
     parser.add_argument("--target-sparsity", type=float, help="share of the prunable channels that are exactly 0 in the end, 0..1")
     parser.add_argument("--per-flop", action=BooleanOptionalAction, default=True,
                         help="with --target-sparsity: rank channels by importance per FLOP, which makes the slim model faster; --no-per-flop: by importance")
+    parser.add_argument("--shortcuts", choices=["skip", "joint"], default="skip", help="channels that shortcuts tie together are left alone (skip), or taken as one (joint)")
     parser.add_argument("--keep", nargs="+", default=[], metavar="PATTERN", help="BatchNorms to leave alone, such as 'model.0.*'")
+    parser.add_argument("--only", nargs="+", default=[], metavar="PATTERN", help="act on no BatchNorms but these")
     parser.add_argument("--percent", type=float, default=0.5, help="the prune.py --percent that the outlook of every epoch is for")
     parser.add_argument("--masked-val", type=int, default=0, metavar="N", help="every N epochs also validate the model without those channels (0: never)")
     opt = parser.parse_args(argv)

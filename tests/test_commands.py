@@ -116,6 +116,19 @@ def test_a_target_is_reached_resumed_exactly_and_cut_without_a_trace(script, tin
 
 
 @pytest.mark.slow
+def test_channels_of_shortcuts_take_part_as_groups(script, tiny, untrained, tmp_path):
+    script("train_sparsity.py", "--sparsity", "target", "--shortcuts", "joint", "--only", "model.[2-9].*", "--data", tiny, "--weights", untrained,
+           "--epochs", 2, "--noplots", *FAST, cwd=tmp_path)
+    done = script("prune.py", "--percent", 0.2, "--batch-size", 4, cwd=tmp_path)  # zeros only: --shortcuts is known from the training
+    assert "threshold |gamma| 0\n" in done.stdout
+    left = {r["layer"]: (r["original"], r["remaining"]) for r in json.loads((tmp_path / "runs/prune/exp/report.json").read_text())["layers"]}
+    tied = [left[f"model.6.{n}.bn"] for n in ("cv1", "m.0.cv2", "m.1.cv2", "m.2.cv2")]
+    assert len(set(tied)) == 1 and tied[0][0] > tied[0][1] and left["model.0.bn"][0] == left["model.0.bn"][1]
+    done = script("train_sparsity.py", "--sparsity", "l1", "--target-sparsity", 0.5, cwd=tmp_path, code=2)
+    assert "leave one of the two out" in done.stderr
+
+
+@pytest.mark.slow
 def test_further_training_flags(script, tiny, untrained, tmp_path):
     flags = ["--multi-scale", "--image-weights", "--cos-lr", "--label-smoothing", 0.1, "--freeze", 2, "--cache", "--single-cls", "--noplots"]
     script("train.py", "--data", tiny, "--weights", untrained, "--epochs", 2, *flags, *FAST, cwd=tmp_path)

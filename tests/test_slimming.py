@@ -56,6 +56,14 @@ def test_graph_of_a_yolov5(model):
     assert model.training  # tracing left the mode alone
 
 
+def test_norms_for_training_follow_shortcuts_and_what_is_left_out(model):
+    graph = trace(model)
+    assert len(graph.prunable_norms()) == 46 and set(graph.prunable_norms(joint=True)) == set(graph.norms)
+    # One of a group's layers left out: no other layer of the group could be cut either.
+    left = graph.prunable_norms(joint=True, leave=["model.4.m.0.cv2.bn", "model.0.bn"])
+    assert set(graph.norms) - set(left) == {"model.4.cv1.bn", "model.4.m.0.cv2.bn", "model.4.m.1.cv2.bn", "model.0.bn"}
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_slim_equals_masked_for_random_masks(model, seed):
     masks = random_masks(model, seed)

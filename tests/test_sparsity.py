@@ -162,6 +162,20 @@ def test_costs_make_the_expensive_go_first():
     assert int((dear.weight == 0).sum()) == 16 and not (cheap.weight == 0).any()
 
 
+def test_channels_that_are_one_go_at_once_and_count_each():
+    a, b, c = norm((0.01,) * 20), norm((0.01,) * 20), norm((0.01,) * 20)
+    for m, size in ((a, 1.0), (b, 1.0), (c, 1.5)):
+        m.weight.grad, m.bias.grad = size * (torch.arange(20) + 1.0), torch.zeros(20)
+    groups = [np.arange(20), np.arange(20), np.arange(20, 40)]  # a and b are the same channels
+    target = TargetSparsity([a, b, c], 0.5, groups=groups)
+    target.observe()
+    target.shrink(1.0)
+    zero = [m.weight == 0 for m in (a, b, c)]
+    assert torch.equal(zero[0], zero[1]) and sum(int(z.sum()) for z in zero) in (29, 30)
+    # Importances add up over a group: 2 g^2 for a and b together, 2.25 g^2 for c.
+    assert int(zero[0].sum()) >= int(zero[2].sum()) and bool(zero[0][:9].all()) and not zero[0][16:].any()
+
+
 @pytest.mark.parametrize("loss, norm, scaling, word", [
     (float("nan"), 1.0, True, "loss"), (1.0, float("inf"), False, "gradient"), (1.0, float("inf"), True, None)])
 def test_what_is_not_finite_stops_the_step_and_is_named(loss, norm, scaling, word):

@@ -11,6 +11,7 @@ Networks are taken to be image networks: dimension 1 of every 4-D tensor is the 
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,9 +49,21 @@ class ChannelGraph:
         """BatchNorm name -> bool (channels,): may be cut alone, that is neither frozen nor tied by a shortcut."""
         return {name: torch.from_numpy(~(self.frozen | self.tied)[ids]) for name, ids in self.norms.items()}
 
-    def prunable_norms(self) -> list[str]:
-        """Names of the BatchNorms whose channels may all be cut: those that sparsity training penalises."""
-        return [name for name, mask in self.prunable().items() if bool(mask.all())]
+    def prunable_norms(self, joint: bool = False, leave: Iterable[str] = ()) -> list[str]:
+        """Names of the BatchNorms whose channels may all be cut: those that sparsity training acts on.
+
+        `joint`: shortcuts' channels, too, each group at once. `leave`: these are left out, and so is every BatchNorm that shares a
+        channel with one of them, since it could not be cut.
+        """
+        fixed = np.zeros(len(self.group), bool)
+        for name in leave:
+            fixed[self.group[self.norms[name]]] = True
+        fixed |= self.frozen if joint else self.frozen | self.tied
+        names = dict(self.norms)
+        while blocked := [name for name, ids in names.items() if fixed[self.group[ids]].any()]:
+            for name in blocked:
+                fixed[self.group[names.pop(name)]] = True
+        return list(names)
 
 
 def trace(model: nn.Module) -> ChannelGraph:

@@ -63,9 +63,11 @@ class TargetSparsity:
     one whose |gamma| falls below DEAD is 0 for good. How many rank "lowest" grows with the run: fast first, when
     there is most to choose from, and all between BEGIN and END of it; the rest of the run heals.
 
-    Every layer keeps its best max(LEAST, FLOOR of it), so none can vanish. `costs` (one array of channels a BatchNorm,
-    such as CostModel.freed gives) make it rank by importance per cost: the same share then frees more of it. `copies` are BatchNorms of the same shape that
-    follow these, such as a moving average's: where these are 0, they are made 0.
+    Every layer keeps its best max(LEAST, FLOOR of it), so none can vanish. `groups` (one int array of channels a BatchNorm)
+    number the channels: those with the same number, such as what shortcuts add up, are one channel and go at once, ranked by
+    the sum of their importances. `costs` (floats of the same shapes, such as CostModel.freed gives) make it rank by
+    importance per cost: the same share then frees more of it. `copies` are BatchNorms of the same shape that follow
+    these, such as a moving average's: where these are 0, they are made 0.
     """
 
     SHRINK, DEAD = 0.85, 0.02
@@ -75,7 +77,7 @@ class TargetSparsity:
     FLOOR, LEAST = 0.1, 4
 
     def __init__(self, norms: Sequence[nn.Module], share: float, copies: Sequence[nn.Module] = (),
-                 costs: Sequence[np.ndarray] | None = None):
+                 costs: Sequence[np.ndarray] | None = None, groups: Sequence[np.ndarray] | None = None):
         if not 0 < share < 1:
             raise ValueError(f"share must be between 0 and 1, not {share}")
         self.share = share
@@ -84,19 +86,24 @@ class TargetSparsity:
         self.betas: list[Tensor] = [norms[i].bias for i in kept]  # type: ignore[misc]
         self.copies: list[Tensor] = [t for i in kept if copies for t in (copies[i].weight, copies[i].bias)]  # type: ignore[misc]
         self.sizes = [len(g) for g in self.gammas]
+        self.total = sum(self.sizes)  # channels
         device = self.gammas[0].device if self.gammas else None
         sizes = torch.tensor(self.sizes, device=device, dtype=torch.long)
         self.layer = torch.repeat_interleave(torch.arange(len(sizes), device=device), sizes)
         self.start = (sizes.cumsum(0) - sizes)[self.layer]
         self.floor = torch.maximum((sizes * self.FLOOR).ceil(), sizes.clamp(max=self.LEAST)).long()[self.layer]
-        self.score = torch.zeros(sum(self.sizes), device=device)
-        self.cost = torch.ones_like(self.score) if costs is None else torch.as_tensor(np.concatenate([costs[i] for i in kept]), dtype=torch.float32).to(device)
-        self.dead = torch.zeros(sum(self.sizes), dtype=torch.bool, device=device)
+        numbers = np.arange(self.total) if groups is None else np.concatenate([groups[i] for i in kept])
+        _, first, index, counts = np.unique(numbers, return_index=True, return_inverse=True, return_counts=True)
+        self.group, self.channels = torch.as_tensor(index, device=device), torch.as_tensor(counts, device=device)
+        costly = np.ones(self.total) if costs is None else np.concatenate([costs[i] for i in kept])
+        self.cost = torch.as_tensor(costly[first], dtype=torch.float32).to(device)
+        self.score = torch.zeros(len(counts), device=device)  # this and all below: one a group
+        self.dead = torch.zeros(len(counts), dtype=torch.bool, device=device)
 
     def wanted(self, progress: float) -> int:
         """Channels that should be on their way to 0, or there, at this point (0..1) of the run."""
         u = min(max((progress - self.BEGIN) / (self.END - self.BEGIN), 0.0), 1.0)
-        return round(self.share * (1 - (1 - u) ** 3) * len(self.score))
+        return round(self.share * (1 - (1 - u) ** 3) * self.total)
 
     @torch.no_grad()
     def observe(self) -> None:
@@ -104,7 +111,8 @@ class TargetSparsity:
         products = [torch._foreach_mul(p, [torch.zeros_like(t) if t.grad is None else t.grad for t in p]) for p in (self.gammas, self.betas)]
         square = (torch.cat(products[0]) + torch.cat(products[1])).float().square()
         finite = square.isfinite().all()  # not so in a step that the loss scaler is about to skip: leave it out
-        self.score.lerp_(square.nan_to_num(0, 0) / self.cost, (1 - self.MEMORY) * finite)
+        summed = torch.zeros_like(self.score).index_add_(0, self.group, square.nan_to_num(0, 0))
+        self.score.lerp_(summed / self.cost, (1 - self.MEMORY) * finite)
 
     @torch.no_grad()
     def shrink(self, progress: float) -> None:
@@ -115,23 +123,24 @@ class TargetSparsity:
         # The first to go: those at 0, then by importance, and never the protected.
         order = self.score.masked_fill(self.dead, -1.0).masked_fill(protected, float("inf")).argsort(stable=True)
         chosen = torch.zeros_like(self.dead)
-        chosen[order[:wanted]] = True
+        chosen[order] = self.channels[order].cumsum(0) <= wanted
         chosen &= ~protected
-        self.dead |= chosen if progress >= self.LAST else chosen & (torch.cat(self.gammas).abs() < self.DEAD)
-        factor = 1 - (1 - self.SHRINK) * chosen.to(self.score.dtype)
-        alive = (~self.dead).to(self.score.dtype)
-        factors = list((factor * alive).split(self.sizes))
+        largest = torch.zeros_like(self.score).scatter_reduce_(0, self.group, torch.cat(self.gammas).abs().to(self.score.dtype), "amax")
+        self.dead |= chosen if progress >= self.LAST else chosen & (largest < self.DEAD)
+        alive = (~self.dead).to(self.score.dtype)[self.group]
+        factors = list(((1 - (1 - self.SHRINK) * chosen.to(self.score.dtype))[self.group] * alive).split(self.sizes))
         torch._foreach_mul_(self.gammas, factors)
         torch._foreach_mul_(self.betas, factors)
         if self.copies:
             torch._foreach_mul_(self.copies, [part for part in alive.split(self.sizes) for _ in range(2)])
 
     def _protected(self) -> Tensor:
-        """bool (channels,): among the best of their layer, which must stay."""
-        order = self.score.masked_fill(self.dead, -1.0).argsort(descending=True, stable=True)
+        """bool (groups,): among the best of a layer, which must stay."""
+        score = self.score.masked_fill(self.dead, -1.0)[self.group]
+        order = score.argsort(descending=True, stable=True)
         order = order[self.layer[order].argsort(stable=True)]  # by layer, and within a layer from best to worst
         protected = torch.zeros_like(self.dead)
-        protected[order] = torch.arange(len(order), device=order.device) - self.start < self.floor
+        protected[self.group[order[torch.arange(self.total, device=order.device) - self.start < self.floor]]] = True
         return protected
 
     def state_dict(self) -> dict[str, Tensor]:
