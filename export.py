@@ -9,16 +9,16 @@ onnx needs two more packages: pip install -r requirements-export.txt
 from __future__ import annotations
 
 import json
-import warnings
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from models import checkpoint, stock
+from models.onnx_file import Decoded, write_onnx
 from models.yolo import Model, fused
 from utils.errors import UserError, run_cli
 from utils.options import HelpfulParser
@@ -26,36 +26,15 @@ from utils.options import HelpfulParser
 SUFFIXES = {"onnx": ".onnx", "torchscript": ".torchscript", "yolov5": ".yolov5.pt"}
 
 
-class Decoded(nn.Module):
-    """The model as others want it: images in, (B, N, nc + 5) out, nothing beside it."""
-
-    def __init__(self, model: Model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.model(images)[0]
-
-
 def export_onnx(model: Model, image: Tensor, path: Path, opt: Namespace, meta: dict[str, Any]) -> None:
     """ONNX with names and stride in its metadata; the largest difference to torch is printed."""
     try:
-        import onnx
+        import onnx  # noqa: F401  (the writer needs it)
         import onnxruntime
     except ImportError as error:
         raise UserError(f"--include onnx: {error.name} is missing; pip install -r requirements-export.txt") from None
-    dynamic = {"images": {0: "batch", 2: "height", 3: "width"}, "output0": {0: "batch", 1: "boxes"}} if opt.dynamic else None
+    write_onnx(model, image, path, opt.dynamic, opt.opset, meta)
     wrapped = Decoded(model).eval()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # the newer exporter needs another package and fixes more shapes
-        torch.onnx.export(wrapped, (image,), str(path), input_names=["images"], output_names=["output0"], opset_version=opt.opset,
-                          dynamic_axes=dynamic, dynamo=False)
-    written = onnx.load(path)
-    for key, value in meta.items():
-        entry = written.metadata_props.add()
-        entry.key, entry.value = key, str(value)
-    onnx.checker.check_model(written)
-    onnx.save(written, path)
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     sizes = [image.shape] if not opt.dynamic else [image.shape, (2, image.shape[1], image.shape[2] + 32, image.shape[3])]
     worst = 0.0

@@ -3,6 +3,7 @@
     python prune.py --percent 0.5                                # the newest sparsity run
     python prune.py --weights runs/train/exp/weights/last.pt --target flops=0.5 --shortcuts joint
     python prune.py --sweep 0.1:0.8:0.1                          # only shows what each percent would give
+    python prune.py --sensitivity                                # ... what each layer would
 
 Prints what it cut, proves that the slim model computes what the masked one does, and measures accuracy before and
 after. The next step is: python finetune_pruned.py
@@ -12,6 +13,7 @@ from __future__ import annotations
 import shutil
 from argparse import Namespace
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +22,9 @@ import torch
 import yaml
 from torch import nn
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from models import checkpoint
+from models.onnx_file import onnx_latency
 from models.yolo import Model, fused, on_device, read_yaml
 from utils.data_config import read_data
 from utils.distributed import select_device
@@ -31,8 +33,9 @@ from utils.files import command_line, new_run_folder, write_json, write_text
 from utils.metrics import APResult
 from utils.options import HelpfulParser, add_common, resolve
 from utils.slimming.cost import CostModel, latency, profile
+from utils.slimming.explore import sensitivity, sweep
 from utils.slimming.graph import ChannelGraph, trace
-from utils.slimming.pictures import plot_gammas, plot_kept, plot_sweep
+from utils.slimming.pictures import plot_gammas, plot_kept, plot_sensitivity, plot_sweep
 from utils.slimming.report import cost_rows, cost_table, layer_rows, layer_table, stage_table
 from utils.slimming.selection import MIN_SHARE, SCORES, Limit, Masks, Rules, Selection, gammas, knee, limit
 from utils.slimming.surgery import absorb, compose, keep_ids, largest_difference, masked, recalibrate, slim
@@ -85,26 +88,34 @@ def choose(model: Model, ranked: Selection, opt: Namespace, device: torch.device
         loader = val_loader(model, opt)
         before = accuracy(model, loader, opt, device).map
 
-    def left(masks: Masks) -> float:
-        """What the target speaks of, for a cut; the smaller, the more is cut."""
+    @cache
+    def left(groups: int) -> float:
+        """What the target speaks of, for a cut of so many groups; the smaller, the more is cut."""
+        masks = ranked.cut(groups)
         if kind == "latency":
-            ms = latency([on_device(fused(m), device) for m in (model, slim(model, masks))], opt.imgsz)  # type: ignore[arg-type]
-            return ms[1] / ms[0]
+            return speed(model, masks, opt, device)
         if kind == "map-drop":
             return accuracy(masked(model, masks), loader, opt, device).map - before
         parameters, flops = costs.remaining(keep_ids(ranked.graph, masks))
         return parameters / full[0] if kind == "params" else flops / full[1]
 
     if kind == "map-drop":  # one group less than the first cut that costs more than this
-        groups, reached = ranked.until(lambda masks: left(masks) < -wanted)
-        masks = ranked.cut(groups - 1 if reached and groups else groups)
-        print(f"target map-drop={wanted:g}: mAP50-95 falls by {-left(masks):.4f} without the cut channels, before any fine-tuning")
-        return masks
-    groups, reached = ranked.until(lambda masks: left(masks) <= wanted)
+        groups, reached = ranked.until(lambda groups: left(groups) < -wanted)
+        groups -= int(reached and groups > 0)
+        print(f"target map-drop={wanted:g}: mAP50-95 falls by {-left(groups):.4f} without the cut channels, before any fine-tuning")
+        return ranked.cut(groups)
+    groups, reached = ranked.until(lambda groups: left(groups) <= wanted)
     masks = ranked.cut(groups)
-    print(f"target {kind}={wanted:g}: {left(masks):.3f} of the {kind} are left"
-          + ("" if reached else "; there is no smaller cut, every layer keeps --min-channels and what shortcuts tie"))
+    print(f"target {kind}={wanted:g}: {left(groups):.3f} of the {kind} are left"
+          + (f" as predicted, {speed(model, masks, opt, device):.3f} as measured again" if kind == "latency" else "")
+          + ("" if reached else "; there is no smaller cut, every layer keeps its --min-channels and --min-share, and what shortcuts tie"))
     return masks
+
+
+def speed(model: Model, masks: Masks, opt: Namespace, device: torch.device) -> float:
+    """Milliseconds of the model after the cut, relative to before."""
+    before, after = latency([on_device(fused(m), device) for m in (model, slim(model, masks))], opt.imgsz)  # type: ignore[arg-type]
+    return after / before
 
 
 def cut(model: Model, ranked: Selection, masks: Masks) -> Cut:
@@ -119,7 +130,7 @@ def cut(model: Model, ranked: Selection, masks: Masks) -> Cut:
     zeroed = masked(model, masks)
     assert isinstance(zeroed, Model)
     s = max(int(model.stride.max()), 32)
-    proof = largest_difference(zeroed, narrow, model.yaml["ch"], sizes=((2 * s, 2 * s), (2 * s, 3 * s)))
+    proof = largest_difference(zeroed, narrow, model.yaml["ch"], sizes=((1, 2 * s, 2 * s), (3, 2 * s, 3 * s)))
     if not proof < PROOF_BOUND:
         raise UserError(f"the slim model differs from the masked one by {proof:.1e} (relative; rounding is below {PROOF_BOUND:.0e}); nothing was "
                         "written. This model holds a block that the channel graph misreads")
@@ -127,10 +138,12 @@ def cut(model: Model, ranked: Selection, masks: Masks) -> Cut:
 
 
 def describe(result: Cut, opt: Namespace) -> None:
-    """Say what the source's rule allows, what was asked for and what came of it."""
+    """Say what the source's rule allows, what was asked for and what came of it. UserError above the limit with --strict."""
     print(f"largest safe gamma: {result.limit.gamma:.4g}; cutting below it is --percent {result.limit.percent:.3f} "
           "(the smallest of the layers' largest gammas: beyond it some layer would lose every channel)")
     if (asked := result.achieved if opt.target else opt.percent) > result.limit.percent:
+        if opt.strict:
+            raise UserError(f"--strict: {asked:.3f} of the channels is above the limit of {result.limit.percent:.3f}; give less, or train to more sparsity")
         print(f"warning: {asked:.3f} is above that limit; every layer keeps at least {opt.min_channels} "
               f"channel{'s' if opt.min_channels > 1 else ''} and {opt.min_share:.0%} of its own. Train with a larger --sr, or longer, to move the limit")
     requested = f"{opt.target[0]}={opt.target[1]:g}" if opt.target else f"{opt.percent:.1%} of the prunable channels"
@@ -184,25 +197,48 @@ def measure(stages: dict[str, Model], opt: Namespace, device: torch.device) -> l
     return rows
 
 
-def sweep(model: Model, ranked: Selection, opt: Namespace, device: torch.device) -> Path:
-    """What every percent of --sweep would give, without writing a model: a table, sweep.csv and a picture; returns the folder."""
+def milliseconds(result: Cut, opt: Namespace, device: torch.device) -> dict[str, list[float]]:
+    """How measured -> milliseconds an image, before and after."""
+    models = [on_device(fused(m), device) for m in (result.dense, result.slim)]
+    ms = {f"torch, batch {b}": latency(list(models), opt.imgsz, b, runs=max(20 // b, 5)) for b in (1, 16)}
+    on_cpu = [on_device(m, "cpu") for m in models]
+    found = {f"onnxruntime on the CPU, batch {b}": onnx_latency(on_cpu, opt.imgsz, b, runs=max(20 // b, 5)) for b in (1, 16)}
+    return ms | {how: values for how, values in found.items() if values}
+
+
+def first_model(before: Model, after: Model) -> str:
+    """After several rounds: what is left of the channels of the first model; nothing in the first round."""
+    if not before.masks:
+        return ""
+    kept, total = (sum(count(m) for m in after.masks.values()) for count in (lambda m: int(m.sum()), len))
+    return (f"of the first model {kept:,} of {total:,} channels are left ({kept / total:.1%}); before this cut there were "
+            f"{sum(int(m.sum()) for m in before.masks.values()):,}")
+
+
+def explore(model: Model, ranked: Selection, opt: Namespace, device: torch.device) -> Path:
+    """--sweep and --sensitivity: what cuts would give, as a table, a csv and a picture, without writing a model; returns the folder."""
     loader, costs = val_loader(model, opt), CostModel(model, ranked.graph, opt.imgsz, model.yaml["ch"])
-    shares = [0.0, *opt.sweep]
-    models, rows = [], []
-    for share in tqdm(shares, desc="sweep", leave=False, disable=None):
-        masks = ranked.percent(share)
-        narrow = slim(model, masks)
-        found = accuracy(narrow, loader, opt, device)
-        parameters, flops = costs.remaining(keep_ids(ranked.graph, masks))
-        models.append(on_device(fused(narrow), device))  # type: ignore[arg-type]
-        rows.append({"percent": share, "mAP50": found.map50, "mAP50-95": found.map, "parameters": parameters, "GFLOPs": flops / 1e9})
-    for row, ms in zip(rows, latency(list(models), opt.imgsz)):
-        row["ms"] = ms
-    best = knee(np.array([r["percent"] for r in rows]), np.array([r["mAP50-95"] for r in rows]))
-    print(stage_table([{**{k: f"{v:.2f}" if k == "percent" else v for k, v in row.items()}, "": "<- knee" if i == best else ""} for i, row in enumerate(rows)]))
+
+    def maps(candidate: nn.Module) -> dict[str, float]:
+        found = accuracy(candidate, loader, opt, device)
+        return {"mAP50": found.map50, "mAP50-95": found.map}
+
+    if opt.sweep:
+        name, (rows, models) = "sweep", sweep(model, ranked, costs, [0.0, *opt.sweep], maps)
+        for row, ms in zip(rows, latency([on_device(fused(m), device) for m in models], opt.imgsz)):  # type: ignore[arg-type]
+            row["ms"] = ms
+        best = knee(np.array([r["percent"] for r in rows]), np.array([r["mAP50-95"] for r in rows]))
+        print(stage_table([row | {"percent": f"{row['percent']:.2f}", "": "<- knee" if i == best else ""} for i, row in enumerate(rows)]))
+    else:
+        name, rows = "sensitivity", sensitivity(model, ranked, costs, opt.percent, maps)
+        print(stage_table(rows))
     folder = new_run_folder(opt.project, opt.name, opt.exist_ok)
-    write_text(folder / "sweep.csv", "\n".join([",".join(rows[0]), *(",".join(f"{v:.6g}" for v in row.values()) for row in rows)]) + "\n")
-    plot_sweep(rows, folder / "sweep.png", best)
+    lines = [",".join(v if isinstance(v, str) else f"{v:.6g}" for v in row.values()) for row in rows]
+    write_text(folder / f"{name}.csv", "\n".join([",".join(rows[0]), *lines]) + "\n")
+    if opt.sweep:
+        plot_sweep(rows, folder / "sweep.png", best)
+    else:
+        plot_sensitivity(rows, folder / "sensitivity.png", opt.percent)
     print(f"mAP is that right after the cut, before any fine-tuning. Results in {folder}")
     return folder
 
@@ -289,6 +325,7 @@ def parse(argv: list[str] | None = None) -> Namespace:
     add_common(parser, "runs/prune")
     add("--target", type=target, help="cut as much as this takes, in the place of --percent: params=0.5, flops=0.5, latency=0.6 (what is left), map-drop=0.01")
     add("--sweep", type=percents, help="first:last:step; show what each of these percents would give, and write no model")
+    add("--sensitivity", action="store_true", help="show what cutting --percent of each layer alone would give, and write no model")
     add("--score", choices=list(SCORES), default="gamma", help="what channels are ranked by")
     add("--per-flop", action="store_true", help="rank by score per FLOP that goes with the channel: faster models")
     add("--min-channels", type=int, default=1, help="channels that every layer keeps")
@@ -299,6 +336,7 @@ def parse(argv: list[str] | None = None) -> Namespace:
     add("--keep", nargs="+", default=[], metavar="PATTERN", help="BatchNorms that stay whole, such as 'model.0.*'")
     add("--absorb", action="store_true", help="move the mean of the cut channels into the layers that read them")
     add("--recalibrate", type=int, default=0, metavar="N", help="measure the BatchNorms' statistics anew on N training images")
+    add("--strict", action="store_true", help="refuse a cut above the limit (the smallest of the layers' largest gammas)")
     add("--noval", action="store_true", help="do not measure accuracy and speed")
     return parser.parse_args(argv)
 
@@ -324,8 +362,8 @@ def main(argv: list[str] | None = None) -> Path:
     opt.shortcuts = opt.shortcuts or (source.get("opt") or {}).get("shortcuts", "skip")
     device = select_device(opt.device)
     ranked = rank(model, opt)
-    if opt.sweep:
-        return sweep(model, ranked, opt, device)
+    if opt.sweep or opt.sensitivity:
+        return explore(model, ranked, opt, device)
     result = cut(model, ranked, choose(model, ranked, opt, device))
     describe(result, opt)
     layers = layer_rows(result.masks, result.graph.prunable())
@@ -335,13 +373,15 @@ def main(argv: list[str] | None = None) -> Path:
     stages = [] if opt.noval else measure(repaired, opt, device)
     if stages:
         print(stage_table(stages) + "\n")
-    ms = None if opt.noval else latency([on_device(fused(m), device) for m in (result.dense, result.slim)], opt.imgsz)
-    costs = cost_rows(profile(result.dense, opt.imgsz), profile(result.slim, opt.imgsz), ms)
-    print(cost_table(costs) + "\n")
+    ms = {} if opt.noval else milliseconds(result, opt, device)
+    costs = cost_rows(profile(result.dense, opt.imgsz, model.yaml["ch"]), profile(result.slim, opt.imgsz, model.yaml["ch"]), ms)
+    print(cost_table(costs) + (f"\nmilliseconds are medians, in turn; {torch.get_num_threads()} threads on the CPU\n" if ms else "\n"))
+    if lineage := first_model(model, result.slim):
+        print(lineage + "\n")
     report = {"command": command_line(), "weights": str(opt.weights), "data": opt.data, "imgsz": opt.imgsz,
               "requested": dict([opt.target]) if opt.target else opt.percent, "achieved": result.achieved, "threshold": result.threshold,
               "limit": {"gamma": result.limit.gamma, "percent": result.limit.percent}, "proof": result.proof, "stages": stages,
-              "cost": costs, "layers": layers, "notes": result.graph.notes}
+              "cost": costs, "threads": torch.get_num_threads(), "device": str(device), "layers": layers, "notes": result.graph.notes}
     folder = write(result, opt, source, report)
     print(f"Slim model: {folder / OUTPUT} (and {OUTPUT}); report and pictures in {folder}")
     return folder

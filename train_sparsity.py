@@ -175,13 +175,15 @@ def main(argv: list[str] | None = None) -> Run:
     """Command line -> sparsity training."""
     parser = training_parser(__doc__)
     parser.add_argument("--st", action=BooleanOptionalAction, default=True, help="sparsity training; --no-st trains without it")
-    parser.add_argument("--sparsity", choices=["l1", "target"], help="l1: the penalty of --sr (default); target: --target-sparsity, 0.5 where that is not given")
+    parser.add_argument("--sparsity", choices=["l1", "target"],
+                        help="l1: the penalty of --sr (default); target: --target-sparsity, 0.5 where that is not given")
     parser.add_argument("--sr", type=float, help="strength of the L1 penalty on the BN scales (0.0001; 0 with --target-sparsity)")
     parser.add_argument("--sr-bias", type=float, help="strength of the L1 penalty on the BN shifts (10 * sr)")
     parser.add_argument("--target-sparsity", type=float, help="share of the prunable channels that are exactly 0 in the end, 0..1")
     parser.add_argument("--per-flop", action=BooleanOptionalAction, default=True,
                         help="with --target-sparsity: rank channels by importance per FLOP, which makes the slim model faster; --no-per-flop: by importance")
-    parser.add_argument("--shortcuts", choices=["skip", "joint"], default="skip", help="channels that shortcuts tie together are left alone (skip), or taken as one (joint)")
+    parser.add_argument("--shortcuts", choices=["skip", "joint"], default="skip",
+                        help="channels that shortcuts tie together are left alone (skip), or taken as one (joint)")
     parser.add_argument("--keep", nargs="+", default=[], metavar="PATTERN", help="BatchNorms to leave alone, such as 'model.0.*'")
     parser.add_argument("--only", nargs="+", default=[], metavar="PATTERN", help="act on no BatchNorms but these")
     parser.add_argument("--percent", type=float, default=0.5, help="the prune.py --percent that the outlook of every epoch is for")

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from models.yolo import FOLDER, Model, read_yaml
-from tests.test_slimming import randomised
+from tests.blocks import randomised
 from utils.loss import DetectionLoss, scale_gains
 from utils.options import read_hyp
 from utils.slimming.cost import CostModel, profile
@@ -55,7 +55,7 @@ def test_half_of_the_channels_go_exactly(narrow):
     gone = sum(int((~m).sum()) for m in masks.values())
     assert prunable > 0.4 * sum(len(ids) for ids in graph.norms.values()) and gone >= 0.45 * prunable
     s = max(int(model.stride.max()), 32)  # the backbone of P34 goes down to 32 all the same
-    assert largest_difference(masked(model, masks), small, sizes=((s, 2 * s),)) < 1e-9
+    assert largest_difference(masked(model, masks), small, sizes=((2, s, 2 * s),)) < 1e-9
     cost = profile(small, 2 * s)
     assert CostModel(model, graph, 2 * s).remaining(keep_ids(graph, masks)) == (cost.parameters, cost.flops)
     assert cost.parameters < 0.8 * profile(model, 2 * s).parameters or "transformer" in path.stem

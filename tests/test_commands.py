@@ -52,6 +52,7 @@ def test_the_four_steps(script, tiny, cfg, tmp_path):
     assert report["proof"] < 1e-9 and report["achieved"] == pytest.approx(0.5, abs=0.01)
     assert [s["stage"] for s in report["stages"]] == ["before", "masked", "slim"]
     assert report["stages"][1]["mAP50-95"] == pytest.approx(report["stages"][2]["mAP50-95"], abs=1e-3)
+    assert {"ms an image (torch, batch 1)", "ms an image (torch, batch 16)"} <= {c["figure"] for c in report["cost"]} and report["threads"] >= 1
     slim = checkpoint.load(tmp_path / "pruned_model.pt")
     assert slim.names == {0: "square", 1: "circle"} and slim.masks
 
@@ -63,7 +64,7 @@ def test_the_four_steps(script, tiny, cfg, tmp_path):
     script("finetune_pruned.py", "--resume", "runs/train/exp3/weights/last.pt", "--epochs", 2, cwd=tmp_path)
     assert len(rows(tmp_path / "runs/train/exp3/results.csv")) == 2
     again = script("prune.py", "--weights", "runs/train/exp3/weights/last.pt", "--percent", 0.3, "--noval", cwd=tmp_path)
-    assert "is replaced" in again.stdout
+    assert "is replaced" in again.stdout and "of the first model" in again.stdout
     twice = checkpoint.load(tmp_path / "pruned_model.pt")
     assert all(len(v) == len(slim.masks[k]) for k, v in twice.masks.items())
 
@@ -144,7 +145,7 @@ def test_further_training_flags(script, tiny, untrained, tmp_path):
 @pytest.fixture(scope="module")
 def untrained(tmp_path_factory, cfg) -> Path:
     from models.yolo import Model
-    from tests.test_slimming import randomised
+    from tests.blocks import randomised
 
     path = tmp_path_factory.mktemp("weights") / "untrained.pt"
     checkpoint.save(path, randomised(Model(str(cfg), nc=2, names={0: "square", 1: "circle"})).eval(), imgsz=64)
@@ -185,6 +186,17 @@ def test_sweep_shows_and_writes_no_model(script, tiny, untrained, tmp_path):
     assert [float(r["percent"]) for r in table] == [0, 0.2, 0.4, 0.6] and "<- knee" in done.stdout
     assert float(table[-1]["parameters"]) < 0.7 * float(table[0]["parameters"])
     assert (tmp_path / "runs/prune/exp/sweep.png").is_file() and not list(tmp_path.rglob("*.pt"))
+    script("prune.py", "--weights", untrained, "--data", tiny, "--sensitivity", "--shortcuts", "joint", "--percent", 0.6, *FAST, cwd=tmp_path)
+    table = rows(tmp_path / "runs/prune/exp2/sensitivity.csv")
+    # 57 BatchNorms, 11 of which carry the channels of 4 shortcuts; and the whole model.
+    assert table[0]["layer"] == "(none)" and len(table) == 1 + 57 - 11 + 4 and "model.2.m.0.cv2.bn" not in {r["layer"] for r in table}
+    assert all(float(r["GFLOPs"]) < float(table[0]["GFLOPs"]) for r in table[1:]) and not list(tmp_path.rglob("*.pt"))
+
+
+@pytest.mark.slow
+def test_a_strict_cut_stays_below_the_limit(script, tiny, untrained, tmp_path):
+    done = script("prune.py", "--weights", untrained, "--data", tiny, "--percent", 0.95, "--strict", *FAST, cwd=tmp_path, code=2)
+    assert "--strict: 0.950 of" in done.stderr and done.stderr.count("\n") == 1 and not list(tmp_path.rglob("*.pt"))
 
 
 @pytest.mark.slow

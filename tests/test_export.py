@@ -15,8 +15,9 @@ from torch import nn
 from export import main
 from models import checkpoint, stock
 from models.yolo import Model, on_device
-from tests.test_slimming import random_masks, randomised
+from tests.blocks import random_masks, randomised
 from utils.errors import UserError
+from utils.slimming.graph import trace
 from utils.slimming.surgery import slim
 
 
@@ -26,7 +27,7 @@ def model(request) -> Model:
     dense = randomised(Model("yolov5n.yaml", nc=3, names={0: "a", 1: "b", 2: "c"}))
     if request.param == "dense":
         return dense.eval()
-    masks = random_masks(dense, 3)
+    masks = random_masks(trace(dense), 3, joint=False)
     narrow = slim(dense, masks)
     narrow.masks = masks
     return narrow.eval()

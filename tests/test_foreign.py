@@ -33,7 +33,7 @@ import models.common
 import models.yolo
 from models import checkpoint, stock
 from models.yolo import Model
-from tests.test_slimming import randomised
+from tests.blocks import randomised
 from utils.errors import UserError
 
 # Kinds of files that YOLOv5 v5.0 to v7.0 write --------------------------------------------------------------------

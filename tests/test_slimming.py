@@ -10,21 +10,11 @@ from torch import nn
 
 from models.common import Conv
 from models.yolo import Model
+from tests.blocks import random_masks, randomised
 from utils.slimming.cost import CostModel, latency, profile
 from utils.slimming.graph import trace
 from utils.slimming.selection import SCORES, Rules, Selection, knee, limit, select
 from utils.slimming.surgery import absorb, compose, keep_ids, largest_difference, masked, recalibrate, resize_like, slim
-
-
-def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Trained-looking BatchNorms: no two scales alike, shifts and statistics that are not zero."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for m in model.modules():
-            if isinstance(m, nn.BatchNorm2d):
-                for key, low, high in (("weight", 0.1, 1.5), ("bias", -0.5, 0.5), ("running_mean", -0.3, 0.3), ("running_var", 0.5, 2)):
-                    getattr(m, key).copy_(torch.rand(m.num_features, generator=generator) * (high - low) + low)
-    return model
 
 
 @pytest.fixture(scope="module")
@@ -33,17 +23,9 @@ def model() -> Model:
     return randomised(Model("yolov5n.yaml", nc=3))
 
 
-def random_masks(model: nn.Module, seed: int) -> dict[str, torch.Tensor]:
-    """Masks that keep at least one channel a layer; tied and frozen channels stay."""
-    generator = torch.Generator().manual_seed(seed)
-    share = float(torch.rand(1, generator=generator))
-    masks = {}
-    for name, can_go in trace(model).prunable().items():
-        keep = torch.rand(len(can_go), generator=generator) > share
-        keep |= ~can_go
-        keep[int(torch.randint(len(keep), (1,), generator=generator))] = True
-        masks[name] = keep
-    return masks
+def cut_at_random(model: nn.Module, seed: int) -> dict[str, torch.Tensor]:
+    """Random masks; tied and frozen channels stay."""
+    return random_masks(trace(model), seed, joint=False)
 
 
 def test_graph_of_a_yolov5(model):
@@ -66,7 +48,7 @@ def test_norms_for_training_follow_shortcuts_and_what_is_left_out(model):
 
 @pytest.mark.parametrize("seed", range(6))
 def test_slim_equals_masked_for_random_masks(model, seed):
-    masks = random_masks(model, seed)
+    masks = cut_at_random(model, seed)
     before = deepcopy(model.state_dict())
     narrow = slim(model, masks)
     assert largest_difference(masked(model, masks), narrow) < 1e-9
@@ -157,9 +139,9 @@ def test_unknown_operations_freeze_and_say_so():
     strange = randomised(_Strange())
     graph = trace(strange)
     free = {n: bool(p.all()) for n, p in graph.prunable().items()}
-    assert free == {"a.bn": True, "b.bn": False, "dw.bn": False, "c.bn": False, "grouped.bn": False, "d.bn": False}
-    assert any("flip" in note for note in graph.notes) and any("grouped" in note for note in graph.notes)
-    masks = random_masks(strange, 3)
+    assert free == {"a.bn": True, "b.bn": False, "dw.bn": False, "c.bn": False, "grouped.bn": True, "d.bn": False}
+    assert any("flip" in note for note in graph.notes)
+    masks = cut_at_random(strange, 3)
     assert largest_difference(masked(strange, masks), slim(strange, masks)) < 1e-9
 
 
@@ -190,7 +172,7 @@ def test_freed_flops_are_what_a_cut_frees(model, name):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_predicted_cost_is_the_slim_models(model, seed):
-    graph, masks = trace(model), random_masks(model, seed)
+    graph, masks = trace(model), cut_at_random(model, seed)
     keep = keep_ids(graph, masks)
     cost = profile(slim(model, masks), 64)
     assert CostModel(model, graph, 64).remaining(keep) == (cost.parameters, cost.flops)
@@ -217,10 +199,10 @@ def test_a_target_is_met_by_the_smallest_cut(model, share):
     graph = trace(model)
     costs, ranked = CostModel(model, graph, 64), Selection(graph, model, Rules(joint=True))
     full = profile(model, 64).flops
-    groups, reached = ranked.until(lambda masks: costs.remaining(keep_ids(graph, masks))[1] <= share * full)
+    groups, reached = ranked.until(lambda n: costs.remaining(keep_ids(graph, ranked.cut(n)))[1] <= share * full)
     left = [profile(slim(model, ranked.cut(n)), 64).flops / full for n in (groups - 1, groups)]
     assert reached and left[0] > share >= left[1] > share - 0.01
-    assert ranked.until(lambda masks: False) == (len(ranked.roots), False) and ranked.until(lambda masks: True) == (0, True)
+    assert ranked.until(lambda n: False) == (len(ranked.roots), False) and ranked.until(lambda n: True) == (0, True)
 
 
 def test_layers_by_pattern_stay_whole(model):

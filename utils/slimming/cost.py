@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 
@@ -108,21 +109,31 @@ def _map_sizes(model: nn.Module, graph: ChannelGraph, imgsz: int, channels: int)
 def latency(models: list[nn.Module], imgsz: int = 640, batch: int = 1, runs: int = 20, channels: int = 3) -> list[float]:
     """Median milliseconds an image of each model in eval mode, measured in turn so that drift hits all alike.
 
-    Pass models that are ready to run (fused, on their device). Three passes warm up.
+    Pass models that are ready to run (fused, on their device).
     """
-    samples: list[list[float]] = [[] for _ in models]
+    def prepared(model: nn.Module) -> Callable[[], object]:
+        parameter = next(model.parameters())
+        x = torch.rand(batch, channels, imgsz, imgsz, device=parameter.device, dtype=parameter.dtype).to(memory_format=torch.channels_last)
+
+        def call() -> None:
+            model(x)
+            _wait(parameter.device)
+
+        return call
+
     with torch.inference_mode():
-        for turn in range(runs + 3):
-            for i, model in enumerate(models):
-                parameter = next(model.parameters())
-                x = torch.rand(batch, channels, imgsz, imgsz, device=parameter.device, dtype=parameter.dtype)
-                x = x.to(memory_format=torch.channels_last)
-                _wait(parameter.device)
-                start = time.perf_counter()
-                model(x)
-                _wait(parameter.device)
-                if turn >= 3:
-                    samples[i].append((time.perf_counter() - start) * 1000 / batch)
+        return [ms / batch for ms in medians([prepared(model) for model in models], runs)]
+
+
+def medians(calls: Sequence[Callable[[], object]], runs: int = 20) -> list[float]:
+    """Median milliseconds of each call, over `runs` turns in which each is called once. Three turns warm up."""
+    samples: list[list[float]] = [[] for _ in calls]
+    for turn in range(runs + 3):
+        for i, call in enumerate(calls):
+            start = time.perf_counter()
+            call()
+            if turn >= 3:
+                samples[i].append((time.perf_counter() - start) * 1000)
     return [float(np.median(s)) for s in samples]
 
 

@@ -11,7 +11,7 @@ Networks are taken to be image networks: dimension 1 of every 4-D tensor is the 
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,9 +28,15 @@ PASSING_MODULES: tuple[type[nn.Module], ...] = (
 PASSING_FUNCTIONS = {F.silu, F.relu, F.leaky_relu, F.relu6, F.hardswish, F.mish, F.gelu, F.interpolate, F.max_pool2d,
                      F.avg_pool2d, F.adaptive_avg_pool2d, F.dropout, torch.relu, torch.tanh, torch.neg, operator.neg}
 PASSING_METHODS = {"contiguous", "clone", "detach", "float", "half", "to", "relu", "tanh"}
+# Leave the channels in place but make something of 0: good for nothing but a factor of channels that are 0 themselves.
+GATES: tuple[type[nn.Module], ...] = (nn.Sigmoid, nn.Hardsigmoid)
+GATE_FUNCTIONS = {torch.sigmoid, F.sigmoid, F.hardsigmoid, "sigmoid", "sigmoid_"}
 ADDITIONS = {operator.add, operator.iadd, operator.sub, torch.add, torch.sub, "add", "add_", "sub"}
-PRODUCTS = {operator.mul, operator.imul, operator.truediv, torch.mul, torch.div, "mul", "mul_", "div"}
-SHAPE_QUERIES = {"size", "dim", "shape", getattr}
+PRODUCTS = {operator.mul, operator.imul, torch.mul, "mul", "mul_"}
+DIVISIONS = {operator.truediv, torch.div, "div"}
+CHUNKS = {torch.chunk, "chunk"}
+SPLITS = {torch.split, "split"}
+SHAPE_QUERIES = {"size", getattr}
 
 
 @dataclass
@@ -74,24 +80,63 @@ def trace(model: nn.Module) -> ChannelGraph:
     """
     was_training = {module: module.training for module in model.modules()}
     try:
-        nodes = fx.Tracer().trace(model.train())
+        nodes = _Tracer().trace(model.train())
     except Exception as error:  # fx raises many kinds
         raise ValueError(f"torch.fx can't trace {type(model).__name__}: {error}") from error
     finally:
         for module, flag in was_training.items():
             module.training = flag
-    return _Walker(dict(model.named_modules())).walk(nodes)
+    return _Walker(model).walk(nodes)
+
+
+class _Proxy(fx.Proxy):
+    """torch.fx's stand-in for a tensor, which also knows how many parts a chunk or a split has: list(x.chunk(2, 1))."""
+
+    def __len__(self) -> int:
+        parts = self.node.args[1] if len(self.node.args) > 1 else None
+        if self.node.target in CHUNKS and isinstance(parts, int):
+            return parts
+        if self.node.target in SPLITS and isinstance(parts, (list, tuple)):
+            return len(parts)
+        raise TypeError(f"the length of '{self.node}' is not known while tracing")
+
+
+class _Tracer(fx.Tracer):
+    """torch.fx's tracer with such stand-ins."""
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
+    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
+        try:
+            return iter([obj[i] for i in range(len(obj))])  # type: ignore[arg-type, index]
+        except TypeError:
+            return super().iter(obj)
+
+
+@dataclass(frozen=True)
+class _Gate:
+    """Ids of channels that may differ from 0 where everything before them is 0."""
+
+    ids: np.ndarray
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """x.shape, of a tensor with these ids."""
+
+    ids: np.ndarray
 
 
 class _Walker:
     """Carries the ids along the traced nodes.
 
-    The value of a node is an int array (the ids of a tensor's channels), a list of values, or None: not a tensor, or
-    one whose channels are not known, such as the image.
+    The value of a node is an int array (the ids of a tensor's channels), a _Gate, a _Shape, a list of values, a Tensor (a parameter, or what
+    is computed from parameters only), or None: not a tensor, or one whose channels are not known, such as the image.
     """
 
-    def __init__(self, modules: dict[str, nn.Module]):
-        self.modules = modules
+    def __init__(self, model: nn.Module):
+        self.model, self.modules = model, dict(model.named_modules())
         self.graph = ChannelGraph()
         self.parent: list[int] = []
         self.frozen: set[int] = set()
@@ -118,6 +163,8 @@ class _Walker:
         """Freeze every channel in a value, however nested."""
         if isinstance(value, np.ndarray):
             self.frozen.update(value.tolist())
+        elif isinstance(value, (_Gate, _Shape)):
+            self.frozen.update(value.ids.tolist())
         elif isinstance(value, (list, tuple)):
             for v in value:
                 self.freeze(v)
@@ -132,6 +179,8 @@ class _Walker:
                 values[node] = self.module(str(node.target), args)
             elif node.op in ("call_function", "call_method"):
                 values[node] = self.function(node, list(args), dict(kwargs))
+            elif node.op == "get_attr":
+                values[node] = operator.attrgetter(str(node.target))(self.model)
             else:
                 values[node] = None
                 if node.op == "output":
@@ -159,27 +208,41 @@ class _Walker:
             return x
         if isinstance(module, PASSING_MODULES):
             return x
+        if isinstance(module, GATES) and isinstance(x, np.ndarray):
+            return _Gate(x)
         return self.unknown(args, {}, f"{name} ({type(module).__name__})")
 
     def convolution(self, name: str, conv: nn.Conv2d, x: Any) -> np.ndarray:
-        if not isinstance(x, np.ndarray):
+        if isinstance(x, _Gate):
+            self.freeze(x)
+            self.notes.append((f"{name}: reads a gate, which is not 0 where its channels are; they stay", set(x.ids.tolist())))
+            x = x.ids
+        elif not isinstance(x, np.ndarray):
             x = self.new(conv.in_channels)  # the image, or what an unknown operation made
             self.freeze(x)
-        depthwise = conv.groups > 1 and conv.groups == conv.in_channels == conv.out_channels
-        if depthwise:
-            out = x
+        if conv.groups > 1 and conv.groups == conv.in_channels == conv.out_channels:
+            out = x  # depthwise
         else:
             out = self.new(conv.out_channels)
-            if conv.groups > 1:
-                self.note(f"{name}: grouped convolution, its channels stay", x, out)
+            if conv.groups > 1:  # every group keeps as many channels, those at the same places
+                self.align(x, conv.groups)
+                self.align(out, conv.groups)
         self.graph.inputs[name], self.graph.outputs[name] = x, out
         return out
+
+    def align(self, ids: np.ndarray, parts: int) -> None:
+        """Unite the channels at the same place of equal parts."""
+        first, *others = np.split(ids, parts)
+        for other in others:
+            self.unite(first, other)
 
     def function(self, node: fx.Node, args: list, kwargs: dict) -> Any:
         target = node.target
         x = args[0] if args else None
         if target in SHAPE_QUERIES:
-            return None
+            return self.shape(node, x, args[1:])
+        if isinstance(x, Tensor) and all(isinstance(a, (Tensor, int, float)) for a in (*args, *kwargs.values())):
+            return getattr(x, target)(*args[1:], **kwargs) if isinstance(target, str) else target(*args, **kwargs)  # type: ignore[operator]
         if target in (torch.cat, torch.concat):
             parts, dim = x, kwargs.get("dim", args[1] if len(args) > 1 else 0)
             if dim in (1, -3) and isinstance(parts, (list, tuple)) and all(isinstance(p, np.ndarray) for p in parts):
@@ -188,36 +251,63 @@ class _Walker:
             return None
         if target is operator.getitem:
             return self.item(node, x, args[1])
-        if target in ADDITIONS or target in PRODUCTS:
+        if target in ADDITIONS or target in PRODUCTS or target in DIVISIONS:
             return self.elementwise(node, x, args[1] if len(args) > 1 else kwargs.get("other"))
-        if target in PASSING_FUNCTIONS or target in PASSING_METHODS:
+        if target in PASSING_FUNCTIONS or target in PASSING_METHODS or self.pools(target, args, kwargs):
             return x
+        if target in GATE_FUNCTIONS and isinstance(x, np.ndarray):
+            return _Gate(x)
+        if target in CHUNKS and isinstance(x, np.ndarray):
+            count, dim = (kwargs.get(k, args[i] if len(args) > i else d) for i, k, d in ((1, "chunks", 1), (2, "dim", 0)))
+            if dim == 1 and len(x) % count == 0:  # the parts must stay equal, or chunk() would cut elsewhere
+                self.align(x, count)
+                return np.split(x, count)
         return self.unknown(args, kwargs, f"operation '{getattr(target, '__name__', target)}' ({node.name})")
+
+    def shape(self, node: fx.Node, x: Any, args: list) -> Any:
+        """x.shape, x.size(), x.size(2); of other attributes, such as x.device, no channel depends."""
+        if not isinstance(x, (np.ndarray, _Gate)) or (node.target is getattr and args != ["shape"]):
+            return None
+        shape = _Shape(x if isinstance(x, np.ndarray) else x.ids)
+        return self.item(node, shape, args[0]) if args and node.target == "size" else shape
+
+    def pools(self, target: Any, args: list, kwargs: dict) -> bool:
+        """Is this x.mean((2, 3), keepdim=True), or amax?"""
+        dims, keepdim = (kwargs.get(k, args[i] if len(args) > i else None) for i, k in ((1, "dim"), (2, "keepdim")))
+        named = target in ("mean", "amax", torch.mean, torch.amax)
+        return named and keepdim is True and isinstance(dims, (list, tuple)) and set(dims) <= {2, 3, -1, -2}
 
     def item(self, node: fx.Node, x: Any, index: Any) -> Any:
         """x[index]: an element of a list, or a crop in space that leaves the channels alone."""
         if isinstance(x, (list, tuple)):
             return x[index]
-        crop = isinstance(index, tuple) and index[0] is Ellipsis and len(index) <= 3
-        if x is None or (crop and all(isinstance(i, slice) for i in index[1:])):
+        if isinstance(x, _Shape):  # heights and widths may be computed with; who asks for the number of channels relies on it
+            asks = 1 in np.atleast_1d(np.arange(4)[index]) if isinstance(index, (int, slice)) else True
+            return self.unknown([x], {}, f"the number of channels, '{node.name}',") if asks and node.users else None
+        rest = None
+        if isinstance(index, tuple):
+            rest = index[1:] if index[0] is Ellipsis and len(index) <= 3 else index[2:] if index[:2] == (slice(None), slice(None)) else None
+        if x is None or (isinstance(x, np.ndarray) and rest is not None and all(isinstance(i, slice) for i in rest)):
             return x
         return self.unknown([x], {}, f"index {index} ({node.name})")
 
     def elementwise(self, node: fx.Node, a: Any, b: Any) -> Any:
         """Sum or product of two tensors: their channels live or die together. A factor leaves them alone."""
-        if isinstance(a, np.ndarray) and isinstance(b, np.ndarray) and len(a) == len(b):
-            self.unite(a, b)
-            if node.target in ADDITIONS:
-                self.tied.update(a.tolist())
-            return a
-        tensors = [v for v in (a, b) if isinstance(v, np.ndarray)]
-        if len(tensors) == 1 and node.target in PRODUCTS and any(isinstance(v, (int, float)) for v in node.args):
-            return tensors[0]
-        return self.unknown([a, b], {}, f"operation '{node.name}' on unlike shapes") if tensors else None
+        known, target = [v.ids if isinstance(v, _Gate) else v for v in (a, b) if isinstance(v, (np.ndarray, _Gate))], node.target
+        gates = sum(isinstance(v, _Gate) for v in (a, b))
+        if len(known) == 2 and len(known[0]) == len(known[1]) and target not in DIVISIONS and gates <= int(target in PRODUCTS):
+            self.unite(*known)
+            if target in ADDITIONS:
+                self.tied.update(known[0].tolist())
+            return known[0]
+        factor = b if isinstance(a, (np.ndarray, _Gate)) else a if target in PRODUCTS else None
+        if len(known) == 1 and target not in ADDITIONS and (isinstance(factor, (int, float)) or isinstance(factor, Tensor) and factor.numel() == 1):
+            return b if factor is a else a
+        return self.unknown([a, b], {}, f"operation '{node.name}' on unlike shapes") if known else None
 
     def unknown(self, args: Any, kwargs: dict, what: str) -> None:
         touched = [v for v in (*args, *kwargs.values()) if v is not None]
-        if any(isinstance(v, (np.ndarray, list, tuple)) for v in touched):
+        if any(isinstance(v, (np.ndarray, _Gate, _Shape, list, tuple)) for v in touched):
             self.note(f"{what}: not known to the channel graph, what it reads stays whole", *touched)
 
     def note(self, text: str, *values: Any) -> None:

@@ -254,6 +254,28 @@ def plot_sweep(rows: Sequence[Mapping[str, float]], path: str | Path, knee: int)
     return save(figure, path)
 
 
+def plot_sensitivity(rows: Sequence[Mapping[str, Any]], path: str | Path, share: float) -> Path:
+    """One bar a layer: how far mAP50-95 falls when `share` of its channels goes alone, and the FLOPs that this frees, as dots.
+
+    rows[0] is the whole model; each row has layer, mAP50-95 and GFLOPs.
+    """
+    whole, layers = rows[0], rows[1:]
+    figure = new_figure(9, 0.185 * len(layers) + 1.6)
+    ax = figure.add_subplot()
+    dress(ax, f"{share:.0%} of one layer's channels cut, nothing else", "mAP50-95 lost", grid="x")
+    y = np.arange(len(layers))
+    ax.barh(y, [whole["mAP50-95"] - row["mAP50-95"] for row in layers], height=0.74, color=BLUE, label="mAP50-95 lost")
+    ax.set_yticks(y, [readable(row["layer"], limit=40) for row in layers], fontsize=7.5)
+    ax.set_ylim(len(layers) - 0.4, -0.6)
+    other = ax.twiny()
+    dress(other, xlabel="FLOPs freed, share of the model's", grid=None)
+    other.plot([1 - row["GFLOPs"] / whole["GFLOPs"] for row in layers], y, color=ORANGE, marker="o", markersize=4, linestyle="", label="FLOPs freed")
+    other.set_xlim(left=0)
+    other.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    return save(figure, path)
+
+
 def plot_stages(rows: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
     """The story of a slimming run: accuracy on the left, cost as a share of the first stage on the right.
 

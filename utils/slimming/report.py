@@ -1,7 +1,7 @@
 """The record of a pruning: tables on the screen, plain data for report.json."""
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -29,12 +29,11 @@ def layer_table(rows: list[dict[str, Any]]) -> str:
                  ("layer", "original", "remaining", ""))
 
 
-def cost_rows(before: Cost, after: Cost, ms: Sequence[float] | None) -> list[dict[str, Any]]:
-    """One row a figure: before, after, and what is left of it."""
+def cost_rows(before: Cost, after: Cost, ms: Mapping[str, Sequence[float]]) -> list[dict[str, Any]]:
+    """One row a figure: before, after, and what is left of it. `ms`: how it was measured -> milliseconds an image (before, after)."""
     figures = [("parameters", before.parameters, after.parameters), ("GFLOPs", before.gflops, after.gflops),
                ("MB (fp32 weights)", before.megabytes, after.megabytes)]
-    if ms:
-        figures.append(("ms an image (torch, batch 1)", ms[0], ms[1]))
+    figures += [(f"ms an image ({how})", a, b) for how, (a, b) in ms.items()]
     return [{"figure": name, "before": a, "after": b, "left": b / a if a else 0.0} for name, a, b in figures]
 
 

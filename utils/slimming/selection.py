@@ -110,17 +110,17 @@ class Selection:
             raise ValueError(f"percent must be at least 0 and below 1, not {share}")
         return self.cut(int((np.cumsum(self.channels) <= round(share * self.total)).sum()))
 
-    def until(self, done: Callable[[Masks], bool]) -> tuple[int, bool]:
-        """How many groups cut() must cut for done(masks) to be true, at least, by bisection, and True; or all, and False.
+    def until(self, done: Callable[[int], bool]) -> tuple[int, bool]:
+        """The smallest number of groups for which done(number) is true, by bisection, and True; or that of all groups, and False.
 
         `done` is taken to stay true for all larger cuts.
         """
         low, high = 0, len(self.roots)
-        if not done(self.cut(high)):
+        if not done(high):
             return high, False
         while low < high:
             middle = (low + high) // 2
-            if done(self.cut(middle)):
+            if done(middle):
                 high = middle
             else:
                 low = middle + 1
@@ -128,8 +128,17 @@ class Selection:
 
     def cut(self, groups: int) -> Masks:
         """Cut the lowest `groups` groups of channels (a channel without ties is a group of its own), then round."""
+        return self._without(self.roots[:groups])
+
+    def layer(self, name: str, share: float) -> Masks:
+        """Cut the lowest `share` (0..1) of the groups of one BatchNorm that may go, and nothing else but what is tied to them."""
+        own = self.roots[np.isin(self.roots, self.graph.group[self.graph.norms[name]])]
+        return self._without(own[:round(share * len(own))])
+
+    def _without(self, roots: np.ndarray) -> Masks:
+        """Masks that cut these groups, after rounding."""
         keep = np.ones(len(self.graph.group), bool)
-        keep[self.roots[:groups]] = False
+        keep[roots] = False
         while self.rules.round_to > 1 and self._round_up(keep):
             pass  # groups that layers share: rounding one may move another
         return {name: torch.from_numpy(keep[self.graph.group[ids]]) for name, ids in self.graph.norms.items()}

@@ -1,0 +1,175 @@
+"""Networks with blocks that the repository has none of, and random masks for any network: what the pruning engine must get right.
+
+Used by tests/test_graph.py and, with more cases, by bench/properties.py.
+"""
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.common import Bottleneck, Conv
+from utils.slimming.graph import ChannelGraph
+
+
+class Net(nn.Module):
+    """stem -> a block of 16 channels -> head."""
+
+    def __init__(self, block: nn.Module, out: int = 16):
+        super().__init__()
+        self.stem, self.block, self.head = Conv(3, 16, 3), block, nn.Conv2d(out, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.block(self.stem(x)))
+
+
+class SqueezeExcite(nn.Module):
+    """Channels scaled by a gate in 0..1 that is never 0 itself (Hu et al. 2018)."""
+
+    def __init__(self, c: int = 16, norm: bool = False):
+        super().__init__()
+        self.conv, self.squeeze = Conv(c, c, 3), Conv(c, 4, 1)
+        self.excite = Conv(4, c, 1, act=nn.Sigmoid()) if norm else nn.Sequential(nn.Conv2d(4, c, 1), nn.Sigmoid())
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        return x * self.excite(self.squeeze(x.mean((2, 3), keepdim=True)))
+
+
+class LeakyGate(nn.Module):
+    """A gate that is also read by a convolution, which sees 0.5 where the gate's channel is off: must stay whole."""
+
+    def __init__(self, c: int = 16):
+        super().__init__()
+        self.conv, self.gate, self.reader = Conv(c, c, 3), Conv(c, c, 1), Conv(c, c, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = torch.sigmoid(self.gate(x))
+        return self.conv(x) * gate + self.reader(gate)
+
+
+class Separable(nn.Sequential):
+    """Depthwise, then pointwise (MobileNet)."""
+
+    def __init__(self, c: int = 16):
+        super().__init__(Conv(c, c, 3, g=c), Conv(c, 24, 1), Conv(24, 24, 3, g=24), Conv(24, c, 1))
+
+
+class C2f(nn.Module):
+    """Halves of one convolution, the second one refined again and again, all of them concatenated (as in YOLOv8)."""
+
+    def __init__(self, c: int = 16, n: int = 2, shortcut: bool = True):
+        super().__init__()
+        self.cv1, self.cv2 = Conv(c, 16, 1), Conv(8 * (2 + n), c, 1)
+        self.m = nn.ModuleList(Bottleneck(8, 8, shortcut) for _ in range(n))
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = list(self.cv1(x).chunk(2, 1))
+        for m in self.m:
+            parts.append(m(parts[-1]))
+        return self.cv2(torch.cat(parts, 1))
+
+
+class FixedSplit(nn.Module):
+    """A split at a number that the code holds: what it splits must keep its width."""
+
+    def __init__(self, c: int = 16):
+        super().__init__()
+        self.cv1, self.cv2 = Conv(c, 16, 1), Conv(16, c, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.cv1(x).split((6, 10), 1)
+        return self.cv2(torch.cat((b, a), 1))
+
+
+class WeightedAdd(nn.Module):
+    """The fast normalised fusion of BiFPN (Tan et al. 2020)."""
+
+    def __init__(self, c: int = 16):
+        super().__init__()
+        self.a, self.b, self.after, self.w = Conv(c, c, 1), Conv(c, c, 3), Conv(c, c, 1), nn.Parameter(torch.tensor([0.3, 0.9]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        w = F.relu(self.w)
+        w = w / (w.sum() + 1e-4)
+        return self.after(w[0] * self.a(x) + w[1] * self.b(x))
+
+
+class Attention(nn.Module):
+    """Self-attention over the pixels; its width is part of its arithmetic."""
+
+    def __init__(self, c: int = 16):
+        super().__init__()
+        self.qkv, self.out = Conv(c, 3 * c, 1), Conv(c, c, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, c, h, w = x.shape
+        q, k, v = self.qkv(x).flatten(2).chunk(3, 1)
+        mixed = v @ ((q.transpose(1, 2) @ k) / c ** 0.5).softmax(-1).transpose(1, 2)
+        return x + self.out(mixed.view(b, c, h, w))
+
+
+class Unknown(nn.Module):
+    """An operation over the channels that no list knows."""
+
+    def __init__(self, c: int = 16):
+        super().__init__()
+        self.a, self.b = Conv(c, c, 1), Conv(c, c, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(torch.roll(self.a(x), 1, dims=1))
+
+
+class Grouped(nn.Sequential):
+    """Groups of four channels in, six out."""
+
+    def __init__(self, c: int = 16):
+        super().__init__(Conv(c, 24, 3, g=4), Conv(24, c, 1))
+
+
+class Multiplied(nn.Sequential):
+    """Two outputs for each input channel."""
+
+    def __init__(self, c: int = 16):
+        super().__init__(Conv(c, 2 * c, 3, g=c), Conv(2 * c, c, 1))
+
+
+class Cropped(nn.Module):
+    """Slices in space, as in Focus, and a shortcut of a downsampled map."""
+
+    def __init__(self, c: int = 16):
+        super().__init__()
+        self.a, self.b = Conv(4 * c, c, 1), Conv(c, c, 3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        four = [x[:, :, i::2, j::2] for i in (0, 1) for j in (0, 1)]
+        return self.a(torch.cat(four, 1)) - self.b(x)
+
+
+BLOCKS: dict[str, type[nn.Module]] = {c.__name__: c for c in (
+    SqueezeExcite, LeakyGate, Separable, C2f, FixedSplit, WeightedAdd, Attention, Unknown, Grouped, Multiplied, Cropped)}
+
+
+def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Trained-looking BatchNorms: no two scales alike, shifts and statistics that are not zero."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for m in model.modules():
+            if isinstance(m, nn.BatchNorm2d):
+                for key, low, high in (("weight", 0.1, 1.5), ("bias", -0.5, 0.5), ("running_mean", -0.3, 0.3), ("running_var", 0.5, 2)):
+                    getattr(m, key).copy_(torch.rand(m.num_features, generator=generator) * (high - low) + low)
+    return model
+
+
+def random_masks(graph: ChannelGraph, seed: int, joint: bool = True) -> dict[str, Tensor]:
+    """Masks at random: nothing cut, anything between, or down to one channel a layer as far as ties allow."""
+    rng = np.random.default_rng(seed)
+    share = rng.choice([0.0, 1.0, *rng.random(4)])
+    can_go = ~graph.frozen if joint else ~(graph.frozen | graph.tied)
+    keep = ~can_go | (rng.random(len(graph.group)) >= share)
+    keep = keep[graph.group]
+    for ids in graph.norms.values():
+        if not keep[graph.group[ids]].any():
+            keep[graph.group[rng.choice(ids)]] = True
+    return {name: torch.from_numpy(keep[graph.group[ids]]) for name, ids in graph.norms.items()}

@@ -1,0 +1,69 @@
+"""The channel graph on blocks that are written for this test only: what may go, what must stay, and the proof."""
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.blocks import BLOCKS, Net, SqueezeExcite, random_masks, randomised
+from utils.slimming.cost import CostModel, profile
+from utils.slimming.graph import trace
+from utils.slimming.surgery import keep_ids, largest_difference, masked, slim
+
+
+def net(name: str, seed: int = 0) -> Net:
+    torch.manual_seed(seed)
+    return randomised(Net(BLOCKS[name]()), seed)  # type: ignore[return-value]
+
+
+# BatchNorms that must stay whole, and those whose channels an addition ties to others; the rest goes channel by channel.
+EXPECTED: dict[str, tuple[set[str], set[str]]] = {
+    "SqueezeExcite": (set(), set()),
+    "LeakyGate": ({"block.conv.bn", "block.gate.bn", "block.reader.bn"}, set()),
+    "Separable": (set(), set()),
+    "C2f": (set(), {"block.cv1.bn", "block.m.0.cv2.bn", "block.m.1.cv2.bn"}),
+    "FixedSplit": ({"block.cv1.bn"}, set()),
+    "WeightedAdd": (set(), {"block.a.bn", "block.b.bn"}),
+    "Attention": ({"stem.bn", "block.qkv.bn", "block.out.bn"}, set()),  # its code asks how many channels there are
+    "Unknown": ({"block.a.bn"}, set()),
+    "Grouped": (set(), set()),  # but places of the groups go together
+    "Multiplied": (set(), set()),  # all channels are one place
+    "Cropped": (set(), {"block.a.bn", "block.b.bn"}),
+}
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_what_may_go_and_what_must_stay(name):
+    graph = trace(net(name))
+    stays, tied = EXPECTED[name]
+    assert {n for n, ids in graph.norms.items() if graph.frozen[ids].any()} == stays
+    assert {n for n, ids in graph.norms.items() if graph.tied[ids].any() and not graph.frozen[ids].any()} == tied
+    assert bool(graph.notes) == bool(stays)  # what is held back is said
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("name", BLOCKS)
+def test_slim_equals_masked(name, seed):
+    model = net(name, seed)
+    graph = trace(model)
+    masks = random_masks(graph, seed)
+    narrow = slim(model, masks)
+    assert largest_difference(masked(model, masks), narrow, sizes=((1, 16, 16), (3, 20, 24))) < 1e-9
+    cost = profile(narrow, 32)
+    assert CostModel(model, graph, 32).remaining(keep_ids(graph, masks))[0] == cost.parameters
+    assert slim(narrow, {}) is not narrow and trace(narrow).norms.keys() == graph.norms.keys()  # and can be cut again
+
+
+def test_a_gate_with_batchnorm_goes_with_what_it_scales():
+    model = randomised(Net(SqueezeExcite(norm=True)))
+    graph = trace(model)
+    masks = random_masks(graph, 1)
+    assert torch.equal(masks["block.conv.bn"], masks["block.excite.bn"]) and not masks["block.conv.bn"].all()
+    assert largest_difference(masked(model, masks), slim(model, masks)) < 1e-9
+
+
+def test_groups_keep_equal_counts():
+    model = net("Grouped")
+    masks = random_masks(trace(model), 4)
+    narrow = slim(model, masks)
+    grouped = narrow.get_submodule("block.0.conv")
+    assert grouped.groups == 4 and grouped.in_channels % 4 == 0 == grouped.out_channels % 4 and grouped.out_channels < 24
