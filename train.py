@@ -25,17 +25,19 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from models import checkpoint
+from models.resume import restore, resumed_options, save, save_epoch
 from models.start import adapt_anchors, freeze, start_model, synchronised
 from models.yolo import Model, on_device
 from utils.data_config import DataConfig, read_data
 from utils.dataloaders import Batch, DetectionDataset, EpochBatchSampler, build_loader, image_weights
 from utils.distributed import World, barrier, broadcast, world
 from utils.errors import NonFiniteError, UserError, run_cli
-from utils.files import command_line, new_run_folder, write_yaml
+from utils.files import new_run_folder, write_yaml
+from utils.interruption import Listener, listen
 from utils.loggers import RunLog
 from utils.loss import DetectionLoss, scale_gains
 from utils.optim import EarlyStopping, ModelEMA, Schedule, build_optimizer, ema_tau
-from utils.options import resolve, resume_file, training_parser
+from utils.options import resolve, training_parser
 from utils.slimming.cost import profile
 from val import Evaluation, evaluate, plot_curves, validation_loader
 
@@ -91,12 +93,15 @@ class Run:
     ema: ModelEMA[Model]
     loss: DetectionLoss
     loader: DataLoader
-    val_loader: DataLoader | None
+    val_loader: DataLoader        # this process's share of the val images
     hooks: Sequence[Hook]
     stopper: EarlyStopping
     log: RunLog | None            # None on all processes but the main one
+    signals: Listener             # SIGINT and SIGTERM
     epoch: int = 0
     iteration: int = 0            # batches since the beginning of epoch 0
+    batches_done: int = 0         # of this epoch, when it begins: not 0 only where an interrupted one goes on
+    mean: Tensor = field(default_factory=lambda: torch.zeros(3))  # of the losses over those
     step_share: float = 1.0       # images this step has seen / nominal batch: 1 for a whole step
     results: dict[str, float] = field(default_factory=dict)
     class_map: np.ndarray = field(default_factory=lambda: np.zeros(1))  # (nc,) mAP50-95 at the last validation, for --image-weights
@@ -114,19 +119,19 @@ class Run:
 
 def train(opt: Namespace, hooks: Sequence[Hook] = ()) -> Run:
     """A whole run, from the options of the command line to the last picture."""
-    with world(opt.device) as place:
-        run = build_run(opt, place, hooks)
+    with world(opt.device) as place, listen(place.size) as signals:
+        run = build_run(opt, place, hooks, signals)
         first, started = run.epoch, time.time()
         if place.main:
             describe(run)
-            if not first:
+            if not opt.resume:
                 save(run, "last.pt")  # there is something to resume before the first step
         for epoch in range(first, run.opt.epochs):
             run.epoch = epoch
             final = run.epoch + 1 == run.opt.epochs
             log = train_epoch(run)
             best = False
-            if place.main and (final or not run.opt.noval):
+            if final or not run.opt.noval:
                 best = validate(run, log)
             run.class_map = np.array(broadcast(run.class_map.tolist(), place.size))
             for hook in run.hooks:
@@ -142,6 +147,7 @@ def train(opt: Namespace, hooks: Sequence[Hook] = ()) -> Run:
                 if place.main:
                     print(f"No better fitness for {run.opt.patience} epochs (best: epoch {run.stopper.best_epoch}); stopping. --patience 0 goes on.")
                 break
+            signals.check(run.folder)
         if place.main:
             finish(run, (time.time() - started) / 3600)
         barrier(place.size)
@@ -152,15 +158,15 @@ def train_epoch(run: Run) -> dict[str, float]:
     """One pass over the training images; returns the epoch's mean losses and learning rates."""
     run.wrapped.train()
     sampler: EpochBatchSampler = run.loader.batch_sampler  # type: ignore[assignment]
-    sampler.set_epoch(run.epoch)
+    sampler.set_epoch(run.epoch, run.batches_done)
     if run.opt.image_weights:
         sampler.weights = image_weights(run.loader.dataset.labels, run.class_map)  # type: ignore[attr-defined]
     device, batches = run.world.device, len(run.loader)
-    mean, waiting = torch.zeros(3, device=device), torch.zeros(1, device=device)
+    mean, waiting = run.mean.to(device), torch.zeros(1, device=device)
     gathered, images = 0, 0
     names: list[str] = []
-    bar = tqdm(run.loader, total=batches, disable=None if run.world.main else True, leave=False)
-    for i, batch in enumerate(bar):
+    bar = tqdm(run.loader, total=batches, initial=run.batches_done, disable=None if run.world.main else True, leave=False)
+    for i, batch in enumerate(bar, run.batches_done):
         run.iteration = run.epoch * batches + i
         run.schedule.apply(run.optimizer, run.iteration)
         gathered, images, names = gathered + 1, images + len(batch.images) * run.world.size, names + batch.paths
@@ -188,10 +194,15 @@ def train_epoch(run: Run) -> dict[str, float]:
             if not bar.disable:
                 bar.set_description(f"epoch {run.epoch + 1}/{run.opt.epochs}  " + "  ".join(
                     f"{name[:3]} {value:.4f}" for name, value in zip(LOSSES, shown)))
+            if run.signals.heard and i + 1 < batches:
+                run.batches_done, run.mean = i + 1, mean
+                save(run, "last.pt")
+                run.signals.check(run.folder)
         if run.epoch == 0 and i < 3 and run.world.main and not run.opt.noplots:
             from utils.plots import plot_batch
 
             plot_batch(batch.images, batch.targets, batch.paths, run.model.names, run.folder / f"train_batch{i}.png")
+    run.batches_done, run.mean = 0, torch.zeros(3)
     return {**{f"train/{name}": value for name, value in zip(LOSSES, mean.tolist())},
             **{f"x/lr{j}": group["lr"] for j, group in enumerate(run.optimizer.param_groups)}}
 
@@ -235,21 +246,21 @@ def check_finite(run: Run, loss: float, norm: float, names: Sequence[str]) -> No
 
 
 def validate(run: Run, log: dict[str, float]) -> bool:
-    """Evaluate the EMA model, print the epoch's line, add the numbers to `log`; True if it is the best so far."""
-    assert run.val_loader is not None
-    result = evaluate(run.ema.ema, run.val_loader, run.world.device, loss=run.loss)
+    """Evaluate the EMA model, every process its share of the images; print the epoch's line, add the numbers to `log`. The best so far?"""
+    result = evaluate(run.ema.ema, run.val_loader, run.world.device, loss=run.loss, processes=run.world.size)
     log.update(result.metrics())
     log.update({f"val/{name}": float(value) for name, value in zip(LOSSES, result.losses)})
-    losses = "  ".join(f"{log[f'train/{name}']:>7.4f}" for name in LOSSES)
     run.class_map = result.class_map(run.model.detect.nc)
-    print(f"{run.epoch + 1:>5}/{run.opt.epochs:<5}{losses}  " + "".join(f"{v:>10.3f}" for v in result.metrics().values()), flush=True)
+    if run.world.main:
+        losses = "  ".join(f"{log[f'train/{name}']:>7.4f}" for name in LOSSES)
+        print(f"{run.epoch + 1:>5}/{run.opt.epochs:<5}{losses}  " + "".join(f"{v:>10.3f}" for v in result.metrics().values()), flush=True)
     return run.stopper.better(run.epoch, result.fitness)
 
 
 # ---------------------------------------------------------------------------------------------------------- building
 
 
-def build_run(opt: Namespace, place: World, hooks: Sequence[Hook]) -> Run:
+def build_run(opt: Namespace, place: World, hooks: Sequence[Hook], signals: Listener) -> Run:
     """Options -> a run that is ready for its first, or its next, epoch."""
     data: dict[str, Any] = {}
     if opt.resume:
@@ -269,7 +280,7 @@ def build_run(opt: Namespace, place: World, hooks: Sequence[Hook]) -> Run:
     model = on_device(model, place.device)
     freeze(model, opt.freeze)
     val_loader = validation_loader(config, "val", opt.imgsz, max(opt.batch_size // place.size, 1) * 2, stride, opt.workers,
-                                   opt.cache, opt.single_cls) if place.main else None
+                                   opt.cache, opt.single_cls, rank=place.rank, world_size=place.size)
     folder = Path(data["folder"]) if data else Path(str(broadcast(str(new_run_folder(opt.project, opt.name, opt.exist_ok)) if place.main else "", place.size)))
     schedule = Schedule(opt.hyp, opt.epochs, len(loader), opt.batch_size, opt.nbs, opt.cos_lr)
     share = opt.batch_size * schedule.accumulate(schedule.warmup) / opt.nbs
@@ -278,11 +289,11 @@ def build_run(opt: Namespace, place: World, hooks: Sequence[Hook]) -> Run:
     run = Run(opt=opt, world=place, folder=folder, config=config, model=model, wrapped=model, optimizer=optimizer,
               scaler=torch.amp.GradScaler(place.device.type, enabled=opt.amp == "fp16"), schedule=schedule,
               ema=ModelEMA(model, tau=ema_tau(schedule.steps)), loss=DetectionLoss(model, gains), loader=loader, val_loader=val_loader, hooks=hooks,
-              stopper=EarlyStopping(opt.patience), log=None, class_map=np.zeros(len(names)))
+              stopper=EarlyStopping(opt.patience), log=None, signals=signals, class_map=np.zeros(len(names)))
     if data:
         restore(run, data)
     if place.main:
-        run.log = RunLog(folder, run.epoch)
+        run.log = RunLog(folder, run.epoch if data else None)
     if place.size > 1:
         gpu = [place.device.index] if place.device.type == "cuda" else None
         run.wrapped = DistributedDataParallel(model, device_ids=gpu)
@@ -307,67 +318,6 @@ def training_loader(opt: Namespace, config: DataConfig, stride: int, place: Worl
     return build_loader(dataset, per_process, opt.workers, shuffle=not opt.rect, seed=opt.seed, rank=place.rank, world_size=place.size)
 
 
-# ----------------------------------------------------------------------------------------------- saving and resuming
-
-
-def save(run: Run, name: str) -> None:
-    """Write a checkpoint with the whole training state into the run's folder."""
-    training = {"epoch": run.epoch, "optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict(),
-                "updates": run.ema.updates, "stopper": {"best": run.stopper.best, "best_epoch": run.stopper.best_epoch},
-                "rng": {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []},
-                "hooks": [hook.state_dict() for hook in run.hooks], "class_map": run.class_map.tolist()}
-    checkpoint.save(run.folder / "weights" / name, run.model, run.ema.ema, training=training, **record(run))
-
-
-def save_epoch(run: Run, best: bool) -> None:
-    """last.pt, best.pt (the averaged weights only) and what --save-period asks for, after an epoch."""
-    done, run.epoch = run.epoch, run.epoch + 1  # the file says which epoch comes next
-    save(run, "last.pt")
-    if best:
-        checkpoint.save(run.folder / "weights" / "best.pt", run.ema.ema, **record(run))
-    if run.opt.save_period > 0 and run.epoch % run.opt.save_period == 0:
-        save(run, f"epoch{run.epoch}.pt")
-    run.epoch = done
-
-
-def record(run: Run) -> dict[str, Any]:
-    """What every checkpoint tells about where it came from."""
-    return {"opt": vars(run.opt), "folder": str(run.folder.resolve()), "data": run.opt.data, "imgsz": run.opt.imgsz, "hyp": run.opt.hyp,
-            "epochs_done": run.epoch, "command": command_line(), "metrics": dict(run.results)}
-
-
-def resumed_options(opt: Namespace) -> tuple[Namespace, dict[str, Any]]:
-    """--resume: the options of the interrupted run, with the device, workers, cache and --epochs of this command."""
-    path = resume_file(opt)
-    data = checkpoint.read(path)
-    if not data.get("training"):
-        raise UserError(f"{path}: holds weights only, nothing to resume; start from it with --weights {path}")
-    before = Namespace(**{**vars(opt), **data["opt"]})  # a flag that is newer than the file has its default
-    if before.script != opt.script:
-        raise UserError(f"{path}: was made by {before.script}; resume it with: python {before.script} --resume {path}")
-    before.device, before.workers = opt.device, opt.workers
-    before.epochs, before.resume = opt.epochs or before.epochs, str(path)
-    if data["training"]["epoch"] >= before.epochs:
-        raise UserError(f"{path}: all {before.epochs} epochs are done; give more, as in --resume {path} --epochs {before.epochs * 2}")
-    data["folder"] = str(path.resolve().parent.parent)
-    return before, data
-
-
-def restore(run: Run, data: dict[str, Any]) -> None:
-    """Put a resumed checkpoint's training state back."""
-    training = data["training"]
-    run.epoch = training["epoch"]
-    run.optimizer.load_state_dict(training["optimizer"])
-    run.scaler.load_state_dict(training["scaler"])
-    run.ema.ema.load_state_dict(data["ema"])
-    run.ema.updates = training["updates"]
-    run.stopper.best, run.stopper.best_epoch = training["stopper"]["best"], training["stopper"]["best_epoch"]
-    run.class_map = np.array(training.get("class_map", [0.0]))
-    torch.set_rng_state(training["rng"]["torch"])
-    if training["rng"]["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(training["rng"]["cuda"])
-
-
 # ------------------------------------------------------------------------------------------------- beginning and end
 
 
@@ -377,6 +327,10 @@ def describe(run: Run) -> None:
     shape = "slim" if run.model.masks else "dense"
     print(f"{shape} model: {cost.parameters:,} parameters, {cost.gflops:.2f} GFLOPs at {run.opt.imgsz} px; {run.world.device}, "
           f"{run.world.size} process{'es' if run.world.size > 1 else ''}, amp {run.opt.amp}")
+    if run.opt.resume:
+        now, end = (run.opt.hyp["lr0"] * run.schedule.factor(e) for e in (run.epoch, run.opt.epochs))
+        print(f"resumed at epoch {run.epoch + 1}, batch {run.batches_done + 1}; the learning rate follows the schedule of a run of "
+              f"{run.opt.epochs} epochs: {now:.3g} now, {end:.3g} at the end")
     print(f"{run.opt.optimizer}, {len(run.loader.dataset)} training images, {len(run.loader)} batches of {run.opt.batch_size} an epoch, "  # type: ignore[arg-type]
           f"a step every {run.schedule.accumulate(run.schedule.warmup)}; epochs {run.epoch + 1} to {run.opt.epochs}")
     write_yaml(run.folder / "opt.yaml", {k: v for k, v in vars(run.opt).items() if k != "hyp"})
@@ -394,8 +348,10 @@ def finish(run: Run, hours: float) -> Evaluation:
 
     best = run.folder / "weights" / "best.pt"
     model = checkpoint.load(best if best.is_file() else run.folder / "weights" / "last.pt", run.world.device)
-    assert run.val_loader is not None and run.log is not None
-    result = evaluate(on_device(model, run.world.device), run.val_loader, run.world.device, confusion=True)
+    assert run.log is not None
+    loader = run.val_loader if run.world.size == 1 else validation_loader(
+        run.config, "val", run.opt.imgsz, run.val_loader.dataset.batch_size, int(model.stride.max()), run.opt.workers, single_cls=run.opt.single_cls)  # type: ignore[attr-defined]
+    result = evaluate(on_device(model, run.world.device), loader, run.world.device, confusion=True)
     print(f"\n{run.epoch + 1} epochs in {hours:.3f} hours. {best.name}, epoch {run.stopper.best_epoch + 1}:")
     print_table(result, run.model.names, per_class=run.config.nc <= 20)
     if not run.opt.noplots:

@@ -90,10 +90,11 @@ class SparsityHook(Hook):
         shares = gauge(gammas)
         log["sparsity/sr"] = self.penalty.coefficient(self.run.epoch)
         log.update({f"sparsity/{k}": v for k, v in shares.items()})
+        if self.run.world.main:
+            print(f"{'':>11}gammas " + ", ".join(f"{k.replace('_', ' ')}: {v:.1%}" for k, v in shares.items()), flush=True)
+        log.update(self.outlook())
         if self.run.log is None:
             return
-        print(f"{'':>11}gammas " + ", ".join(f"{k.replace('_', ' ')}: {v:.1%}" for k, v in shares.items()), flush=True)
-        log.update(self.outlook())
         tb, epoch = self.run.log.tb, self.run.epoch
         tb.add_histogram("bn_weights/hist", torch.cat([g.detach().abs() for g in gammas]), epoch)
         tb.add_histogram("bn_bias/hist", torch.cat([m.bias.detach().abs() for m in self.norms.values()]), epoch)
@@ -109,11 +110,10 @@ class SparsityHook(Hook):
         log = {"sparsity/limit": limit(self.graph, model).percent, "sparsity/parameters_left": float(parameters), "sparsity/gflops_left": flops / 1e9}
         text = f"{'':>11}--percent {opt.percent:g} would leave {parameters:,} parameters, {flops / 1e9:.3f} GFLOPs"
         if opt.masked_val and (run.epoch + 1) % opt.masked_val == 0:
-            assert run.val_loader is not None
-            found = evaluate(masked(model, masks), run.val_loader, run.world.device).ap  # type: ignore[arg-type]
+            found = evaluate(masked(model, masks), run.val_loader, run.world.device, processes=run.world.size).ap  # type: ignore[arg-type]
             log.update({"sparsity/masked_mAP_0.5": found.map50, "sparsity/masked_mAP_0.5:0.95": found.map})
             text += f", mAP50 {found.map50:.3f}, mAP50-95 {found.map:.3f}"
-        if opt.masked_val or run.epoch + 1 == opt.epochs:
+        if run.world.main and (opt.masked_val or run.epoch + 1 == opt.epochs):
             print(text, flush=True)
         return log
 

@@ -23,7 +23,7 @@ from models.backend import Detector
 from utils.boxes import nms, scale_boxes, xywh2xyxy
 from utils.data_config import DataConfig, read_data
 from utils.dataloaders import Batch, DetectionDataset, build_loader
-from utils.distributed import select_device
+from utils.distributed import gather, main_process, select_device
 from utils.errors import UserError, run_cli
 from utils.files import new_run_folder, newest, write_json
 from utils.metrics import APResult, ConfusionMatrix, ap_per_class, fitness, match
@@ -64,8 +64,11 @@ class Evaluation:
 @torch.inference_mode()
 def evaluate(model: Detector, loader: DataLoader, device: torch.device, conf: float = 0.001, iou: float = 0.6,
              max_det: int = 300, loss: Callable | None = None, confusion: bool = False, on_batch: OnBatch | None = None,
-             single_cls: bool = False) -> Evaluation:
+             single_cls: bool = False, processes: int = 1) -> Evaluation:
     """Detect in every image of `loader` and compare with its labels.
+
+    processes: more than 1 where every process of a training calls this with its own share of the images; all get the result for
+    all of them.
 
     `model` is in eval mode and in its own precision; `loss` is a DetectionLoss for the mean losses. on_batch gets every
     batch with its detections in the batch's pixels (list of (n, 6)). single_cls: all detections count as class 0.
@@ -75,7 +78,7 @@ def evaluate(model: Detector, loader: DataLoader, device: torch.device, conf: fl
     losses, seconds, images = torch.zeros(3, device=device), np.zeros(3), 0
     hits: list[tuple[Tensor, Tensor, Tensor]] = []
     truth: list[Tensor] = []
-    for i, batch in enumerate(tqdm(loader, desc="validating", leave=False, disable=None)):
+    for i, batch in enumerate(tqdm(loader, desc="validating", leave=False, disable=None if main_process() else True)):
         t0 = _now(device)
         x = batch.images.to(device, non_blocking=True).to(dtype, memory_format=torch.channels_last) / 255
         t1 = _now(device)
@@ -99,11 +102,12 @@ def evaluate(model: Detector, loader: DataLoader, device: torch.device, conf: fl
                 matrix.update(native, labels)
         if on_batch is not None:
             on_batch(i, batch, [d.cpu() for d in detections])
-    tp, score, predicted = (torch.cat(column).numpy() for column in zip(*hits))
-    true = torch.cat(truth).numpy()
+    mine = (*(torch.cat(column).numpy() for column in zip(*hits)), torch.cat(truth).numpy()) if hits else None
+    shares = gather((mine, losses.cpu().numpy(), len(loader), seconds, images), processes)
+    tp, score, predicted, true = (np.concatenate(column) for column in zip(*(share[0] for share in shares if share[0] is not None)))
+    summed, batches, seconds, images = (sum(column) for column in zip(*(share[1:] for share in shares)))
     ap = ap_per_class(tp, score, predicted, true)
-    return Evaluation(ap, (losses / max(len(loader), 1)).cpu().numpy(),
-                      dict(zip(("preprocess", "inference", "nms"), (seconds * 1000 / max(images, 1)).tolist())),
+    return Evaluation(ap, summed / max(batches, 1), dict(zip(("preprocess", "inference", "nms"), (seconds * 1000 / max(images, 1)).tolist())),
                       images, np.array([(true == c).sum() for c in ap.classes], int), matrix)
 
 
@@ -116,14 +120,14 @@ def labels_per_image(batch: Batch) -> list[Tensor]:
 
 
 def validation_loader(config: DataConfig, task: str, imgsz: int, batch_size: int, stride: int, workers: int = 8,
-                      cache: str | None = None, single_cls: bool = False, rect: bool = True) -> DataLoader:
-    """Loader of the train, val or test images without augmentation, in rectangular batches."""
+                      cache: str | None = None, single_cls: bool = False, rect: bool = True, rank: int = 0, world_size: int = 1) -> DataLoader:
+    """Loader of the train, val or test images without augmentation, in rectangular batches; in several processes every one has its batches."""
     sources = {"train": config.train, "val": config.val, "test": config.test}[task]
     if not sources:
         raise UserError(f"{config.file}: has no '{task}:' entry")
     dataset = DetectionDataset(sources, imgsz, rect=rect, batch_size=batch_size, pad=0.5 if rect else 0.0, stride=stride,
                                cache=cache, single_cls=single_cls, nc=config.nc, prefix=task)
-    return build_loader(dataset, batch_size, workers, shuffle=False)
+    return build_loader(dataset, batch_size, workers, shuffle=False, rank=rank, world_size=world_size)
 
 
 def print_table(result: Evaluation, names: dict[int, str], per_class: bool) -> None:

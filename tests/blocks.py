@@ -30,7 +30,10 @@ class SqueezeExcite(nn.Module):
     def __init__(self, c: int = 16, norm: bool = False):
         super().__init__()
         self.conv, self.squeeze = Conv(c, c, 3), Conv(c, 4, 1)
-        self.excite = Conv(4, c, 1, act=nn.Sigmoid()) if norm else nn.Sequential(nn.Conv2d(4, c, 1), nn.Sigmoid())
+        self.excite: nn.Module = nn.Sequential(nn.Conv2d(4, c, 1), nn.Sigmoid())
+        if norm:
+            self.excite = Conv(4, c, 1)
+            self.excite.act = nn.Sigmoid()
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv(x)

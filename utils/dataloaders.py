@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import signal
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -347,12 +348,12 @@ class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
                  drop_last: bool = False, even: bool = False):
         self.size, self.batch_size, self.shuffle, self.seed = size, batch_size, shuffle, seed % 2**63
         self.rank, self.world_size, self.drop_last, self.even = rank, world_size, drop_last, even
-        self.epoch = 0
+        self.epoch = self.skip = 0
         self.weights: np.ndarray | None = None  # (size,) chances of the samples; None = each comes once
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose order the next iteration gives."""
-        self.epoch = epoch
+    def set_epoch(self, epoch: int, skip: int = 0) -> None:
+        """Choose the epoch whose order the next iteration gives, without its first `skip` batches."""
+        self.epoch, self.skip = epoch, skip
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         if self.shuffle:
@@ -369,7 +370,7 @@ class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
             missing = -len(batches) % self.world_size if self.even and batches else 0
             batches += [batches[i % len(batches)] for i in range(missing)]
             batches = batches[self.rank::self.world_size]
-        for batch in batches:
+        for batch in batches[self.skip:]:
             yield [(self.epoch, int(i)) for i in batch]
 
     def __len__(self) -> int:
@@ -408,7 +409,9 @@ def usable_workers(wanted: int, world_size: int = 1, batches: int | None = None)
 
 
 def _start_worker(_: int) -> None:
-    """One thread a worker: the workers are the parallelism."""
+    """One thread a worker: the workers are the parallelism. Ctrl-C reaches all of a terminal's processes; the main one decides."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a forked worker would have the training's handler
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
 

@@ -5,11 +5,14 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
 from utils.errors import UserError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,11 @@ def world(device_name: str = "") -> Iterator[World]:
         dist.destroy_process_group()
 
 
+def main_process() -> bool:
+    """Is this the process that shows progress?"""
+    return not dist.is_available() or not dist.is_initialized() or dist.get_rank() == 0
+
+
 def barrier(size: int) -> None:
     """Wait for all processes."""
     if size > 1:
@@ -75,3 +83,12 @@ def broadcast(value: object, size: int) -> object:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def gather(value: T, size: int) -> list[T]:
+    """Every process's `value` (plain data and arrays), in the order of their ranks, on every process."""
+    if size == 1:
+        return [value]
+    box: list[T] = [value] * size
+    dist.all_gather_object(box, value)
+    return box

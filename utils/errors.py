@@ -1,6 +1,7 @@
 """How a script ends: a user's mistake is one line and exit code 2, a number that is not finite is exit code 3."""
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 
@@ -13,16 +14,56 @@ class NonFiniteError(Exception):
     """Training met a NaN or an infinity. The message is one line that names the batch and what helps."""
 
 
+class Interrupted(Exception):
+    """A signal ended the script. The message is one line that says how to go on; the exit code is the shell's."""
+
+    def __init__(self, message: str, code: int):
+        super().__init__(message)
+        self.code = code
+
+
 def run_cli(main: Callable[[], object]) -> None:
     """Run a script's main and turn its expected failures into one line on stderr and an exit code."""
     try:
         main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        _end(f"error: {_innermost(error)}", 2)
     except NonFiniteError as error:
-        print(f"stopped: {error}", file=sys.stderr)
-        sys.exit(3)
+        _end(f"stopped: {error}", 3)
+    except Interrupted as error:
+        _end(str(error), error.code)
     except KeyboardInterrupt:
-        print("interrupted; a training run goes on with --resume", file=sys.stderr)
-        sys.exit(130)
+        _end("interrupted; a training run goes on with --resume", 130)
+    except (OSError, MemoryError, RuntimeError) as error:
+        mend = _environment(error)
+        if not mend:
+            raise
+        _end(f"error: {mend}", 2)
+
+
+def _end(line: str, code: int) -> None:
+    print(line, file=sys.stderr)
+    sys.exit(code)
+
+
+def _innermost(error: UserError) -> str:
+    """The message itself: one that comes from a loader's worker carries the worker's traceback."""
+    text = str(error)
+    return text.strip().splitlines()[-1].partition("UserError: ")[2] or text if text.startswith("Caught UserError") else text
+
+
+def _environment(error: Exception) -> str:
+    """What the machine, not this program, ran out of, and the mend; empty for anything else."""
+    first = (str(error).strip().splitlines() or [""])[0]
+    going_on = "; a training goes on with --resume"
+    if isinstance(error, MemoryError) or "out of memory" in first or "can't allocate memory" in first:
+        return f"out of memory ({first[:120]}); try a smaller --batch-size or --imgsz, or leave --cache out{going_on}"
+    if "DataLoader worker" in str(error):
+        shared = "Bus error" in str(error) or "shared memory" in str(error)
+        mend = "/dev/shm is too small: make it larger (docker run --shm-size 8g), or give --workers 0" if shared else "give fewer --workers"
+        return f"a loader process died ({first[:120]}); {mend}{going_on}"
+    if re.search(r"unable to (open|allocate|write|resize|mmap).*(shm|shared memory|/torch_)|No space left on device", str(error)):
+        return f"no space left, on the disk or in /dev/shm ({first[:120]}); free some, or give --workers 0{going_on}"
+    if isinstance(error, OSError) and error.errno is not None:
+        return f"{error.filename or 'the system'}: {error.strerror}{going_on}"
+    return ""

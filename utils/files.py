@@ -76,9 +76,14 @@ def newest(pattern: str, folder: Path = Path()) -> Path | None:
     return max(files, key=lambda p: p.stat().st_mtime) if files else None
 
 
+def command_script() -> str:
+    """Name of the script that runs now."""
+    return Path(sys.argv[0]).name
+
+
 def command_line() -> str:
     """The command that runs now, for the checkpoint's record."""
-    return " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
+    return " ".join(["python", command_script(), *sys.argv[1:]])
 
 
 def write_array(file: Path, array: np.ndarray) -> None:

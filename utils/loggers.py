@@ -14,7 +14,7 @@ class RunLog:
     On resume, rows from `start_epoch` on are dropped from both, so that no epoch is lost or doubled.
     """
 
-    def __init__(self, folder: Path, start_epoch: int = 0):
+    def __init__(self, folder: Path, start_epoch: int | None = None):
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and only the main process needs it
 
         self.path = folder / "results.csv"
@@ -22,7 +22,7 @@ class RunLog:
         if start_epoch and self.path.is_file():
             with open(self.path, newline="", encoding="utf-8") as file:
                 self.rows = [row for row in csv.DictReader(file) if int(row["epoch"]) < start_epoch]
-        self.tb = SummaryWriter(str(folder), purge_step=start_epoch or None)
+        self.tb = SummaryWriter(str(folder), purge_step=start_epoch)
 
     def epoch(self, epoch: int, values: dict[str, float]) -> None:
         """Write one epoch. Columns that are new get empty cells in the rows before."""
