@@ -104,7 +104,14 @@ class Run:
     mean: Tensor = field(default_factory=lambda: torch.zeros(3))  # of the losses over those
     step_share: float = 1.0       # images this step has seen / nominal batch: 1 for a whole step
     results: dict[str, float] = field(default_factory=dict)
+    _statistics: list[Tensor] | None = None
     class_map: np.ndarray = field(default_factory=lambda: np.zeros(1))  # (nc,) mAP50-95 at the last validation, for --image-weights
+
+    def statistics_norm(self) -> Tensor:
+        """A number that is finite exactly where all running means and variances of BatchNorm are."""
+        if self._statistics is None:  # collected once; the tensors stay the same objects
+            self._statistics = [b for n, b in self.model.named_buffers() if n.endswith((".running_mean", ".running_var"))]
+        return torch.stack(torch._foreach_norm(self._statistics)).sum() if self._statistics else torch.zeros((), device=self.world.device)
 
     @property
     def progress(self) -> float:
@@ -185,8 +192,9 @@ def train_epoch(run: Run) -> dict[str, float]:
         mean, waiting = (mean * i + items) / (i + 1), waiting + loss.detach()
         if stepping:
             norm = complete_gradients(run)
-            *shown, total, length = torch.cat((mean, waiting, norm.view(1))).tolist()  # the one read a step that waits for a GPU
-            check_finite(run, total, length, names)
+            # The one read a step that waits for a GPU.
+            *shown, total, length, statistics = torch.cat((mean, waiting, norm.view(1), run.statistics_norm().view(1))).tolist()
+            check_finite(run, {"loss": total, "gradient": length, "running statistic of a BatchNorm": statistics}, names)
             run.step_share = images / run.opt.nbs
             optimizer_step(run)
             gathered, images, names = 0, 0, []
@@ -236,13 +244,13 @@ def optimizer_step(run: Run) -> None:
         hook.after_step(skipped)
 
 
-def check_finite(run: Run, loss: float, norm: float, names: Sequence[str]) -> None:
+def check_finite(run: Run, values: dict[str, float], names: Sequence[str]) -> None:
     """Stop before a NaN or an infinity gets into the weights; `names` are the images of this step."""
-    # With loss scaling an infinite gradient is normal now and then: the scaler skips the step and tries a smaller scale.
-    what = "loss" if not math.isfinite(loss) else "gradient" if not math.isfinite(norm) and not run.scaler.is_enabled() else ""
-    if what:
-        raise NonFiniteError(f"the {what} is not finite in epoch {run.epoch + 1}, batch of {', '.join(Path(p).name for p in names[:4])} ...; "
-                             f"{run.folder / 'weights' / 'last.pt'} is whole; try a smaller lr0 in --hyp, --amp off, or a smaller --sr")
+    for what, value in values.items():
+        # With loss scaling an infinite gradient is normal now and then: the scaler skips the step and tries a smaller scale.
+        if not math.isfinite(value) and not (what == "gradient" and run.scaler.is_enabled()):
+            raise NonFiniteError(f"a {what} is not finite in epoch {run.epoch + 1}, batch of {', '.join(Path(p).name for p in names[:4])} ...; "
+                                 f"{run.folder / 'weights' / 'last.pt'} is whole; try a smaller lr0 in --hyp, --amp off, or a smaller --sr")
 
 
 def validate(run: Run, log: dict[str, float]) -> bool:

@@ -105,9 +105,10 @@ def evaluate(model: Detector, loader: DataLoader, device: torch.device, conf: fl
     mine = (*(torch.cat(column).numpy() for column in zip(*hits)), torch.cat(truth).numpy()) if hits else None
     shares = gather((mine, losses.cpu().numpy(), len(loader), seconds, images), processes)
     tp, score, predicted, true = (np.concatenate(column) for column in zip(*(share[0] for share in shares if share[0] is not None)))
-    summed, batches, seconds, images = (sum(column) for column in zip(*(share[1:] for share in shares)))
+    summed, took = np.stack([share[1] for share in shares]).sum(0), np.stack([share[3] for share in shares]).sum(0)
+    batches, images = sum(share[2] for share in shares), sum(share[4] for share in shares)
     ap = ap_per_class(tp, score, predicted, true)
-    return Evaluation(ap, summed / max(batches, 1), dict(zip(("preprocess", "inference", "nms"), (seconds * 1000 / max(images, 1)).tolist())),
+    return Evaluation(ap, summed / max(batches, 1), dict(zip(("preprocess", "inference", "nms"), (took * 1000 / max(images, 1)).tolist())),
                       images, np.array([(true == c).sum() for c in ap.classes], int), matrix)
 
 

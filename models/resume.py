@@ -20,7 +20,7 @@ def save(run: Run, name: str) -> None:
     """Write a checkpoint with the whole training state into the run's folder. Nothing that is not finite is ever written."""
     broken = [k for model in (run.model, run.ema.ema) for k, v in model.state_dict().items() if v.is_floating_point() and not bool(torch.isfinite(v).all())]
     if broken:
-        raise NonFiniteError(f"{broken[0]} is not finite after epoch {run.epoch + 1}, batch {run.iteration % len(run.loader) + 1}; nothing of it was saved, "
+        raise NonFiniteError(f"{broken[0]} is not finite after epoch {run.iteration // len(run.loader) + 1}; nothing of it was saved, "
                              f"{run.folder / 'weights' / 'last.pt'} is whole; try a smaller lr0 in --hyp, --amp off, or a smaller --sr")
     training = {"epoch": run.epoch, "batches_done": run.batches_done, "mean": run.mean.cpu(),
                 "optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict(),

@@ -32,8 +32,9 @@ class SqueezeExcite(nn.Module):
         self.conv, self.squeeze = Conv(c, c, 3), Conv(c, 4, 1)
         self.excite: nn.Module = nn.Sequential(nn.Conv2d(4, c, 1), nn.Sigmoid())
         if norm:
-            self.excite = Conv(4, c, 1)
-            self.excite.act = nn.Sigmoid()
+            excite: nn.Module = Conv(4, c, 1)
+            excite.act = nn.Sigmoid()
+            self.excite = excite
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv(x)

@@ -181,7 +181,7 @@ def test_channels_that_are_one_go_at_once_and_count_each():
 def test_what_is_not_finite_stops_the_step_and_is_named(loss, norm, scaling, word):
     run = SimpleNamespace(scaler=torch.amp.GradScaler("cpu", enabled=scaling), epoch=4, folder=Path("runs/x"))
     if word is None:
-        return check_finite(run, loss, norm, ["a.jpg"])
-    with pytest.raises(NonFiniteError, match=rf"the {word} is not finite in epoch 5, batch of a.jpg .*last.pt is whole"):
-        check_finite(run, loss, norm, ["d/a.jpg"])
+        return check_finite(run, {"loss": loss, "gradient": norm}, ["a.jpg"])
+    with pytest.raises(NonFiniteError, match=rf"a {word} is not finite in epoch 5, batch of a.jpg .*last.pt is whole"):
+        check_finite(run, {"loss": loss, "gradient": norm}, ["d/a.jpg"])
     return None

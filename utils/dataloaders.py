@@ -411,7 +411,6 @@ def usable_workers(wanted: int, world_size: int = 1, batches: int | None = None)
 def _start_worker(_: int) -> None:
     """One thread a worker: the workers are the parallelism. Ctrl-C reaches all of a terminal's processes; the main one decides."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a forked worker would have the training's handler
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
 

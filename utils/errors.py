@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import re
 import sys
+import threading
 from collections.abc import Callable
 
 
@@ -24,6 +25,9 @@ class Interrupted(Exception):
 
 def run_cli(main: Callable[[], object]) -> None:
     """Run a script's main and turn its expected failures into one line on stderr and an exit code."""
+    loud = threading.excepthook
+    # TensorBoard writes in a thread, which hands its OSError on to the next call: no need to print it twice.
+    threading.excepthook = lambda args: None if isinstance(args.exc_value, OSError) else loud(args)
     try:
         main()
     except UserError as error:
@@ -59,9 +63,8 @@ def _environment(error: Exception) -> str:
     if isinstance(error, MemoryError) or "out of memory" in first or "can't allocate memory" in first:
         return f"out of memory ({first[:120]}); try a smaller --batch-size or --imgsz, or leave --cache out{going_on}"
     if "DataLoader worker" in str(error):
-        shared = "Bus error" in str(error) or "shared memory" in str(error)
-        mend = "/dev/shm is too small: make it larger (docker run --shm-size 8g), or give --workers 0" if shared else "give fewer --workers"
-        return f"a loader process died ({first[:120]}); {mend}{going_on}"
+        return (f"a loader process died ({first[:120]}): out of memory, or /dev/shm is too small (docker run --shm-size 8g); "
+                f"give fewer --workers, or 0{going_on}")
     if re.search(r"unable to (open|allocate|write|resize|mmap).*(shm|shared memory|/torch_)|No space left on device", str(error)):
         return f"no space left, on the disk or in /dev/shm ({first[:120]}); free some, or give --workers 0{going_on}"
     if isinstance(error, OSError) and error.errno is not None:

@@ -1,0 +1,105 @@
+"""Killed at any instant, interrupted, out of disk, out of workers: what was trained is there, and goes on to the same end."""
+from __future__ import annotations
+
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests import crash
+from tests.conftest import ROOT
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def flags(tiny, cfg) -> list[str]:
+    """Three batches an epoch, three epochs."""
+    return ["--data", str(tiny), "--weights", "", "--cfg", str(cfg), "--epochs", "3", "--imgsz", "64", "--batch-size", "4", "--nbs", "4",
+            "--workers", "0", "--device", "cpu", "--noplots", "--target-sparsity", "0.4"]
+
+
+@pytest.fixture(scope="module")
+def whole(flags, tmp_path_factory) -> Path:
+    """A run that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("whole")
+    crash.finish("train_sparsity.py", flags, folder)
+    return folder
+
+
+@pytest.mark.parametrize("when, workers", [(lambda: crash.while_saving(2), 0), (lambda: crash.when_logged("    1/3 "), 2), (lambda: crash.after(1.0), 0)],
+                         ids=["while saving", "second epoch", "start"])
+def test_killed_and_resumed_ends_bit_identical(flags, whole, tmp_path, when, workers):
+    assert crash.kill("train_sparsity.py", flags, tmp_path, when())
+    crash.finish("train_sparsity.py", crash.going_on(flags, tmp_path, workers), tmp_path)
+    assert crash.differences(whole, tmp_path) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+def test_a_signal_saves_in_the_middle_of_an_epoch_and_says_how_to_go_on(flags, whole, tmp_path, number):
+    process = crash.start("train_sparsity.py", flags, tmp_path)
+    while not crash.last(tmp_path).is_file():
+        assert process.poll() is None
+    process.send_signal(number)
+    assert process.wait(60) == 128 + number
+    words = (tmp_path / "log.txt").read_text()
+    assert f"stopped by {number.name}, everything is saved; go on with: python train_sparsity.py --resume runs/train/exp/weights/last.pt" in words
+    assert "Traceback" not in words
+    crash.finish("train_sparsity.py", crash.going_on(flags, tmp_path), tmp_path)
+    assert "resumed at epoch 1, batch 2;" in (tmp_path / "log.txt").read_text()
+    assert crash.differences(whole, tmp_path) == []
+
+
+def run_with(injection: str, flags: list[str], folder: Path, script: str = "train_sparsity.py") -> tuple[int, str]:
+    """(exit code, output) of the script in a process where tests/inject.py does harm."""
+    done = subprocess.run([sys.executable, str(ROOT / "tests" / "inject.py"), injection, str(ROOT / script), *flags], cwd=folder, capture_output=True,
+                          text=True, timeout=300, env=crash.ENVIRONMENT)
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("injection, words", [
+    ("full-disk", "last.pt: can't be written"), ("full-disk-log", "No space left on device"), ("dead-worker", "a loader process died"),
+    ("bus-error", "/dev/shm is too small"), ("out-of-memory", "out of memory"), ("vanished", "put it back")])
+def test_what_the_machine_does_ends_in_one_line_and_a_resumable_state(flags, whole, tiny, tmp_path, injection, words):
+    data = tmp_path / "data"
+    shutil.copytree(tiny.parent, data)
+    mine = [str(data / tiny.name) if f == str(tiny) else f for f in flags]
+    workers = mine.index("--workers") + 1
+    mine[workers] = "2" if injection in ("dead-worker", "bus-error", "vanished") else "0"
+    code, output = run_with(injection, mine, tmp_path)
+    assert code == 2 and words in output and "Traceback" not in output, output[-2000:]
+    if injection == "vanished":
+        shutil.copytree(tiny.parent, data, dirs_exist_ok=True)
+    crash.finish("train_sparsity.py", crash.going_on(mine, tmp_path), tmp_path)
+    assert crash.differences(whole, tmp_path) == []
+
+
+@pytest.mark.parametrize("injection, words", [
+    ("nan-loss", "a loss is not finite in epoch 2"), ("nan-statistics", "a running statistic of a BatchNorm is not finite in epoch 2"),
+    ("nan-average", "model.0.bn.weight is not finite after epoch 2")])
+def test_a_nan_stops_the_step_is_named_and_never_saved(flags, tmp_path, injection, words):
+    import torch
+
+    from models import checkpoint
+
+    code, output = run_with(injection, flags, tmp_path)
+    assert code == 3 and words in output and "last.pt is whole" in output and "Traceback" not in output, output[-2000:]
+    for file in crash.last(tmp_path).parent.glob("*.pt"):
+        assert all(torch.isfinite(v).all() for v in checkpoint.load(file).state_dict().values())
+    assert checkpoint.read(crash.last(tmp_path))["training"]["epoch"] == 1
+
+
+def test_a_folder_that_takes_no_files(flags, tmp_path):
+    code, output = run_with("nothing", [*flags, "--project", "/proc/runs"], tmp_path)
+    assert code == 2 and "/proc/runs/exp: can't be made" in output and "choose another --project" in output and "Traceback" not in output
+
+
+def test_more_epochs_and_a_finished_run(flags, whole, tmp_path):
+    shutil.copytree(whole / "runs", tmp_path / "runs")
+    code, output = run_with("nothing", ["--resume"], tmp_path)
+    assert code == 2 and "all 3 epochs are done; give more, as in --resume" in output
+    code, output = run_with("nothing", ["--resume", "--epochs", "4", "--workers", "0"], tmp_path)
+    assert code == 0 and "the learning rate follows the schedule of a run of 4 epochs" in output
