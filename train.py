@@ -300,8 +300,6 @@ def build_run(opt: Namespace, place: World, hooks: Sequence[Hook], signals: List
               stopper=EarlyStopping(opt.patience), log=None, signals=signals, class_map=np.zeros(len(names)))
     if data:
         restore(run, data)
-    if place.main:
-        run.log = RunLog(folder, run.epoch if data else None)
     if place.size > 1:
         gpu = [place.device.index] if place.device.type == "cuda" else None
         run.wrapped = DistributedDataParallel(model, device_ids=gpu)
@@ -309,6 +307,8 @@ def build_run(opt: Namespace, place: World, hooks: Sequence[Hook], signals: List
         hook.start(run)
     for hook, state in zip(hooks, data.get("training", {}).get("hooks", [])):
         hook.load_state_dict(state)
+    if place.main:
+        run.log = RunLog(folder, run.epoch if data else None)  # the first file of the run: what hooks refuse leaves none
     return run
 
 

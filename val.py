@@ -165,6 +165,9 @@ def parse(argv: list[str] | None = None) -> Namespace:
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Evaluate a checkpoint as the command line says; returns what metrics.json holds."""
     opt = parse(argv)
+    for flag, value in (("--conf-thres", opt.conf_thres), ("--iou-thres", opt.iou_thres)):
+        if not 0 <= value <= 1:
+            raise UserError(f"{flag} {value:g}: must be between 0 and 1")
     if not opt.weights:
         found = newest("runs/*/*/weights/best.pt") or newest("runs/prune/*/pruned_model.pt")
         if found is None:

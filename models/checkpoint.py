@@ -100,6 +100,9 @@ def read(path: str | Path) -> dict[str, Any]:
     if isinstance(data, dict) and str(data.get("format", "")).startswith("yolov5-slimming/"):
         if data["format"] != FORMAT:
             raise UserError(f"{path}: has format {data['format']}, this version reads {FORMAT}; update the repository")
+        for key, kind in (("yaml", dict), ("names", dict), ("state_dict", dict), ("masks", dict), ("ema", (dict, type(None)))):
+            if not isinstance(data.get(key), kind):
+                raise UserError(f"{path}: damaged, its '{key}' is missing or of the wrong kind; take another checkpoint of the run")
         return data
     return _from_official(path, data)
 
@@ -112,13 +115,16 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Model:
 def build(data: dict[str, Any], device: str | torch.device = "cpu", path: str | Path = "checkpoint", ema: bool = True) -> Model:
     """The Model that read()'s dict describes: built from its yaml, narrowed to the shapes of its weights, loaded."""
     state = data["ema"] if ema and data.get("ema") else data["state_dict"]
-    model = Model(data["yaml"], names=data["names"])
+    try:
+        model = Model(data["yaml"], names=data["names"])
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     if not any(".bn." in key for key in state):  # folded into the convolutions: good for inference, and for nothing else
         model = fused(model)
     try:
         resize_like(model, state)
         model.load_state_dict(state)
-    except (KeyError, ValueError, RuntimeError) as error:
+    except (KeyError, ValueError, RuntimeError, AttributeError, TypeError) as error:
         raise UserError(f"{path}: the weights do not fit the yaml inside ({_short(error)})") from None
     model.masks = dict(data.get("masks") or {})
     return model.float().to(device).eval()

@@ -75,7 +75,7 @@ class Detect(nn.Module):
 def read_yaml(cfg: str | Path | dict) -> dict:
     """A model description as a dict. A name is looked for as given, then in models/ and models/hub/."""
     if isinstance(cfg, dict):
-        return deepcopy(cfg)
+        return _checked(deepcopy(cfg), "the model's yaml")
     for path in (Path(cfg), FOLDER / cfg, FOLDER / Path(cfg).name, FOLDER / "hub" / Path(cfg).name):
         if path.is_file():
             break
@@ -85,8 +85,26 @@ def read_yaml(cfg: str | Path | dict) -> dict:
         data = pyyaml.safe_load(path.read_text(encoding="utf-8", errors="replace"))
     except pyyaml.YAMLError as error:
         raise UserError(f"{path}: not a readable yaml ({str(error).splitlines()[0]})") from None
+    return _checked(data, str(path))
+
+
+def _checked(data: Any, where: str) -> dict:
+    """The description, if it has everything that one needs, in the right kinds. UserError otherwise."""
     if not isinstance(data, dict) or not {"backbone", "head", "anchors"} <= data.keys():
-        raise UserError(f"{path}: a model yaml needs the keys nc, anchors, backbone and head")
+        raise UserError(f"{where}: a model yaml needs the keys nc, anchors, backbone and head")
+    for key in ("depth_multiple", "width_multiple"):
+        if not isinstance(data.get(key, 1.0), (int, float)) or not 0 < data.get(key, 1.0) < 100:
+            raise UserError(f"{where}: {key} must be a number above 0, not {data[key]!r}")
+    anchors = data["anchors"]
+    if not isinstance(anchors, int) and not (isinstance(anchors, list) and all(isinstance(level, list) for level in anchors)):
+        raise UserError(f"{where}: anchors must be a number, or a list of widths and heights a level, not {str(anchors)[:40]!r}")
+    if not isinstance(data.get("nc", 1), int) or not 0 < data.get("nc", 1) <= 100_000:
+        raise UserError(f"{where}: nc must be the number of classes, not {data['nc']!r}")
+    for i, row in enumerate([*data["backbone"], *data["head"]] if all(isinstance(data[k], list) for k in ("backbone", "head")) else [None]):
+        if not isinstance(row, list) or len(row) != 4 or not isinstance(row[1], int) or not isinstance(row[2], str) or not isinstance(row[3], list):
+            raise UserError(f"{where}: row {i} must be [from, number, module, args], not {str(row)[:60]}")
+    if not data["head"] or data["head"][-1][2] != "Detect":
+        raise UserError(f"{where}: the last row of the head must be Detect")
     return data
 
 
@@ -98,37 +116,42 @@ def _resolve(value: Any, cfg: dict) -> Any:
 
 def build_layers(cfg: dict, ch: int) -> tuple[nn.Sequential, list[tuple[int, ...]]]:
     """Rows [from, number, module, args] -> (layers, inputs): inputs[i] are the layers (-1 = the image) that layer i reads."""
-    depth, width = cfg.get("depth_multiple", 1.0), cfg.get("width_multiple", 1.0)
     layers: list[nn.Module] = []
     inputs: list[tuple[int, ...]] = []
     channels = {-1: ch}
-    for i, (source, number, name, args) in enumerate(cfg["backbone"] + cfg["head"]):
-        spec = BLOCKS.get(name)
-        if spec is None:
+    for i, row in enumerate(cfg["backbone"] + cfg["head"]):
+        source, _, name, _ = row
+        if name not in BLOCKS:
             raise UserError(f"model yaml, row {i}: no block named '{name}'; known are {', '.join(sorted(BLOCKS))} (see models/common.py)")
-        read = tuple(j if j >= 0 else i + j for j in (source if isinstance(source, list) else [source]))
-        if any(not -1 <= j < i for j in read):
+        sources = source if isinstance(source, list) else [source]
+        read = tuple(j if j >= 0 else i + j for j in sources if isinstance(j, int))
+        if len(read) != len(sources) or not read or any(not -1 <= j < i for j in read):
             raise UserError(f"model yaml, row {i} ({name}): reads from layer {source}, which does not come before it")
-        args = [_resolve(a, cfg) for a in args]
-        c1, c2 = [channels[j] for j in read], 0
-        if spec.channels == "detect":
-            anchors = args[1] if isinstance(args[1], list) else [list(range(args[1] * 2))] * len(read)
-            layer = spec.cls(args[0], anchors, c1)
-        else:
-            if spec.channels == "first":
-                c2 = math.ceil(args[0] * width / 8) * 8
-                args = [c1[0], c2, *args[1:]]
-            else:
-                c2 = sum(c1) if spec.channels == "sum" else c1[0]
-            repeat = max(round(number * depth), 1) if number > 1 else number
-            if spec.repeats:
-                layer = spec.cls(*args[:2], repeat, *args[2:])
-            else:
-                layer = spec.cls(*args) if repeat == 1 else nn.Sequential(*_stack(spec, args, repeat))
+        try:
+            layer, channels[i] = _layer(row, cfg, [channels[j] for j in read])
+        except (TypeError, ValueError, IndexError, KeyError, AssertionError, RuntimeError, OverflowError) as error:
+            raise UserError(f"model yaml, row {i} ({name}): can't be built from {str(row[3])[:80]} ({str(error).splitlines()[0][:100]})") from None
         layers.append(layer)
         inputs.append(read)
-        channels[i] = c2
     return nn.Sequential(*layers), inputs
+
+
+def _layer(row: list, cfg: dict, c1: list[int]) -> tuple[nn.Module, int]:
+    """(layer, its output channels) of a row whose inputs have c1 channels."""
+    _, number, name, args = row
+    spec, args = BLOCKS[name], [_resolve(a, cfg) for a in args]
+    if spec.channels == "detect":
+        anchors = args[1] if isinstance(args[1], list) else [list(range(args[1] * 2))] * len(c1)
+        return spec.cls(args[0], anchors, c1), 0
+    if spec.channels == "first":
+        c2 = math.ceil(args[0] * cfg.get("width_multiple", 1.0) / 8) * 8
+        args = [c1[0], c2, *args[1:]]
+    else:
+        c2 = sum(c1) if spec.channels == "sum" else c1[0]
+    repeat = max(round(number * cfg.get("depth_multiple", 1.0)), 1) if number > 1 else number
+    if spec.repeats:
+        return spec.cls(*args[:2], repeat, *args[2:]), c2
+    return (spec.cls(*args) if repeat == 1 else nn.Sequential(*_stack(spec, args, repeat))), c2
 
 
 def _stack(spec: Any, args: list, repeat: int) -> list[nn.Module]:
@@ -206,8 +229,11 @@ class Model(nn.Module):
         """Measure the strides with one blank image, bring the anchors to grid units and into the strides' order."""
         self.eval()  # the blank image must leave the BN statistics alone
         self.detect.train()
-        with torch.no_grad():
-            outputs = self.forward(torch.zeros(1, ch, size, size))
+        try:
+            with torch.no_grad():
+                outputs = self.forward(torch.zeros(1, ch, size, size))
+        except (RuntimeError, TypeError, ValueError, IndexError, KeyError) as error:
+            raise UserError(f"model yaml: its layers do not fit together ({str(error).splitlines()[0][:120]})") from None
         self.train()
         head = self.detect
         head.stride.copy_(torch.tensor([size / y.shape[-2] for y in outputs]))

@@ -119,7 +119,14 @@ def read_hyp(hyp: str | Path | dict) -> dict[str, float]:
     for key, value in hyp.items():
         if key in reference and (isinstance(value, bool) or not isinstance(value, (int, float))):
             raise UserError(f"--hyp: '{key}' must be a number, not {value!r}")
-    return {**reference, **{k: float(v) for k, v in hyp.items() if k in reference}}
+    unknown = hyp.keys() - reference.keys() - {"anchors", "label_smoothing"}  # these two stand in some of YOLOv5's files
+    if unknown:
+        raise UserError(f"--hyp: unknown '{sorted(map(str, unknown))[0]}'; known are {', '.join(reference)}")
+    values = {**reference, **{k: float(v) for k, v in hyp.items() if k in reference}}
+    for key, value in values.items():
+        if not 0 <= value < float("inf"):
+            raise UserError(f"--hyp: '{key}' must not be negative nor infinite, but is {value:g}")
+    return values
 
 
 def check_ranges(opt: Namespace) -> Namespace:

@@ -61,6 +61,8 @@ def files(source: str) -> list[Path]:
         found = [path]
     else:
         found = sorted(map(Path, glob.glob(source, recursive=True)))
+    if not found and not path.is_dir():
+        raise UserError(f"--source {source}: no such file, folder or pattern")
     wanted = [p for p in found if p.suffix.lower() in IMAGE_SUFFIXES | VIDEO_SUFFIXES]
     if not wanted:
         raise UserError(f"--source {source}: no images or films there ({', '.join(sorted(s[1:] for s in IMAGE_SUFFIXES | VIDEO_SUFFIXES))})")
