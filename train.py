@@ -30,7 +30,7 @@ from models.start import adapt_anchors, freeze, start_model, synchronised
 from models.yolo import Model, on_device
 from utils.data_config import DataConfig, read_data
 from utils.dataloaders import Batch, DetectionDataset, EpochBatchSampler, build_loader, image_weights
-from utils.distributed import World, barrier, broadcast, world
+from utils.distributed import World, barrier, broadcast, share_buffers, world
 from utils.errors import NonFiniteError, UserError, run_cli
 from utils.files import new_run_folder, write_yaml
 from utils.interruption import Listener, listen
@@ -137,6 +137,7 @@ def train(opt: Namespace, hooks: Sequence[Hook] = ()) -> Run:
             run.epoch = epoch
             final = run.epoch + 1 == run.opt.epochs
             log = train_epoch(run)
+            share_buffers((run.model, run.ema.ema), place.size)  # all validate the model that is saved
             best = False
             if final or not run.opt.noval:
                 best = validate(run, log)

@@ -44,7 +44,7 @@ STAGES = {"dense": "runs/train/dense/weights/best.pt",
 
 def pictures(folder: Path, rows: list[dict], sr: float, share: float) -> None:
     """The README's pictures, from the runs in `folder`."""
-    history = {name: np.load(folder / f"runs/train/{name}/gammas.npy") for name in ("dense", "l1", "target")}
+    history = {name: np.load(folder / f"runs/train/{name}/gammas.npy", allow_pickle=False) for name in ("dense", "l1", "target")}
     titles = {"dense": "no penalty", "l1": f"--sr {sr:g}", "target": f"--target-sparsity {share:g}"}
     plot_gamma_history({titles[name]: list(epochs) for name, epochs in history.items()}, ROOT / "img" / "gamma_history.png")
     plot_gammas(history["target"][-1], ROOT / "img" / "gammas.png", compare=history["dense"][-1],

@@ -220,48 +220,6 @@ def test_official_weights_give_stocks_figures_on_coco128(script, assets, tmp_pat
 
 
 @pytest.mark.slow
-def test_two_processes(tiny, cfg, tmp_path):
-    import subprocess
-    import sys
-
-    from tests.conftest import ROOT
-
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29511", str(ROOT / "train_sparsity.py"),
-               "--data", str(tiny), "--weights", "", "--cfg", str(cfg), "--epochs", "1", "--noplots", *map(str, FAST)]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert len(rows(tmp_path / "runs/train/exp/results.csv")) == 1 and not (tmp_path / "runs/train/exp2").exists()
-
-
-MISTAKES = [
-    (["prune.py", "--percent", "1.5"], "--percent 1.5"),
-    (["prune.py"], "no sparsity run"),
-    (["prune.py", "--target", "flops=2"], "--target flops=2"),
-    (["prune.py", "--sweep", "0.1"], "--sweep 0.1"),
-    (["prune.py", "--weights", "none.pt"], "none.pt: no such checkpoint"),
-    (["val.py"], "no run here yet"),
-    (["finetune_pruned.py"], "pruned_model.pt: no such checkpoint"),
-    (["train.py", "--epochs", "0"], "--epochs 0"),
-    (["train.py", "--weights", "yolov5s.pt"], "releases/download/v7.0/yolov5s.pt"),
-    (["train.py", "--data", "none.yaml"], "none.yaml"),
-    (["train.py", "--weights", "", "--cfg", "none.yaml"], "none.yaml"),
-    (["train.py", "--device", "77"], "--device 77"),
-    (["train.py", "--hyp", "none.yaml"], "none.yaml"),
-    (["train.py", "--resume", "none.pt"], "none.pt"),
-    (["train_sparsity.py", "--sr", "-1"], "--sr -1"),
-    (["train_sparsity.py", "--target-sparsity", "50"], "--target-sparsity 50"),
-]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("command, words", MISTAKES, ids=[" ".join(c) for c, _ in MISTAKES])
-def test_a_mistake_ends_in_one_line_and_exit_code_2(script, tmp_path, command, words):
-    done = script(*command, cwd=tmp_path, code=2)
-    last = done.stderr.strip().splitlines()[-1]
-    assert words in last and "Traceback" not in done.stderr
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["train.py", "train_sparsity.py", "prune.py", "finetune_pruned.py", "val.py"])
 def test_help_explains_every_flag(script, tmp_path, name):
     out = script(name, "--help", cwd=tmp_path).stdout

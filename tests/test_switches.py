@@ -1,16 +1,11 @@
 """Sparsity is the same whatever is switched on beside it: accumulation, mixed precision, processes, kinds of BatchNorm."""
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 from tests import trajectory
 
-HERE = Path(__file__).parent
 METHODS = {"l1": ["--sr", "0.05"], "target": ["--target-sparsity", "0.4"]}
 
 
@@ -53,15 +48,3 @@ def test_the_increment_is_the_formula_in_every_precision(tiny, cfg, tmp_path):
 def test_sync_batchnorm_is_treated_alike(tiny, cfg, tmp_path, method, reference):
     steps, increments = trajectory.go(flags(tiny, cfg, tmp_path, method), 4, convert=True)
     assert torch.equal(steps, reference[0]) and torch.equal(increments, reference[1])
-
-
-@pytest.mark.slow
-def test_two_processes_follow_one(tiny, cfg, tmp_path, method, reference):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517" if method == "l1" else "29518",
-               str(HERE / "trajectory.py"), str(tmp_path / "out"), "4", "--", *flags(tiny, cfg, tmp_path, method), "--device", "cpu"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    ranks = [torch.load(tmp_path / f"out.{rank}", weights_only=True) for rank in range(2)]
-    assert torch.equal(ranks[0][0], ranks[1][0])  # bit-equal gammas on both ranks, every step
-    assert torch.allclose(ranks[0][0], reference[0], rtol=0, atol=1e-5)
-    assert torch.allclose(ranks[0][1], reference[1], rtol=0, atol=1e-6)

@@ -2,13 +2,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from utils.errors import UserError
 
@@ -83,6 +84,12 @@ def broadcast(value: object, size: int) -> object:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def share_buffers(models: Iterable[nn.Module], size: int) -> None:
+    """The main process's BatchNorm statistics (and other buffers), on every process: each has seen other images since the last sync."""
+    for buffer in (b for model in models for b in model.buffers()) if size > 1 else ():
+        dist.broadcast(buffer, src=0)
 
 
 def gather(value: T, size: int) -> list[T]:

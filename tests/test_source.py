@@ -1,0 +1,43 @@
+"""The repository's own source: nothing in it can execute what a user's file says."""
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+FILES = sorted(p for p in ROOT.rglob("*.py") if not {"tests", ".venv", "runs"} & set(p.relative_to(ROOT).parts))
+# Calls that turn data into behaviour, and why each is out.
+FORBIDDEN = {"eval", "exec", "compile", "__import__", "os.system", "os.popen", "pickle.load", "pickle.loads", "marshal.loads", "yaml.load", "yaml.unsafe_load",
+             "yaml.full_load", "shelve.open", "runpy.run_path", "input"}
+NEEDS = {"torch.load": ("weights_only", True), "np.load": ("allow_pickle", False), "numpy.load": ("allow_pickle", False)}
+SUBPROCESS = {"subprocess.run", "subprocess.Popen", "subprocess.call", "subprocess.check_call", "subprocess.check_output"}
+
+
+def name(node: ast.AST) -> str:
+    """a.b.c of an expression, as far as it is one."""
+    if isinstance(node, ast.Attribute):
+        return f"{name(node.value)}.{node.attr}"
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_no_call_executes_data(file):
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.Call):
+            continue
+        called, where = name(node.func), f"{file.relative_to(ROOT)}:{node.lineno}"
+        flags = {k.arg: getattr(k.value, "value", None) for k in node.keywords}
+        assert called not in FORBIDDEN, f"{where}: {called}"
+        assert not flags.get("shell"), f"{where}: a shell"
+        if called in NEEDS:
+            key, value = NEEDS[called]
+            assert flags.get(key) is value, f"{where}: {called} without {key}={value}"
+        assert called not in SUBPROCESS or file.parent.name == "bench", f"{where}: {called}"
+        assert not called.endswith("extractall") or flags.get("filter") == "data" or file.name == "downloads.py", f"{where}: an archive could escape"
+
+
+def test_only_one_file_unpickles():
+    using = {str(f.relative_to(ROOT)) for f in FILES if "torch.load" in f.read_text(encoding="utf-8").replace("touches torch.load", "")}
+    assert using == {"models/checkpoint.py"}
