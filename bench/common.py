@@ -15,10 +15,14 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from models import checkpoint  # noqa: E402  (the repository's root must be on the path first)
-from models.yolo import fused, on_device  # noqa: E402
+from models.onnx_file import onnx_latency  # noqa: E402
+from models.yolo import Model, fused, on_device  # noqa: E402
+from utils.data_config import read_data  # noqa: E402
 from utils.errors import UserError  # noqa: E402
+from utils.files import write_json  # noqa: E402
 from utils.slimming.cost import latency, profile  # noqa: E402
 from utils.slimming.report import table  # noqa: E402
+from val import evaluate, validation_loader  # noqa: E402
 
 
 def run(command: str, folder: Path) -> None:
@@ -51,6 +55,34 @@ def measure(stages: dict[str, str], folder: Path, flags: str = "", suffix: str =
     for row, ms in zip(rows, latency(models, imgsz, runs=50)):
         row["ms"] = ms
     return rows
+
+
+def last_epoch(path: Path) -> dict[str, str]:
+    """The last row of a results.csv."""
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))[-1]
+
+
+def map_on_val(weights: Path, data: Path, imgsz: int = 320) -> float:
+    """mAP50-95 of a checkpoint on the val images; kept beside the file, as long as that does not change."""
+    kept = weights.with_suffix(".map.json")
+    stamp = weights.stat().st_mtime_ns
+    if kept.is_file() and (found := json.loads(kept.read_text()))["stamp"] == stamp:
+        return float(found["map"])
+    model = on_device(fused(checkpoint.load(weights)), "cpu")
+    loader = validation_loader(read_data(str(data)), "val", imgsz, 32, int(model.stride.max()), workers=2)
+    value = evaluate(model, loader, torch.device("cpu")).ap.map
+    write_json(kept, {"stamp": stamp, "map": value})
+    return value
+
+
+def speeds(models: list[Model], imgsz: int) -> tuple[list[float], list[float]]:
+    """Median milliseconds an image at batch 1, under torch and under onnxruntime, each in turns."""
+    ready = [on_device(fused(model), "cpu") for model in models]
+    onnx_ms = onnx_latency(ready, imgsz, runs=50)
+    if onnx_ms is None:
+        raise UserError("onnxruntime is missing; pip install -r requirements-export.txt")
+    return latency(list(ready), imgsz, runs=50), onnx_ms
 
 
 def show(rows: list[dict[str, Any]]) -> str:

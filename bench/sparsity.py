@@ -7,14 +7,13 @@ images, last epoch, and the same model right after cutting 50% and 65%) and img/
 """
 from __future__ import annotations
 
-import csv
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from common import ROOT, run, write_csv
+from common import ROOT, last_epoch, run, write_csv
 
 from models import checkpoint
 from models.yolo import Model, fused
@@ -40,8 +39,7 @@ RUNS |= {f"{name}-sr{sr:g}-seed0": f"--sr {sr} {flags} --seed 0" for name, flags
 
 def row(folder: Path, name: str, data: Path) -> dict[str, Any]:
     """The last epoch of a run, the cost of what its zeros leave, and its mAP right after cuts."""
-    with open(folder / "results.csv", newline="", encoding="utf-8") as file:
-        last = list(csv.DictReader(file))[-1]
+    last = last_epoch(folder / "results.csv")
     saved = checkpoint.read(folder / "weights" / "last.pt")
     model = checkpoint.build(saved)
     graph = trace(model)

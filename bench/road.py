@@ -1,0 +1,132 @@
+"""The whole road, against its alternatives: the slim shape from scratch, a narrower stock model of the same FLOPs, the source's rule; BCCD and coco128.
+
+    python bench/road.py --voc BCCD_Dataset/BCCD --coco128 coco128 --weights yolov5n.pt    # an hour and a half on two cores, after bench/bccd.py
+
+What is trained from scratch gets as many epochs as the road had after its dense stage. A run that is done is not run again. Writes
+bench/results/road.csv and img/road.png: mAP50-95 on val against FLOPs.
+"""
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from common import ROOT, last_epoch, map_on_val, run, speeds, write_csv
+
+from models import checkpoint
+from models.yolo import Model, read_yaml
+from utils.errors import run_cli
+from utils.options import HelpfulParser
+from utils.slimming.cost import profile
+from utils.slimming.pictures import BLUE, GREY, ORANGE, VERMILION, dress, new_figure, save
+from utils.slimming.report import table
+from utils.slimming.surgery import resize_like
+
+TRAIN = "--imgsz 320 --batch-size 16 --nbs 16 --adam --cache ram --workers 2 --noplots --exist-ok"
+ROWS = {  # row of the table -> (data set, checkpoint)
+    "dense": ("bccd", "runs/train/dense/weights/best.pt"), "sparse": ("bccd", "runs/train/target/weights/last.pt"),
+    "cut 50%": ("bccd", "runs/prune/target/pruned_model.pt"), "fine-tuned": ("bccd", "runs/train/target-tuned/weights/best.pt"),
+    "source's rule, cut 50%": ("bccd", "runs/prune/l1/pruned_model.pt"), "source's rule, fine-tuned": ("bccd", "runs/train/l1-tuned/weights/best.pt"),
+    "slim shape from scratch": ("bccd", "runs/train/scratch/weights/best.pt"), "narrower stock from scratch": ("bccd", "runs/train/narrow/weights/best.pt"),
+    **{f"coco128: {stage}": ("coco128", path) for stage, path in (
+        ("dense", "runs/train/coco-dense/weights/best.pt"), ("sparse", "runs/train/coco-target/weights/last.pt"),
+        ("cut 50%", "runs/prune/coco-target/pruned_model.pt"), ("fine-tuned", "runs/train/coco-tuned/weights/best.pt"))}}
+
+
+def commands(weights: Path) -> dict[str, str]:
+    """What a command makes -> the command, in order; those of bench/bccd.py are done already."""
+    coco = f"--data coco128/data.yaml {TRAIN} --epochs 40"
+    return {
+        "runs/train/scratch/results.csv": f"finetune_pruned.py --weights scratch.pt --data bccd/data.yaml {TRAIN} --epochs 80 --name scratch",
+        "runs/train/narrow/results.csv": f"train.py --weights '' --cfg narrow.yaml --data bccd/data.yaml {TRAIN} --epochs 80 --name narrow",
+        "runs/train/coco-dense/results.csv": f"train.py --weights '{weights}' {coco} --name coco-dense",
+        "runs/train/coco-target/gammas.npy": f"train_sparsity.py --target-sparsity 0.5 --weights '{weights}' {coco} --name coco-target",
+        "runs/prune/coco-target/pruned_model.pt": (
+            "prune.py --weights runs/train/coco-target/weights/last.pt --percent 0.5 --noval --exist-ok --name coco-target"),
+        "runs/train/coco-tuned/results.csv": f"finetune_pruned.py --weights runs/prune/coco-target/pruned_model.pt {coco} --name coco-tuned"}
+
+
+def prepare(folder: Path, coco128: Path) -> None:
+    """scratch.pt (the slim shape with new weights), narrow.yaml (stock of the same FLOPs), coco128/data.yaml."""
+    data = checkpoint.read(folder / ROWS["cut 50%"][1])
+    slim = checkpoint.build(data)
+    wanted = profile(slim, 320).flops
+    torch.manual_seed(0)
+    fresh = Model(slim.yaml, names=slim.names)
+    resize_like(fresh, slim.state_dict())
+    for module in fresh.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    fresh.detect.start_biases()
+    fresh.masks = slim.masks
+    checkpoint.save(folder / "scratch.pt", fresh, imgsz=320, data=data["data"])
+    cfg = read_yaml("yolov5n.yaml")
+    widths = [w / 64 for w in range(4, 17)]
+    flops = [profile(Model({**cfg, "width_multiple": w}, nc=len(slim.names)), 320).flops for w in widths]
+    width = min(zip(flops, widths), key=lambda pair: abs(pair[0] - wanted))[1]
+    (folder / "narrow.yaml").write_text(yaml.safe_dump({**cfg, "width_multiple": width}))
+    (folder / "coco128").mkdir(exist_ok=True)
+    names = yaml.safe_load((ROOT / "data" / "coco128.yaml").read_text(encoding="utf-8"))["names"]
+    where = {"path": str(coco128), "train": "images/train2017", "val": "images/train2017", "names": names}
+    (folder / "coco128" / "data.yaml").write_text(yaml.safe_dump(where, sort_keys=False))
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    """A row a model, cost and speed relative to the dense one of its data set."""
+    found = []
+    for data in ("bccd", "coco128"):
+        here = {row: folder / path for row, (of, path) in ROWS.items() if of == data and (folder / path).is_file()}
+        models = [checkpoint.load(path) for path in here.values()]
+        costs = [profile(model, 320) for model in models]
+        torch_ms, onnx_ms = speeds(models, 320)
+        for i, (row, path) in enumerate(here.items()):
+            found.append({"model": row, "map": map_on_val(path, folder / data / "data.yaml"), "parameters": costs[i].parameters, "flops": costs[i].flops,
+                          "flops_share": costs[i].flops / costs[0].flops, "torch": torch_ms[0] / torch_ms[i], "onnxruntime": onnx_ms[0] / onnx_ms[i]})
+    return found
+
+
+def picture(found: list[dict[str, Any]], path: Path) -> None:
+    """mAP50-95 against FLOPs on BCCD."""
+    by_name = {r["model"]: r for r in found}
+    figure = new_figure(7.5, 4.3)
+    ax = figure.add_subplot()
+    dress(ax, "BCCD, yolov5n at 320 px: what half of the FLOPs cost", "GFLOPs", "mAP50-95 on val")
+    lines = {"this project: dense, sparse and cut, fine-tuned": (("dense", "cut 50%", "fine-tuned"), BLUE, "-"),
+             "the source's rule: dense, cut, fine-tuned": (("dense", "source's rule, cut 50%", "source's rule, fine-tuned"), VERMILION, "--"),
+             "slim shape from scratch": (("slim shape from scratch",), ORANGE, ""), "narrower stock from scratch": (("narrower stock from scratch",), GREY, "")}
+    for label, (names, colour, style) in lines.items():
+        points = [by_name[n] for n in names if n in by_name]
+        ax.plot([p["flops"] / 1e9 for p in points], [p["map"] for p in points], color=colour, linestyle=style or "None", marker="o", markersize=6, label=label)
+    ax.set_ylim(bottom=0)
+    ax.set_xlim(left=0)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    save(figure, path)
+
+
+def main() -> None:
+    """Run what is missing, then measure."""
+    parser = HelpfulParser(__doc__)
+    parser.add_argument("--voc", required=True, help="folder of BCCD, with Annotations and JPEGImages")
+    parser.add_argument("--coco128", required=True, help="folder of coco128, with images and labels")
+    parser.add_argument("--weights", required=True, help="the official yolov5n.pt")
+    parser.add_argument("--folder", default=str(ROOT / "runs" / "bccd"), help="where the runs are: that of bench/bccd.py")
+    opt = parser.parse_args()
+    folder, weights = Path(opt.folder).resolve(), Path(opt.weights).resolve()
+    if not (folder / ROWS["fine-tuned"][1]).is_file():
+        run(f"bench/bccd.py --voc '{Path(opt.voc).resolve()}' --weights '{weights}' --folder '{folder}'", ROOT)
+    prepare(folder, Path(opt.coco128).resolve())
+    for product, command in commands(weights).items():
+        done = folder / product
+        if done.exists() and (done.suffix != ".csv" or last_epoch(done)["epoch"] == str(int(command.split("--epochs ")[1].split()[0]) - 1)):
+            continue
+        run(command, folder)
+    found = rows(folder)
+    write_csv(ROOT / "bench" / "results" / "road.csv", found)
+    picture(found, ROOT / "img" / "road.png")
+    print(table([(r["model"], f"{r['map']:.3f}", f"{r['parameters']:,}", f"{r['flops'] / 1e9:.3f}", f"{r['flops_share']:.0%}", f"{r['torch']:.2f}",
+                  f"{r['onnxruntime']:.2f}") for r in found], ("model", "mAP50-95", "parameters", "GFLOPs", "of dense", "times faster, torch", "onnxruntime")))
+
+
+if __name__ == "__main__":
+    run_cli(main)
