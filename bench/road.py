@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import yaml
 from common import ROOT, last_epoch, map_on_val, run, speeds, write_csv
+from torch import nn
 
 from models import checkpoint
 from models.yolo import Model, read_yaml
@@ -56,7 +57,7 @@ def prepare(folder: Path, coco128: Path) -> None:
     fresh = Model(slim.yaml, names=slim.names)
     resize_like(fresh, slim.state_dict())
     for module in fresh.modules():
-        if hasattr(module, "reset_parameters"):
+        if isinstance(module, (nn.Conv2d, nn.BatchNorm2d)):
             module.reset_parameters()
     fresh.detect.start_biases()
     fresh.masks = slim.masks
