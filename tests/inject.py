@@ -18,13 +18,13 @@ import torch  # noqa: E402
 EPOCH = 1  # the harm is done in the second one
 
 
-def full_disk() -> None:
-    """The second checkpoint breaks off in the middle."""
+def full_disk(whole: int = 2) -> None:
+    """The checkpoint after so many whole ones breaks off in the middle."""
     write, calls = torch.save, []
 
     def save(data: Any, file: Any) -> None:
         calls.append(1)
-        if len(calls) > 2:
+        if len(calls) > whole:
             file.write(b"half of it")
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         write(data, file)
@@ -129,7 +129,7 @@ def other_rank() -> None:
         in_dataset(fail)
 
 
-INJECTIONS = {"full-disk": full_disk, "full-disk-log": full_disk_log, "vanished": vanished, "out-of-memory": out_of_memory,
+INJECTIONS = {"full-disk": full_disk, "full-disk-now": lambda: full_disk(0), "full-disk-log": full_disk_log, "vanished": vanished, "out-of-memory": out_of_memory,
               "dead-worker": lambda: in_dataset(lambda *_: os.kill(os.getpid(), signal.SIGKILL)),
               "bus-error": lambda: in_dataset(lambda *_: os.kill(os.getpid(), signal.SIGBUS)),
               "nan-loss": nan_loss, "nan-statistics": nan_statistics, "nan-average": nan_average, "other-rank": other_rank, "nothing": lambda: None}

@@ -14,10 +14,11 @@ from torch import nn
 
 from models import checkpoint
 from models.yolo import Model
+from tests.blocks import randomised
 from utils.errors import UserError
 from utils.slimming.graph import trace
 from utils.slimming.selection import select
-from utils.slimming.surgery import compose, slim
+from utils.slimming.surgery import compose, largest_difference, slim
 
 
 def small() -> Model:
@@ -132,3 +133,26 @@ def test_a_fused_file_is_good_for_inference(tmp_path):
     x = torch.rand(1, 3, 64, 64)
     with torch.no_grad():
         assert torch.allclose(checkpoint.load(tmp_path / "fused.pt")(x)[0], model.eval()(x)[0], rtol=1e-4, atol=1e-3)
+
+
+def test_what_a_model_is_survives_the_cut_and_the_file(tmp_path):
+    """Anchors, names, strides, BatchNorm's settings, activation, hyper-parameters; three rounds, masks over the first model's channels."""
+    anchors = [[5, 7, 9, 11, 13, 17], [20, 30, 40, 50, 60, 70], [80, 90, 100, 120, 140, 160]]
+    first = Model({**Model("yolov5n.yaml").yaml, "activation": "nn.LeakyReLU(0.2)"}, nc=2, anchors=anchors, names={0: "a b", 1: "ü"})
+    model = randomised(first)
+    for round_ in range(3):
+        masks = select(trace(model), model, 0.3)
+        small = slim(model, masks)
+        small.masks = compose(model.masks, masks)
+        path = tmp_path / f"{round_}.pt"
+        checkpoint.save(path, small, hyp={"lr0": 0.02}, imgsz=96, data="x.yaml")
+        model = checkpoint.load(path)
+    data = checkpoint.read(tmp_path / "2.pt")
+    assert data["hyp"] == {"lr0": 0.02} and (data["imgsz"], data["data"]) == (96, "x.yaml") and model.names == {0: "a b", 1: "ü"}
+    assert torch.equal(model.detect.anchors, first.detect.anchors) and torch.equal(model.stride, first.stride)
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert {(m.eps, m.momentum) for m in norms} == {(m.eps, m.momentum) for m in first.modules() if isinstance(m, nn.BatchNorm2d)}
+    assert {(type(m), m.negative_slope) for m in model.modules() if isinstance(m, nn.LeakyReLU)} == {(nn.LeakyReLU, 0.2)}
+    assert all(len(m) == dict(first.named_modules())[n].num_features for n, m in model.masks.items())
+    assert sum(int(m.sum()) for m in model.masks.values()) == sum(m.num_features for m in norms)
+    assert largest_difference(slim(first, model.masks), model) < 1e-6  # the file holds fp32, and the rounds compose

@@ -103,3 +103,8 @@ def test_more_epochs_and_a_finished_run(flags, whole, tmp_path):
     assert code == 2 and "all 3 epochs are done; give more, as in --resume" in output
     code, output = run_with("nothing", ["--resume", "--epochs", "4", "--workers", "0"], tmp_path)
     assert code == 0 and "the learning rate follows the schedule of a run of 4 epochs" in output
+
+
+def test_prune_on_a_full_disk_leaves_nothing_behind(whole, tmp_path):
+    code, output = run_with("full-disk-now", ["--weights", str(crash.last(whole)), "--percent", "0.4", "--noval"], tmp_path, "prune.py")
+    assert code == 2 and "can't be written" in output and "Traceback" not in output and not [p for p in tmp_path.rglob("*") if p.is_file()]
