@@ -12,6 +12,7 @@ import os
 from argparse import BooleanOptionalAction, Namespace
 from typing import Any
 
+import cv2
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -121,7 +122,9 @@ class SparsityHook(Hook):
         history = torch.stack(self.history).float().numpy()
         write_array(self.run.folder / "gammas.npy", history)  # (epochs, channels), for pictures of your own
         if not self.run.opt.noplots:
-            plot_gamma_history({self.run.folder.name: list(history)}, self.run.folder / "gamma_history.png")
+            picture = plot_gamma_history({self.run.folder.name: list(history)}, self.run.folder / "gamma_history.png")
+            if self.run.log is not None:
+                self.run.log.tb.add_image("bn_weights/over_epochs", cv2.imread(str(picture))[..., ::-1], self.run.epoch, dataformats="HWC")
             plot_gammas(history[-1], self.run.folder / "gammas.png", title="BatchNorm scales after the last epoch")
 
     def state_dict(self) -> dict[str, Any]:

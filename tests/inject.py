@@ -129,10 +129,11 @@ def other_rank() -> None:
         in_dataset(fail)
 
 
-INJECTIONS = {"full-disk": full_disk, "full-disk-now": lambda: full_disk(0), "full-disk-log": full_disk_log, "vanished": vanished, "out-of-memory": out_of_memory,
-              "dead-worker": lambda: in_dataset(lambda *_: os.kill(os.getpid(), signal.SIGKILL)),
-              "bus-error": lambda: in_dataset(lambda *_: os.kill(os.getpid(), signal.SIGBUS)),
-              "nan-loss": nan_loss, "nan-statistics": nan_statistics, "nan-average": nan_average, "other-rank": other_rank, "nothing": lambda: None}
+INJECTIONS = {
+    "full-disk": full_disk, "full-disk-now": lambda: full_disk(0), "full-disk-log": full_disk_log, "vanished": vanished, "out-of-memory": out_of_memory,
+    "dead-worker": lambda: in_dataset(lambda *_: os.kill(os.getpid(), signal.SIGKILL)),
+    "bus-error": lambda: in_dataset(lambda *_: os.kill(os.getpid(), signal.SIGBUS)),
+    "nan-loss": nan_loss, "nan-statistics": nan_statistics, "nan-average": nan_average, "other-rank": other_rank, "nothing": lambda: None}
 
 if __name__ == "__main__":
     what, script, *flags = sys.argv[1:]

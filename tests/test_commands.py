@@ -102,6 +102,9 @@ def test_a_target_is_reached_resumed_exactly_and_cut_without_a_trace(script, tin
     last = rows(weights.parent / "results.csv")[-1]
     assert float(last["sparsity/masked_mAP_0.5"]) == pytest.approx(float(last["metrics/mAP_0.5"]), abs=1e-4)  # only zeros would be cut
     assert (weights.parent / "gammas.png").is_file() and (weights.parent / "gamma_history.png").is_file()
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert "bn_weights/over_epochs" in EventAccumulator(str(weights.parent), {"images": 0}).Reload().Tags()["images"]
 
     done = script("prune.py", "--percent", 0.5, "--batch-size", 4, cwd=tmp_path)
     assert "threshold |gamma| 0\n" in done.stdout and "prunable gammas are exactly 0" in done.stdout
