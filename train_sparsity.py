@@ -12,8 +12,9 @@ import os
 from argparse import BooleanOptionalAction, Namespace
 from typing import Any
 
-import cv2
+import numpy as np
 import torch
+from PIL import Image
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from train import Hook, Run, train
@@ -124,7 +125,7 @@ class SparsityHook(Hook):
         if not self.run.opt.noplots:
             picture = plot_gamma_history({self.run.folder.name: list(history)}, self.run.folder / "gamma_history.png")
             if self.run.log is not None:
-                self.run.log.tb.add_image("bn_weights/over_epochs", cv2.imread(str(picture))[..., ::-1], self.run.epoch, dataformats="HWC")
+                self.run.log.tb.add_image("bn_weights/over_epochs", np.asarray(Image.open(picture).convert("RGB")), self.run.epoch, dataformats="HWC")
             plot_gammas(history[-1], self.run.folder / "gammas.png", title="BatchNorm scales after the last epoch")
 
     def state_dict(self) -> dict[str, Any]:
