@@ -1,4 +1,4 @@
-"""Write the tables of README.md anew from bench/results/*.csv, between their <!-- table NAME --> marks.
+"""Write the tables of README.md and bench/README.md anew from bench/results/*.csv, between their <!-- table NAME --> marks.
 
     python bench/readme.py
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 import csv
 import re
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from common import ROOT
@@ -25,47 +24,82 @@ def read(name: str) -> list[dict[str, str]]:
 
 def markdown(rows: list[dict[str, str]]) -> str:
     """The rows that measure() wrote, as a Markdown table."""
-    lines: list[Sequence[str]] = [HEADER, ["---"] * len(HEADER)]
-    lines += [[r["name"], f"{float(r['map50']):.3f}", f"{float(r['map']):.3f}", f"{int(r['parameters']):,}",
-               f"{float(r['flops']) / 1e9:.3f}", f"{float(r['mb']):.2f}", f"{float(r['ms']):.1f}"] for r in rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return table(HEADER, [[r["name"], f"{float(r['map50']):.3f}", f"{float(r['map']):.3f}", f"{int(r['parameters']):,}",
+                           f"{float(r['flops']) / 1e9:.3f}", f"{float(r['mb']):.2f}", f"{float(r['ms']):.1f}"] for r in rows])
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Markdown."""
+    return "\n".join("| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *rows))
 
 
 def sparsity() -> str:
-    """bench/sparsity.py's rows, a line a share: means over seeds, the spread in brackets."""
-    rows = read("sparsity")
-    lines: list[Sequence[str]] = [("--target-sparsity", "seeds", "mAP50", "mAP50-95", "parameters left", "GFLOPs left")]
-    lines.append(["---"] * len(lines[0]))
+    """bench/sparsity.py's rows of --target-sparsity, a line a share: means over seeds, the spread in brackets."""
+    rows = [r for r in read("sparsity") if r["run"].startswith("share")]
+    lines: list[Sequence[str]] = []
     for share in sorted({float(r["share"]) for r in rows}):
         here = [r for r in rows if float(r["share"]) == share]
         cells = []
         for key in ("map50", "map"):
             values = np.array([float(r[key]) for r in here])
             cells.append(f"{values.mean():.3f}" + (f" ({values.min():.3f} to {values.max():.3f})" if len(here) > 1 else ""))
+        rest = [f"{np.mean([float(r[key]) for r in here]):.3f}" for key in ("cut_0.5", "cut_0.65")]
         left = [f"{np.mean([float(r[key]) for r in here]):.0%}" for key in ("parameters", "flops")]
-        lines.append([f"{share:g}" if share else "none", str(len(here)), *cells, *left])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        lines.append([f"{share:g}" if share else "none", str(len(here)), *cells, *rest, *left])
+    return table(("--target-sparsity", "runs", "mAP50", "mAP50-95", "cut by 50%", "cut by 65%", "parameters without the zeros", "FLOPs"), lines)
+
+
+def l1() -> str:
+    """bench/sparsity.py's rows of the L1 rule."""
+    rows = [r for r in read("sparsity") if "-sr" in r["run"]]
+    return table(("optimizer", "--sr", "gammas at 0", "below 0.1", "mAP50-95", "cut by 50%", "cut by 65%"), [
+        [*r["run"].split("-sr"), f"{float(r['zero']):.0%}", f"{float(r['below_0.1']):.0%}", *(f"{float(r[k]):.3f}" for k in ("map", "cut_0.5", "cut_0.65"))]
+        for r in rows])
+
+
+def pruning() -> str:
+    """bench/pruning.py's rows."""
+    return table(("cut", "mAP50-95", "fine-tuned", "parameters", "FLOPs", "faster, torch", "faster, onnxruntime"), [
+        [r["cut"], f"{float(r['map']):.3f}", f"{float(r['tuned']):.3f}" if r["tuned"] else "", f"{float(r['parameters']):.0%}", f"{float(r['flops']):.0%}",
+         f"{float(r['torch']):.2f}x", f"{float(r['onnxruntime']):.2f}x"] for r in read("pruning")])
+
+
+def road() -> str:
+    """bench/road.py's rows."""
+    return table(("model", "mAP50-95", "parameters", "GFLOPs", "of dense", "faster, torch", "faster, onnxruntime"), [
+        [r["model"], f"{float(r['map']):.3f}", f"{int(r['parameters']):,}", f"{float(r['flops']) / 1e9:.3f}", f"{float(r['flops_share']):.0%}",
+         f"{float(r['torch']):.2f}x", f"{float(r['onnxruntime']):.2f}x"] for r in read("road")])
+
+
+def engine() -> str:
+    """bench/engine.py's rows."""
+    return table(("model", "by", "seconds", "memory, times the weights", "parameters left"), [
+        [r["model"], r["method"], f"{float(r['seconds']):.2f}", f"{float(r['memory']):.1f}", f"{float(r['left']):.0%}"] for r in read("engine")])
 
 
 def tables() -> dict[str, str]:
     """Name of a mark -> its table."""
     bccd = read("bccd")
-    found = {"demo": markdown([{**r, "name": r["stage"]} for r in read("demo")]), "sparsity": sparsity()}
+    found = {"demo": markdown([{**r, "name": r["stage"]} for r in read("demo")]), "sparsity": sparsity(), "l1": l1(), "pruning": pruning(),
+             "road": road(), "engine": engine()}
     for split in ("val", "test"):
         found[f"bccd {split}"] = markdown([{**r, "name": NAMES[r["stage"]].format(sr=r["sr"])} for r in bccd if r["split"] == split])
     return found
 
 
 def main() -> None:
-    """Replace what stands between the marks."""
-    path = Path(ROOT / "README.md")
-    text = path.read_text(encoding="utf-8")
-    for name, table in tables().items():
-        marked = re.search(rf"(?<=<!-- table {name} -->\n).*?(?=<!-- /table -->)", text, re.DOTALL)
-        if not marked:
-            raise SystemExit(f"error: README.md has no <!-- table {name} --> mark")
-        text = text[:marked.start()] + table + "\n" + text[marked.end():]
-    path.write_text(text, encoding="utf-8")
+    """Replace what stands between the marks of README.md and bench/README.md."""
+    known, seen = tables(), set()
+    for path in (ROOT / "README.md", ROOT / "bench" / "README.md"):
+        text = path.read_text(encoding="utf-8")
+        for name, rows in known.items():
+            marked = re.search(rf"(?<=<!-- table {name} -->\n).*?(?=<!-- /table -->)", text, re.DOTALL)
+            if marked:
+                seen.add(name)
+                text = text[:marked.start()] + rows + "\n" + text[marked.end():]
+        path.write_text(text, encoding="utf-8")
+    if missing := known.keys() - seen:
+        raise SystemExit(f"error: no README has a <!-- table {sorted(missing)[0]} --> mark")
 
 
 if __name__ == "__main__":
