@@ -92,8 +92,9 @@ class SparsityHook(Hook):
         shares = gauge(gammas)
         log["sparsity/sr"] = self.penalty.coefficient(self.run.epoch)
         log.update({f"sparsity/{k}": v for k, v in shares.items()})
+        bound = log["sparsity/limit"] = limit(self.graph, self.run.ema.ema).percent
         if self.run.world.main:
-            print(f"{'':>11}gammas " + ", ".join(f"{k.replace('_', ' ')}: {v:.1%}" for k, v in shares.items()), flush=True)
+            print(f"{'':>11}gammas " + ", ".join(f"{k.replace('_', ' ')}: {v:.1%}" for k, v in shares.items()) + f"; limit: {bound:.1%}", flush=True)
         log.update(self.outlook())
         if self.run.log is None:
             return
@@ -104,18 +105,18 @@ class SparsityHook(Hook):
             tb.add_histogram(f"bn_layers/{name}", module.weight.detach().abs(), epoch)
 
     def outlook(self) -> dict[str, float]:
-        """What prune.py --percent would make of the model as it is now: size, the source's limit and, now and then, mAP."""
+        """What prune.py --percent would make of the model as it is now: size and, now and then, mAP."""
         run, opt, model = self.run, self.run.opt, self.run.ema.ema
         rules = Rules(min_share=MIN_SHARE, joint=opt.shortcuts == "joint", keep=tuple(opt.keep))
         masks = Selection(self.graph, model, rules).percent(opt.percent)
         parameters, flops = self.costs.remaining(keep_ids(self.graph, masks))
-        log = {"sparsity/limit": limit(self.graph, model).percent, "sparsity/parameters_left": float(parameters), "sparsity/gflops_left": flops / 1e9}
+        log = {"sparsity/parameters_left": float(parameters), "sparsity/gflops_left": flops / 1e9}
         text = f"{'':>11}--percent {opt.percent:g} would leave {parameters:,} parameters, {flops / 1e9:.3f} GFLOPs"
         if opt.masked_val and (run.epoch + 1) % opt.masked_val == 0:
             found = evaluate(masked(model, masks), run.val_loader, run.world.device, processes=run.world.size).ap  # type: ignore[arg-type]
             log.update({"sparsity/masked_mAP_0.5": found.map50, "sparsity/masked_mAP_0.5:0.95": found.map})
             text += f", mAP50 {found.map50:.3f}, mAP50-95 {found.map:.3f}"
-        if run.world.main and (opt.masked_val or run.epoch + 1 == opt.epochs):
+        if run.world.main:
             print(text, flush=True)
         return log
 

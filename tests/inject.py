@@ -92,32 +92,28 @@ def nan_loss() -> None:
     DetectionLoss.__call__ = poisoned
 
 
-def nan_statistics() -> None:
-    """A BatchNorm's running mean breaks although the loss does not show it."""
+def after_steps(harm: Any) -> None:
+    """Call harm(run) after every optimizer step of the second epoch."""
     import train
 
     step = train.optimizer_step
 
-    def poisoned(run: Any) -> None:
+    def harmful(run: Any) -> None:
         step(run)
         if run.epoch == EPOCH:
-            run.model.model[0].bn.running_mean[0] = np.nan
+            harm(run)
 
-    train.optimizer_step = poisoned
+    train.optimizer_step = harmful
+
+
+def nan_statistics() -> None:
+    """A BatchNorm's running mean breaks although the loss does not show it."""
+    after_steps(lambda run: run.model.model[0].bn.running_mean.fill_(np.nan))
 
 
 def nan_average() -> None:
     """The averaged weights break, which no loss shows."""
-    import train
-
-    step = train.optimizer_step
-
-    def poisoned(run: Any) -> None:
-        step(run)
-        if run.epoch == EPOCH:
-            run.ema.ema.model[0].bn.weight[0] = np.nan
-
-    train.optimizer_step = poisoned
+    after_steps(lambda run: run.ema.ema.model[0].bn.weight.fill_(np.nan))
 
 
 def other_rank() -> None:
