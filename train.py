@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from models import checkpoint
-from models.resume import restore, resumed_options, save, save_epoch
+from models.resume import require_finite, restore, resumed_options, save, save_epoch
 from models.start import adapt_anchors, freeze, start_model, synchronised
 from models.yolo import Model, on_device
 from utils.data_config import DataConfig, read_data
@@ -138,6 +138,7 @@ def train(opt: Namespace, hooks: Sequence[Hook] = ()) -> Run:
             final = run.epoch + 1 == run.opt.epochs
             log = train_epoch(run)
             share_buffers((run.model, run.ema.ema), place.size)  # all validate the model that is saved
+            require_finite(run)
             best = False
             if final or not run.opt.noval:
                 best = validate(run, log)

@@ -16,12 +16,17 @@ if TYPE_CHECKING:
     from train import Run
 
 
-def save(run: Run, name: str) -> None:
-    """Write a checkpoint with the whole training state into the run's folder. Nothing that is not finite is ever written."""
+def require_finite(run: Run) -> None:
+    """Raise NonFiniteError where a weight, an averaged weight or a statistic is NaN or infinite: it is not to be validated, nor saved."""
     broken = [k for model in (run.model, run.ema.ema) for k, v in model.state_dict().items() if v.is_floating_point() and not bool(torch.isfinite(v).all())]
     if broken:
         raise NonFiniteError(f"{broken[0]} is not finite after epoch {run.iteration // len(run.loader) + 1}; nothing of it was saved, "
                              f"{run.folder / 'weights' / 'last.pt'} is whole; try a smaller lr0 in --hyp, --amp off, or a smaller --sr")
+
+
+def save(run: Run, name: str) -> None:
+    """Write a checkpoint with the whole training state into the run's folder."""
+    require_finite(run)
     training = {"epoch": run.epoch, "batches_done": run.batches_done, "mean": run.mean.cpu(),
                 "optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict(),
                 "updates": run.ema.updates, "stopper": {"best": run.stopper.best, "best_epoch": run.stopper.best_epoch},
