@@ -148,7 +148,7 @@ class Cropped(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         four = [x[:, :, i::2, j::2] for i in (0, 1) for j in (0, 1)]
-        return self.a(torch.cat(four, 1)) - self.b(x)
+        return self.a(torch.cat(tensors=four, dim=1)) - self.b(x)
 
 
 BLOCKS: dict[str, type[nn.Module]] = {c.__name__: c for c in (

@@ -36,7 +36,7 @@ PRODUCTS = {operator.mul, operator.imul, torch.mul, "mul", "mul_"}
 DIVISIONS = {operator.truediv, torch.div, "div"}
 CHUNKS = {torch.chunk, "chunk"}
 SPLITS = {torch.split, "split"}
-SHAPE_QUERIES = {"size", getattr}
+SHAPE_QUERIES = {"size", "dim", getattr}
 
 
 @dataclass
@@ -244,7 +244,7 @@ class _Walker:
         if isinstance(x, Tensor) and all(isinstance(a, (Tensor, int, float)) for a in (*args, *kwargs.values())):
             return getattr(x, target)(*args[1:], **kwargs) if isinstance(target, str) else target(*args, **kwargs)  # type: ignore[operator]
         if target in (torch.cat, torch.concat):
-            parts, dim = x, kwargs.get("dim", args[1] if len(args) > 1 else 0)
+            parts, dim = kwargs.get("tensors", x), kwargs.get("dim", args[1] if len(args) > 1 else 0)
             if dim in (1, -3) and isinstance(parts, (list, tuple)) and all(isinstance(p, np.ndarray) for p in parts):
                 return np.concatenate(parts)
             self.freeze(parts)
@@ -265,8 +265,8 @@ class _Walker:
         return self.unknown(args, kwargs, f"operation '{getattr(target, '__name__', target)}' ({node.name})")
 
     def shape(self, node: fx.Node, x: Any, args: list) -> Any:
-        """x.shape, x.size(), x.size(2); of other attributes, such as x.device, no channel depends."""
-        if not isinstance(x, (np.ndarray, _Gate)) or (node.target is getattr and args != ["shape"]):
+        """x.shape, x.size(), x.size(2); of x.dim() and other attributes, such as x.device, no channel depends."""
+        if not isinstance(x, (np.ndarray, _Gate)) or node.target == "dim" or (node.target is getattr and args != ["shape"]):
             return None
         shape = _Shape(x if isinstance(x, np.ndarray) else x.ids)
         return self.item(node, shape, args[0]) if args and node.target == "size" else shape
