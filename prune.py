@@ -381,7 +381,7 @@ def main(argv: list[str] | None = None) -> Path:
     report = {"command": command_line(), "weights": str(opt.weights), "data": opt.data, "imgsz": opt.imgsz,
               "requested": dict([opt.target]) if opt.target else opt.percent, "achieved": result.achieved, "threshold": result.threshold,
               "limit": {"gamma": result.limit.gamma, "percent": result.limit.percent}, "proof": result.proof, "stages": stages,
-              "cost": costs, "threads": torch.get_num_threads(), "device": str(device), "layers": layers, "notes": result.graph.notes}
+              "cost": costs, "threads": torch.get_num_threads(), "device": str(device), "lineage": lineage, "layers": layers, "notes": result.graph.notes}
     folder = write(result, opt, source, report)
     print(f"Slim model: {folder / OUTPUT} (and {OUTPUT}); report and pictures in {folder}")
     return folder

@@ -161,6 +161,17 @@ def test_cost_counts(model):
     assert all(ms > 0 for ms in latency([deepcopy(model).eval()], 64, runs=2))
 
 
+def test_medians_take_few_turns_where_they_are_long():
+    from utils.slimming.cost import medians
+
+    calls = []
+    values = medians([lambda: calls.append("a"), lambda: calls.append("b")], runs=7)
+    assert calls == ["a", "b"] * 10 and len(values) == 2
+    calls.clear()
+    medians([lambda: calls.append("a")], runs=7, seconds=0.0)
+    assert len(calls) == 4  # one to warm up, three to measure
+
+
 @pytest.mark.parametrize("name", ["model.0.bn", "model.2.m.0.cv1.bn", "model.9.cv1.bn", "model.17.cv3.bn"])
 def test_freed_flops_are_what_a_cut_frees(model, name):
     graph = trace(model)

@@ -125,14 +125,23 @@ def latency(models: list[nn.Module], imgsz: int = 640, batch: int = 1, runs: int
         return [ms / batch for ms in medians([prepared(model) for model in models], runs)]
 
 
-def medians(calls: Sequence[Callable[[], object]], runs: int = 20) -> list[float]:
-    """Median milliseconds of each call, over `runs` turns in which each is called once. Three turns warm up."""
+def medians(calls: Sequence[Callable[[], object]], runs: int = 20, seconds: float = 20.0) -> list[float]:
+    """Median milliseconds of each call, over `runs` turns in which each is called once, after up to three turns of warm-up.
+
+    Where that would take much more than `seconds` there are fewer turns, three at least.
+    """
     samples: list[list[float]] = [[] for _ in calls]
-    for turn in range(runs + 3):
+    begun, turns, warm = time.perf_counter(), runs, 3
+    for turn in range(runs + warm):
+        if turn == 1:
+            one = time.perf_counter() - begun
+            turns, warm = max(min(runs, int(seconds / one)), 3), 3 if one < seconds / 20 else 1
+        if turn >= turns + warm:
+            break
         for i, call in enumerate(calls):
             start = time.perf_counter()
             call()
-            if turn >= 3:
+            if turn >= warm:
                 samples[i].append((time.perf_counter() - start) * 1000)
     return [float(np.median(s)) for s in samples]
 
