@@ -138,7 +138,7 @@ def cut(model: Model, ranked: Selection, masks: Masks) -> Cut:
 
 
 def describe(result: Cut, opt: Namespace) -> None:
-    """Say what the source's rule allows, what was asked for and what came of it. UserError above the limit with --strict."""
+    """Say what the threshold rule allows, what was asked for and what came of it. UserError above the limit with --strict."""
     print(f"largest safe gamma: {result.limit.gamma:.4g}; cutting below it is --percent {result.limit.percent:.3f} "
           "(the smallest of the layers' largest gammas: beyond it some layer would lose every channel)")
     if (asked := result.achieved if opt.target else opt.percent) > result.limit.percent:

@@ -1,4 +1,4 @@
-"""The whole road, against its alternatives: the slim shape from scratch, a narrower stock model of the same FLOPs, the source's rule; BCCD and coco128.
+"""The whole road, against its alternatives: the slim shape from scratch, a narrower stock model of the same FLOPs, the L1 rule; BCCD and coco128.
 
     python bench/road.py --voc BCCD_Dataset/BCCD --coco128 coco128 --weights yolov5n.pt    # an hour and a half on two cores, after bench/bccd.py
 
@@ -28,7 +28,7 @@ TRAIN = "--imgsz 320 --batch-size 16 --nbs 16 --adam --cache ram --workers 2 --n
 ROWS = {  # row of the table -> (data set, checkpoint)
     "dense": ("bccd", "runs/train/dense/weights/best.pt"), "sparse": ("bccd", "runs/train/target/weights/last.pt"),
     "cut 50%": ("bccd", "runs/prune/target/pruned_model.pt"), "fine-tuned": ("bccd", "runs/train/target-tuned/weights/best.pt"),
-    "source's rule, cut 50%": ("bccd", "runs/prune/l1/pruned_model.pt"), "source's rule, fine-tuned": ("bccd", "runs/train/l1-tuned/weights/best.pt"),
+    "L1 rule, cut 50%": ("bccd", "runs/prune/l1/pruned_model.pt"), "L1 rule, fine-tuned": ("bccd", "runs/train/l1-tuned/weights/best.pt"),
     "slim shape from scratch": ("bccd", "runs/train/scratch/weights/best.pt"), "narrower stock from scratch": ("bccd", "runs/train/narrow/weights/best.pt"),
     **{f"coco128: {stage}": ("coco128", path) for stage, path in (
         ("dense", "runs/train/coco-dense/weights/best.pt"), ("sparse", "runs/train/coco-target/weights/last.pt"),
@@ -94,7 +94,7 @@ def picture(found: list[dict[str, Any]], path: Path) -> None:
     ax = figure.add_subplot()
     dress(ax, "BCCD, yolov5n at 320 px: what half of the FLOPs cost", "GFLOPs", "mAP50-95 on val")
     lines = {"this project: dense, sparse and cut, fine-tuned": (("dense", "cut 50%", "fine-tuned"), BLUE, "-"),
-             "the source's rule: dense, cut, fine-tuned": (("dense", "source's rule, cut 50%", "source's rule, fine-tuned"), VERMILION, "--"),
+             "the L1 rule: dense, cut, fine-tuned": (("dense", "L1 rule, cut 50%", "L1 rule, fine-tuned"), VERMILION, "--"),
              "slim shape from scratch": (("slim shape from scratch",), ORANGE, ""), "narrower stock from scratch": (("narrower stock from scratch",), GREY, "")}
     for label, (names, colour, style) in lines.items():
         points = [by_name[n] for n in names if n in by_name]

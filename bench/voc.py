@@ -1,4 +1,4 @@
-"""The source's experiment on Pascal VOC 2007: 512 px, 100 epochs a stage, the L1 rule and --target-sparsity. Made for a GPU.
+"""The experiment on Pascal VOC 2007: 512 px, 100 epochs a stage, the L1 rule and --target-sparsity. Made for a GPU.
 
     tar xf VOCtrainval_06-Nov-2007.tar && tar xf VOCtest_06-Nov-2007.tar
     python bench/voc.py --voc VOCdevkit/VOC2007 --weights yolov5s.pt

@@ -23,7 +23,7 @@ MIN_SHARE = 0.25  # default of prune.py; after an L1 run on BCCD, a floor of 0.1
 
 @dataclass(frozen=True)
 class Limit:
-    """The source's safety rule: above the smallest of the layers' largest gammas, some layer would lose every channel."""
+    """The threshold rule: above the smallest of the layers' largest gammas, some layer would lose every channel."""
 
     gamma: float    # the largest threshold that leaves every layer a channel
     percent: float  # the share of prunable channels below it, 0..1
