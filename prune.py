@@ -50,6 +50,7 @@ class Cut:
     """A chosen and proven cut."""
 
     graph: ChannelGraph
+    gammas: torch.Tensor  # |gamma| of all channels that may be cut
     masks: dict[str, torch.Tensor]
     dense: Model
     masked: Model
@@ -121,7 +122,7 @@ def speed(model: Model, masks: Masks, opt: Namespace, device: torch.device) -> f
 def cut(model: Model, ranked: Selection, masks: Masks) -> Cut:
     """Cut and prove. Raises UserError where the proof fails."""
     graph, total = ranked.graph, ranked.total
-    bound = limit(graph, model)
+    bound = limit(graph, model, ranked.prunable)
     modules = dict(model.named_modules())
     gone = torch.cat([modules[n].weight.detach().abs()[~m] for n, m in masks.items()])  # type: ignore[operator, union-attr]
     narrow = slim(model, masks)
@@ -134,7 +135,8 @@ def cut(model: Model, ranked: Selection, masks: Masks) -> Cut:
     if not proof < PROOF_BOUND:
         raise UserError(f"the slim model differs from the masked one by {proof:.1e} (relative; rounding is below {PROOF_BOUND:.0e}); nothing was "
                         "written. This model holds a block that the channel graph misreads")
-    return Cut(graph, masks, model, zeroed, narrow, bound, float(gone.max()) if len(gone) else 0.0, len(gone) / total, proof)
+    everything = torch.cat([torch.zeros(0), *gammas(graph, model, ranked.prunable).values()])
+    return Cut(graph, everything, masks, model, zeroed, narrow, bound, float(gone.max()) if len(gone) else 0.0, len(gone) / total, proof)
 
 
 def describe(result: Cut, opt: Namespace) -> None:
@@ -148,8 +150,7 @@ def describe(result: Cut, opt: Namespace) -> None:
               f"channel{'s' if opt.min_channels > 1 else ''} and {opt.min_share:.0%} of its own. Train with a larger --sr, or longer, to move the limit")
     requested = f"{opt.target[0]}={opt.target[1]:g}" if opt.target else f"{opt.percent:.1%} of the prunable channels"
     print(f"requested {requested}, achieved {result.achieved:.1%}, threshold |gamma| {result.threshold:.4g}")
-    everything = torch.cat(list(gammas(result.graph, result.dense).values()))
-    if zero := float((everything == 0).float().mean()):
+    if zero := float((result.gammas == 0).float().mean()):
         print(f"{zero:.1%} of the prunable gammas are exactly 0: a --percent up to {zero:.3f} cuts nothing that the model uses")
     for note in result.graph.notes:
         print(f"note: {note}")
@@ -200,7 +201,12 @@ def measure(stages: dict[str, Model], opt: Namespace, device: torch.device) -> l
 def milliseconds(result: Cut, opt: Namespace, device: torch.device) -> dict[str, list[float]]:
     """How measured -> milliseconds an image, before and after."""
     models = [on_device(fused(m), device) for m in (result.dense, result.slim)]
-    ms = {f"torch, batch {b}": latency(list(models), opt.imgsz, b, runs=max(20 // b, 5)) for b in (1, 16)}
+    ms = {}
+    for b in (1, 16):
+        try:
+            ms[f"torch, batch {b}"] = latency(list(models), opt.imgsz, b, runs=max(20 // b, 5))
+        except torch.OutOfMemoryError:
+            print(f"note: batch {b} does not fit into the memory of {device}, its speed is not measured")
     on_cpu = [on_device(m, "cpu") for m in models]
     found = {f"onnxruntime on the CPU, batch {b}": onnx_latency(on_cpu, opt.imgsz, b, runs=max(20 // b, 5)) for b in (1, 16)}
     return ms | {how: values for how, values in found.items() if values}
@@ -279,16 +285,13 @@ def newest_sparsity_run() -> Path:
     return found[-1]
 
 
-def write(result: Cut, opt: Namespace, source: dict[str, Any], report: dict[str, Any]) -> Path:
-    """The slim checkpoint, the report and its pictures into the run's folder, and a copy of the checkpoint here."""
+def write(result: Cut, opt: Namespace, source: dict[str, Any], layers: list[dict[str, Any]]) -> Path:
+    """The slim checkpoint and the pictures into the run's folder, and a copy of the checkpoint here."""
     folder = new_run_folder(opt.project, opt.name, opt.exist_ok)
     carried = {k: source.get(k) for k in ("opt", "data", "hyp")}
     checkpoint.save(folder / OUTPUT, result.slim, imgsz=opt.imgsz, command=command_line(), **carried,
                     metrics={"proof": result.proof, "percent": result.achieved})
-    write_json(folder / "report.json", report)
-    before = torch.cat(list(gammas(result.graph, result.dense).values())).numpy()
-    plot_gammas(before, folder / "gammas.png", threshold=result.threshold, percent=result.achieved, title="BatchNorm scales before the cut")
-    layers = report["layers"]
+    plot_gammas(result.gammas.numpy(), folder / "gammas.png", threshold=result.threshold, percent=result.achieved, title="BatchNorm scales before the cut")
     plot_kept([r["layer"] for r in layers], [r["original"] for r in layers], [r["remaining"] for r in layers], folder / "channels.png",
               [r["prunable"] for r in layers])
     here = Path(OUTPUT)
@@ -366,10 +369,11 @@ def main(argv: list[str] | None = None) -> Path:
         return explore(model, ranked, opt, device)
     result = cut(model, ranked, choose(model, ranked, opt, device))
     describe(result, opt)
-    layers = layer_rows(result.masks, result.graph.prunable())
+    layers = layer_rows(result.masks, ranked.prunable)
     print("\n" + layer_table(layers) + "\n")
     print(f"proof: largest relative |slim - masked| in float64 is {result.proof:.1e} (must be below {PROOF_BOUND:.0e})\n")
     repaired = repair(result, opt, device)
+    folder = write(result, opt, source, layers)  # before the measurements: whatever becomes of them, the model is there
     stages = [] if opt.noval else measure(repaired, opt, device)
     if stages:
         print(stage_table(stages) + "\n")
@@ -382,7 +386,7 @@ def main(argv: list[str] | None = None) -> Path:
               "requested": dict([opt.target]) if opt.target else opt.percent, "achieved": result.achieved, "threshold": result.threshold,
               "limit": {"gamma": result.limit.gamma, "percent": result.limit.percent}, "proof": result.proof, "stages": stages,
               "cost": costs, "threads": torch.get_num_threads(), "device": str(device), "lineage": lineage, "layers": layers, "notes": result.graph.notes}
-    folder = write(result, opt, source, report)
+    write_json(folder / "report.json", report)
     print(f"Slim model: {folder / OUTPUT} (and {OUTPUT}); report and pictures in {folder}")
     return folder
 

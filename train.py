@@ -139,9 +139,8 @@ def train(opt: Namespace, hooks: Sequence[Hook] = ()) -> Run:
             log = train_epoch(run)
             share_buffers((run.model, run.ema.ema), place.size)  # all validate the model that is saved
             require_finite(run)
-            best = False
-            if final or not run.opt.noval:
-                best = validate(run, log)
+            validated = final or not run.opt.noval
+            best = validated and validate(run, log)
             run.class_map = np.array(broadcast(run.class_map.tolist(), place.size))
             for hook in run.hooks:
                 hook.epoch_end(log)
@@ -149,14 +148,15 @@ def train(opt: Namespace, hooks: Sequence[Hook] = ()) -> Run:
             if run.log is not None:
                 run.results = log
                 run.log.epoch(run.epoch, log)
-                stop = not final and run.stopper.over(run.epoch)
-                if not run.opt.nosave or final or stop:
+                stop = validated and not final and run.stopper.over(run.epoch)
+                if not run.opt.nosave or final or stop or signals.heard:
                     save_epoch(run, best)
             if broadcast(stop, place.size):
                 if place.main:
                     print(f"No better fitness for {run.opt.patience} epochs (best: epoch {run.stopper.best_epoch}); stopping. --patience 0 goes on.")
                 break
-            signals.check(run.folder)
+            if not final:
+                signals.check(run.folder)
         if place.main:
             finish(run, (time.time() - started) / 3600)
         barrier(place.size)
@@ -282,7 +282,7 @@ def build_run(opt: Namespace, place: World, hooks: Sequence[Hook], signals: List
     model = start_model(opt, names, data, place)
     stride = int(model.stride.max())
     opt.imgsz = math.ceil(opt.imgsz / stride) * stride
-    loader = training_loader(opt, config, stride, place)
+    loader = training_loader(opt, config, stride, place, signals)
     if not data:
         adapt_anchors(opt, model, loader.dataset, place)
     if opt.sync_bn:
@@ -290,7 +290,7 @@ def build_run(opt: Namespace, place: World, hooks: Sequence[Hook], signals: List
     model = on_device(model, place.device)
     freeze(model, opt.freeze)
     val_loader = validation_loader(config, "val", opt.imgsz, max(opt.batch_size // place.size, 1) * 2, stride, opt.workers,
-                                   opt.cache, opt.single_cls, rank=place.rank, world_size=place.size)
+                                   opt.cache, opt.single_cls, rank=place.rank, world_size=place.size, ending=signals.ending)
     folder = Path(data["folder"]) if data else Path(str(broadcast(str(new_run_folder(opt.project, opt.name, opt.exist_ok)) if place.main else "", place.size)))
     schedule = Schedule(opt.hyp, opt.epochs, len(loader), opt.batch_size, opt.nbs, opt.cos_lr)
     share = opt.batch_size * schedule.accumulate(schedule.warmup) / opt.nbs
@@ -314,7 +314,7 @@ def build_run(opt: Namespace, place: World, hooks: Sequence[Hook], signals: List
     return run
 
 
-def training_loader(opt: Namespace, config: DataConfig, stride: int, place: World) -> DataLoader:
+def training_loader(opt: Namespace, config: DataConfig, stride: int, place: World, signals: Listener) -> DataLoader:
     """Loader of the augmented training images."""
     if opt.batch_size % place.size:
         raise UserError(f"--batch-size {opt.batch_size}: must be a multiple of the {place.size} processes")
@@ -325,7 +325,8 @@ def training_loader(opt: Namespace, config: DataConfig, stride: int, place: Worl
                                stride=stride, cache=opt.cache, single_cls=opt.single_cls, nc=config.nc, seed=opt.seed, prefix="train")
     if place.main and dataset.summary():
         print(dataset.summary())
-    return build_loader(dataset, per_process, opt.workers, shuffle=not opt.rect, seed=opt.seed, rank=place.rank, world_size=place.size)
+    return build_loader(dataset, per_process, opt.workers, shuffle=not opt.rect, seed=opt.seed, rank=place.rank, world_size=place.size,
+                        ending=signals.ending)
 
 
 # ------------------------------------------------------------------------------------------------- beginning and end

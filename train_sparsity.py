@@ -92,10 +92,12 @@ class SparsityHook(Hook):
         shares = gauge(gammas)
         log["sparsity/sr"] = self.penalty.coefficient(self.run.epoch)
         log.update({f"sparsity/{k}": v for k, v in shares.items()})
-        bound = log["sparsity/limit"] = limit(self.graph, self.run.ema.ema).percent
+        rules = Rules(min_share=MIN_SHARE, joint=self.run.opt.shortcuts == "joint", keep=tuple(self.run.opt.keep))
+        ranked = Selection(self.graph, self.run.ema.ema, rules)
+        bound = log["sparsity/limit"] = limit(self.graph, self.run.ema.ema, ranked.prunable).percent
         if self.run.world.main:
             print(f"{'':>11}gammas " + ", ".join(f"{k.replace('_', ' ')}: {v:.1%}" for k, v in shares.items()) + f"; limit: {bound:.1%}", flush=True)
-        log.update(self.outlook())
+        log.update(self.outlook(ranked))
         if self.run.log is None:
             return
         tb, epoch = self.run.log.tb, self.run.epoch
@@ -104,11 +106,10 @@ class SparsityHook(Hook):
         for name, module in self.norms.items():
             tb.add_histogram(f"bn_layers/{name}", module.weight.detach().abs(), epoch)
 
-    def outlook(self) -> dict[str, float]:
+    def outlook(self, ranked: Selection) -> dict[str, float]:
         """What prune.py --percent would make of the model as it is now: size and, now and then, mAP."""
         run, opt, model = self.run, self.run.opt, self.run.ema.ema
-        rules = Rules(min_share=MIN_SHARE, joint=opt.shortcuts == "joint", keep=tuple(opt.keep))
-        masks = Selection(self.graph, model, rules).percent(opt.percent)
+        masks = ranked.percent(opt.percent)
         parameters, flops = self.costs.remaining(keep_ids(self.graph, masks))
         log = {"sparsity/parameters_left": float(parameters), "sparsity/gflops_left": flops / 1e9}
         text = f"{'':>11}--percent {opt.percent:g} would leave {parameters:,} parameters, {flops / 1e9:.3f} GFLOPs"

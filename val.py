@@ -9,6 +9,7 @@ import time
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +122,8 @@ def labels_per_image(batch: Batch) -> list[Tensor]:
 
 
 def validation_loader(config: DataConfig, task: str, imgsz: int, batch_size: int, stride: int, workers: int = 8,
-                      cache: str | None = None, single_cls: bool = False, rect: bool = True, rank: int = 0, world_size: int = 1) -> DataLoader:
+                      cache: str | None = None, single_cls: bool = False, rect: bool = True, rank: int = 0, world_size: int = 1,
+                      ending: Event | None = None) -> DataLoader:
     """Loader of the train, val or test images without augmentation, in rectangular batches; in several processes every one has its batches."""
     sources = {"train": config.train, "val": config.val, "test": config.test}[task]
     if not sources:
@@ -130,7 +132,7 @@ def validation_loader(config: DataConfig, task: str, imgsz: int, batch_size: int
                                cache=cache, single_cls=single_cls, nc=config.nc, prefix=task)
     if (dataset.problems or dataset.refused) and rank == 0:
         print(dataset.summary())
-    return build_loader(dataset, batch_size, workers, shuffle=False, rank=rank, world_size=world_size)
+    return build_loader(dataset, batch_size, workers, shuffle=False, rank=rank, world_size=world_size, ending=ending)
 
 
 def print_table(result: Evaluation, names: dict[int, str], per_class: bool) -> None:

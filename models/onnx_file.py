@@ -43,7 +43,7 @@ def write_onnx(model: Model, image: Tensor, path: Path, dynamic: bool = False, o
 
 
 def onnx_latency(models: list[Model], imgsz: int, batch: int = 1, runs: int = 20) -> list[float] | None:
-    """Median milliseconds an image of fused models under onnxruntime on the CPU, measured in turn; None where it isn't installed.
+    """Median milliseconds an image of fused models under onnxruntime on the CPU, measured in turn; None where it isn't installed, or fails.
 
     It has as many threads as PyTorch.
     """
@@ -59,8 +59,12 @@ def onnx_latency(models: list[Model], imgsz: int, batch: int = 1, runs: int = 20
     with tempfile.TemporaryDirectory() as folder:
         for i, model in enumerate(models):
             image = torch.rand(batch, model.yaml["ch"], imgsz, imgsz)
-            write_onnx(model, image, path := Path(folder) / f"{i}.onnx")
-            session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            try:
+                write_onnx(model, image, path := Path(folder) / f"{i}.onnx")
+                session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            except Exception as error:  # a block of the user's that ONNX has no word for fails in many ways
+                print(f"note: not measured under onnxruntime ({(str(error) or type(error).__name__).splitlines()[0][:100]})")
+                return None
             pixels = np.ascontiguousarray(image.numpy())
             calls.append(lambda session=session, pixels=pixels: session.run(None, {"images": pixels}))
     return [ms / batch for ms in medians(calls, runs)]

@@ -56,7 +56,7 @@ def record(run: Run) -> dict[str, Any]:
 
 
 def resumed_options(opt: Namespace) -> tuple[Namespace, dict[str, Any]]:
-    """--resume: the options of the interrupted run, with the device, workers, cache and --epochs of this command."""
+    """--resume: the options of the interrupted run, with the device, workers, --cache and --epochs of this command."""
     path = resume_file(opt)
     data = checkpoint.read(path)
     if not data.get("training"):
@@ -64,7 +64,7 @@ def resumed_options(opt: Namespace) -> tuple[Namespace, dict[str, Any]]:
     before = Namespace(**{**vars(opt), **data["opt"]})  # a flag that is newer than the file has its default
     if before.script != opt.script:
         raise UserError(f"{path}: was made by {before.script}; resume it with: python {before.script} --resume {path}")
-    before.device, before.workers = opt.device, opt.workers
+    before.device, before.workers, before.cache = opt.device, opt.workers, opt.cache or before.cache
     before.epochs, before.resume = opt.epochs or before.epochs, str(path)
     if data["training"]["epoch"] >= before.epochs:
         raise UserError(f"{path}: all {before.epochs} epochs are done; give more, as in --resume {path} --epochs {before.epochs * 2}")

@@ -130,7 +130,8 @@ def build_layers(cfg: dict, ch: int) -> tuple[nn.Sequential, list[tuple[int, ...
         try:
             layer, channels[i] = _layer(row, cfg, [channels[j] for j in read])
         except (TypeError, ValueError, IndexError, KeyError, AssertionError, RuntimeError, OverflowError) as error:
-            raise UserError(f"model yaml, row {i} ({name}): can't be built from {str(row[3])[:80]} ({str(error).splitlines()[0][:100]})") from None
+            why = (str(error) or type(error).__name__).splitlines()[0][:100]
+            raise UserError(f"model yaml, row {i} ({name}): can't be built from {str(row[3])[:80]} ({why})") from None
         layers.append(layer)
         inputs.append(read)
     return nn.Sequential(*layers), inputs
@@ -233,7 +234,7 @@ class Model(nn.Module):
             with torch.no_grad():
                 outputs = self.forward(torch.zeros(1, ch, size, size))
         except (RuntimeError, TypeError, ValueError, IndexError, KeyError) as error:
-            raise UserError(f"model yaml: its layers do not fit together ({str(error).splitlines()[0][:120]})") from None
+            raise UserError(f"model yaml: its layers do not fit together ({(str(error) or type(error).__name__).splitlines()[0][:120]})") from None
         self.train()
         head = self.detect
         head.stride.copy_(torch.tensor([size / y.shape[-2] for y in outputs]))

@@ -151,8 +151,41 @@ class Cropped(nn.Module):
         return self.a(torch.cat(tensors=four, dim=1)) - self.b(x)
 
 
+class Twice(nn.Module):
+    """One convolution and its BatchNorm, called twice."""
+
+    def __init__(self, c: int = 16):
+        super().__init__()
+        self.b, self.after = Conv(c, c, 3), Conv(c, c, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.after(self.b(self.b(x)))
+
+
+class ByKeyword(nn.Module):
+    """Modules called with input=, one of them unknown to the graph."""
+
+    def __init__(self, c: int = 16):
+        super().__init__()
+        self.a, self.conv, self.act, self.b = Conv(c, c, 1), nn.Conv2d(c, c, 1), nn.PReLU(c), Conv(c, c, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.act(input=self.conv(input=self.a(x))))
+
+
+class Bare(nn.Module):
+    """A convolution without BatchNorm, added to one with; and a depthwise one with a bias."""
+
+    def __init__(self, c: int = 16):
+        super().__init__()
+        self.conv, self.b, self.depthwise, self.after = nn.Conv2d(c, c, 1), Conv(c, c, 3), nn.Conv2d(c, c, 3, padding=1, groups=c), Conv(c, c, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.after(self.depthwise(self.conv(x) + self.b(x)))
+
+
 BLOCKS: dict[str, type[nn.Module]] = {c.__name__: c for c in (
-    SqueezeExcite, LeakyGate, Separable, C2f, FixedSplit, WeightedAdd, Attention, Unknown, Grouped, Multiplied, Cropped)}
+    SqueezeExcite, LeakyGate, Separable, C2f, FixedSplit, WeightedAdd, Attention, Unknown, Grouped, Multiplied, Cropped, Twice, ByKeyword, Bare)}
 
 
 def randomised(model: nn.Module, seed: int = 0) -> nn.Module:

@@ -7,7 +7,7 @@ import torch
 from tests.blocks import BLOCKS, Net, SqueezeExcite, random_masks, randomised
 from utils.slimming.cost import CostModel, profile
 from utils.slimming.graph import trace
-from utils.slimming.surgery import keep_ids, largest_difference, masked, slim
+from utils.slimming.surgery import keep_ids, largest_difference, masked, resize_like, slim
 
 
 def net(name: str, seed: int = 0) -> Net:
@@ -28,6 +28,9 @@ EXPECTED: dict[str, tuple[set[str], set[str]]] = {
     "Grouped": (set(), set()),  # but places of the groups go together
     "Multiplied": (set(), set()),  # all channels are one place
     "Cropped": (set(), {"block.a.bn", "block.b.bn"}),
+    "Twice": (set(), set()),
+    "ByKeyword": (set(), set()),
+    "Bare": ({"block.b.bn"}, set()),
 }
 
 
@@ -59,6 +62,20 @@ def test_a_gate_with_batchnorm_goes_with_what_it_scales():
     masks = random_masks(graph, 1)
     assert torch.equal(masks["block.conv.bn"], masks["block.excite.bn"]) and not masks["block.conv.bn"].all()
     assert largest_difference(masked(model, masks), slim(model, masks)) < 1e-9
+
+
+@pytest.mark.parametrize("name", ["Grouped", "Multiplied"])
+def test_a_grouped_convolution_that_has_become_depthwise_is_rebuilt_from_its_shapes(name):
+    """Once one place a group is left its channels go alone; the file knows shapes only."""
+    model, narrow = net(name), net(name)
+    for seed in range(8):
+        masks = random_masks(trace(narrow), seed)
+        narrow = slim(narrow, masks)
+        again = net(name)
+        resize_like(again, narrow.state_dict())
+        again.load_state_dict(narrow.state_dict())
+        assert largest_difference(narrow, again, sizes=((1, 16, 16),)) < 1e-12
+    assert profile(narrow, 32).parameters < profile(model, 32).parameters
 
 
 def test_groups_keep_equal_counts():

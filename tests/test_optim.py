@@ -74,3 +74,21 @@ def test_a_short_run_is_averaged_over_its_last_twentieth(steps):
 
 def test_a_long_run_is_averaged_as_yolov5_does():
     assert ema_tau(20_000) == ema_tau(10 ** 6) == 2000
+
+
+def test_hyp_files_of_yolov5_are_taken():
+    """Every key that its releases' files have; and a misspelt one is named."""
+    import pytest
+
+    from utils.errors import UserError
+    from utils.options import read_hyp
+
+    stock = {"lr0": 0.01, "lrf": 0.01, "momentum": 0.937, "weight_decay": 0.0005, "warmup_epochs": 3.0, "warmup_momentum": 0.8,
+             "warmup_bias_lr": 0.1,
+             "box": 0.05, "cls": 0.5, "cls_pw": 1.0, "obj": 1.0, "obj_pw": 1.0, "iou_t": 0.20, "anchor_t": 4.0, "fl_gamma": 0.0,
+             "hsv_h": 0.015, "hsv_s": 0.7, "hsv_v": 0.4,
+             "degrees": 0.0, "translate": 0.1, "scale": 0.5, "shear": 0.0, "perspective": 0.0, "flipud": 0.0, "fliplr": 0.5, "mosaic": 1.0, "mixup": 0.0,
+             "copy_paste": 0.0, "anchors": 3, "label_smoothing": 0.0}
+    assert read_hyp(stock)["lr0"] == 0.01
+    with pytest.raises(UserError, match="unknown 'lrO'"):
+        read_hyp({"lrO": 0.1})

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.pool import ThreadPool
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -408,25 +409,32 @@ def usable_workers(wanted: int, world_size: int = 1, batches: int | None = None)
     return max(min(wanted, cores // world_size, wanted if batches is None else batches), 0)
 
 
-def _start_worker(_: int) -> None:
-    """One thread a worker: the workers are the parallelism. Ctrl-C reaches all of a terminal's processes; the main one decides."""
+def _start_worker(ending: Event | None, _: int) -> None:
+    """One thread a worker: the workers are the parallelism.
+
+    Ctrl-C and a scheduler's SIGTERM reach all processes of a training, and the main one decides when to end: it sets `ending`, and what it
+    then sends is meant.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if ending is not None:
+        signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0) if ending.is_set() else None)
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
 
 
 def build_loader(dataset: DetectionDataset, batch_size: int, workers: int, shuffle: bool, seed: int = 0, rank: int = 0,
-                 world_size: int = 1, context: str | None = None) -> DataLoader:
+                 world_size: int = 1, context: str | None = None, ending: Event | None = None) -> DataLoader:
     """A loader of Batch; call loader.batch_sampler.set_epoch(e) before each epoch.
 
-    context: how workers are started ("fork", "spawn"), the platform's own way by default. ValueError for a rectangular
+    context: how workers are started ("fork", "spawn"), the platform's own way by default. ending: set before the main process ends; until then
+    workers do not listen to SIGTERM. ValueError for a rectangular
     data set whose batches would be of another size, or be shuffled: its images would not fit together.
     """
     if dataset.rect and (shuffle or batch_size != dataset.batch_size):
         raise ValueError("a rectangular data set keeps its order and its batch size")
     sampler = EpochBatchSampler(len(dataset), batch_size, shuffle, seed, rank, world_size, even=dataset.augment)
     workers = usable_workers(workers, world_size, len(sampler))
-    options: dict[str, Any] = {"persistent_workers": True, "prefetch_factor": 4, "worker_init_fn": _start_worker,
+    options: dict[str, Any] = {"persistent_workers": True, "prefetch_factor": 4, "worker_init_fn": partial(_start_worker, ending),
                                "multiprocessing_context": context} if workers else {}
     # Its own generator: the loader draws a number an epoch, and that should not move the global one.
     generator = torch.Generator().manual_seed(sampler.seed)

@@ -61,7 +61,7 @@ def _environment(error: Exception) -> str:
     first = (str(error).strip().splitlines() or [""])[0]
     going_on = "; a training goes on with --resume"
     if isinstance(error, MemoryError) or "out of memory" in first or "can't allocate memory" in first:
-        return f"out of memory ({first[:120]}); try a smaller --batch-size or --imgsz, or leave --cache out{going_on}"
+        return f"out of memory ({first[:120]}); go on with --resume and fewer --workers, or start again with a smaller --batch-size or --imgsz"
     if "DataLoader worker" in str(error):
         return (f"a loader process died ({first[:120]}): out of memory, or /dev/shm is too small (docker run --shm-size 8g); "
                 f"give fewer --workers, or 0{going_on}")

@@ -1,6 +1,7 @@
 """SIGINT (Ctrl-C) and SIGTERM (a scheduler's way of ending a job) in a training: stop where the run can go on from."""
 from __future__ import annotations
 
+import multiprocessing
 import signal
 import sys
 import threading
@@ -23,6 +24,7 @@ class Listener:
     def __init__(self, processes: int):
         self.processes = processes
         self.heard = ""
+        self.ending = multiprocessing.Event()  # tells loader workers, which hear a signal to all processes, too, that the end has come
 
     def hear(self, number: int, frame: FrameType | None) -> None:
         """The signal handler."""
@@ -48,5 +50,6 @@ def listen(processes: int = 1) -> Iterator[Listener]:
     try:
         yield listener
     finally:
+        listener.ending.set()
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -119,7 +119,7 @@ def read_hyp(hyp: str | Path | dict) -> dict[str, float]:
     for key, value in hyp.items():
         if key in reference and (isinstance(value, bool) or not isinstance(value, (int, float))):
             raise UserError(f"--hyp: '{key}' must be a number, not {value!r}")
-    unknown = hyp.keys() - reference.keys() - {"anchors", "label_smoothing"}  # these two stand in some of YOLOv5's files
+    unknown = hyp.keys() - reference.keys() - {"anchors", "label_smoothing", "iou_t", "giou"}  # stand in YOLOv5's files, old or new, without effect here
     if unknown:
         raise UserError(f"--hyp: unknown '{sorted(map(str, unknown))[0]}'; known are {', '.join(reference)}")
     values = {**reference, **{k: float(v) for k, v in hyp.items() if k in reference}}

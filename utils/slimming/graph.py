@@ -37,6 +37,7 @@ DIVISIONS = {operator.truediv, torch.div, "div"}
 CHUNKS = {torch.chunk, "chunk"}
 SPLITS = {torch.split, "split"}
 SHAPE_QUERIES = {"size", "dim", getattr}
+HARMLESS = {"device", "dtype", "ndim", "is_cuda", "requires_grad", "layout"}  # attributes
 
 
 @dataclass
@@ -116,9 +117,13 @@ class _Tracer(fx.Tracer):
 
 @dataclass(frozen=True)
 class _Gate:
-    """Ids of channels that may differ from 0 where everything before them is 0."""
+    """Ids of channels that may differ from 0 where they are cut: a sigmoid's, or a convolution's that no BatchNorm follows."""
 
     ids: np.ndarray
+
+
+def _ids(x: Any) -> np.ndarray:
+    return x.ids if isinstance(x, _Gate) else x
 
 
 @dataclass(frozen=True)
@@ -131,8 +136,8 @@ class _Shape:
 class _Walker:
     """Carries the ids along the traced nodes.
 
-    The value of a node is an int array (the ids of a tensor's channels), a _Gate, a _Shape, a list of values, a Tensor (a parameter, or what
-    is computed from parameters only), or None: not a tensor, or one whose channels are not known, such as the image.
+    The value of a node is an int array (the ids of a tensor's channels, which are 0 where they are cut), a _Gate, a _Shape, a list
+    of values, a Tensor (a parameter, or what is computed from parameters only), or None: not a tensor, or one whose channels are not known, such as the image.
     """
 
     def __init__(self, model: nn.Module):
@@ -176,7 +181,7 @@ class _Walker:
             args = fx.map_arg(node.args, lambda n: values[n])
             kwargs = fx.map_arg(node.kwargs, lambda n: values[n])
             if node.op == "call_module":
-                values[node] = self.module(str(node.target), args)
+                values[node] = self.module(str(node.target), args, dict(kwargs))
             elif node.op in ("call_function", "call_method"):
                 values[node] = self.function(node, list(args), dict(kwargs))
             elif node.op == "get_attr":
@@ -198,37 +203,40 @@ class _Walker:
             setattr(graph, flags, marked[graph.group])
         return graph
 
-    def module(self, name: str, args: tuple) -> Any:
+    def module(self, name: str, args: tuple, kwargs: dict) -> Any:
         module = self.modules[name]
-        x = args[0] if args else None
+        x = args[0] if args else kwargs.get("input")
         if isinstance(module, nn.Conv2d):
             return self.convolution(name, module, x)
-        if isinstance(module, _BatchNorm) and isinstance(x, np.ndarray):
-            self.graph.norms[name] = x
-            return x
+        if isinstance(module, _BatchNorm) and isinstance(x, (np.ndarray, _Gate)):
+            ids = _ids(x)
+            self.unite(ids, self.graph.norms.setdefault(name, ids))  # called twice: its channels are those of both
+            return ids
         if isinstance(module, PASSING_MODULES):
             return x
-        if isinstance(module, GATES) and isinstance(x, np.ndarray):
-            return _Gate(x)
-        return self.unknown(args, {}, f"{name} ({type(module).__name__})")
+        if isinstance(module, GATES) and isinstance(x, (np.ndarray, _Gate)):
+            return _Gate(_ids(x))
+        return self.unknown(args, kwargs, f"{name} ({type(module).__name__})")
 
-    def convolution(self, name: str, conv: nn.Conv2d, x: Any) -> np.ndarray:
+    def convolution(self, name: str, conv: nn.Conv2d, x: Any) -> Any:
         if isinstance(x, _Gate):
-            self.freeze(x)
-            self.notes.append((f"{name}: reads a gate, which is not 0 where its channels are; they stay", set(x.ids.tolist())))
+            self.note(f"{name}: reads channels that no BatchNorm can make 0, or a gate; they stay", x)
             x = x.ids
         elif not isinstance(x, np.ndarray):
             x = self.new(conv.in_channels)  # the image, or what an unknown operation made
             self.freeze(x)
+        if name in self.graph.inputs:  # called twice: one weight for both
+            self.unite(self.graph.inputs[name], x)
+            return _Gate(self.graph.outputs[name])
         if conv.groups > 1 and conv.groups == conv.in_channels == conv.out_channels:
-            out = x  # depthwise
-        else:
-            out = self.new(conv.out_channels)
-            if conv.groups > 1:  # every group keeps as many channels, those at the same places
-                self.align(x, conv.groups)
-                self.align(out, conv.groups)
+            self.graph.inputs[name] = self.graph.outputs[name] = x
+            return x if conv.bias is None else _Gate(x)  # depthwise: 0 stays 0
+        out = self.new(conv.out_channels)
+        if conv.groups > 1:  # every group keeps as many channels, those at the same places
+            self.align(x, conv.groups)
+            self.align(out, conv.groups)
         self.graph.inputs[name], self.graph.outputs[name] = x, out
-        return out
+        return _Gate(out)  # until a BatchNorm follows
 
     def align(self, ids: np.ndarray, parts: int) -> None:
         """Unite the channels at the same place of equal parts."""
@@ -245,18 +253,18 @@ class _Walker:
             return getattr(x, target)(*args[1:], **kwargs) if isinstance(target, str) else target(*args, **kwargs)  # type: ignore[operator]
         if target in (torch.cat, torch.concat):
             parts, dim = kwargs.get("tensors", x), kwargs.get("dim", args[1] if len(args) > 1 else 0)
-            if dim in (1, -3) and isinstance(parts, (list, tuple)) and all(isinstance(p, np.ndarray) for p in parts):
-                return np.concatenate(parts)
-            self.freeze(parts)
-            return None
+            if dim in (1, -3) and isinstance(parts, (list, tuple)) and all(isinstance(p, (np.ndarray, _Gate)) for p in parts):
+                ids = np.concatenate([_ids(p) for p in parts])
+                return _Gate(ids) if any(isinstance(p, _Gate) for p in parts) else ids
+            return self.unknown([parts], {}, f"a concat of unlike parts ({node.name})")
         if target is operator.getitem:
             return self.item(node, x, args[1])
         if target in ADDITIONS or target in PRODUCTS or target in DIVISIONS:
             return self.elementwise(node, x, args[1] if len(args) > 1 else kwargs.get("other"))
         if target in PASSING_FUNCTIONS or target in PASSING_METHODS or self.pools(target, args, kwargs):
             return x
-        if target in GATE_FUNCTIONS and isinstance(x, np.ndarray):
-            return _Gate(x)
+        if target in GATE_FUNCTIONS and isinstance(x, (np.ndarray, _Gate)):
+            return _Gate(_ids(x))
         if target in CHUNKS and isinstance(x, np.ndarray):
             count, dim = (kwargs.get(k, args[i] if len(args) > i else d) for i, k, d in ((1, "chunks", 1), (2, "dim", 0)))
             if dim == 1 and len(x) % count == 0:  # the parts must stay equal, or chunk() would cut elsewhere
@@ -266,9 +274,11 @@ class _Walker:
 
     def shape(self, node: fx.Node, x: Any, args: list) -> Any:
         """x.shape, x.size(), x.size(2); of x.dim() and other attributes, such as x.device, no channel depends."""
-        if not isinstance(x, (np.ndarray, _Gate)) or node.target == "dim" or (node.target is getattr and args != ["shape"]):
+        if not isinstance(x, (np.ndarray, _Gate)) or node.target == "dim" or (node.target is getattr and args[0] in HARMLESS):
             return None
-        shape = _Shape(x if isinstance(x, np.ndarray) else x.ids)
+        if node.target is getattr and args[0] != "shape":
+            return self.unknown([x], {}, f"attribute '{args[0]}' ({node.name})")
+        shape = _Shape(_ids(x))
         return self.item(node, shape, args[0]) if args and node.target == "size" else shape
 
     def pools(self, target: Any, args: list, kwargs: dict) -> bool:
@@ -287,13 +297,13 @@ class _Walker:
         rest = None
         if isinstance(index, tuple):
             rest = index[1:] if index[0] is Ellipsis and len(index) <= 3 else index[2:] if index[:2] == (slice(None), slice(None)) else None
-        if x is None or (isinstance(x, np.ndarray) and rest is not None and all(isinstance(i, slice) for i in rest)):
+        if x is None or (isinstance(x, (np.ndarray, _Gate)) and rest is not None and all(isinstance(i, slice) for i in rest)):
             return x
         return self.unknown([x], {}, f"index {index} ({node.name})")
 
     def elementwise(self, node: fx.Node, a: Any, b: Any) -> Any:
         """Sum or product of two tensors: their channels live or die together. A factor leaves them alone."""
-        known, target = [v.ids if isinstance(v, _Gate) else v for v in (a, b) if isinstance(v, (np.ndarray, _Gate))], node.target
+        known, target = [_ids(v) for v in (a, b) if isinstance(v, (np.ndarray, _Gate))], node.target
         gates = sum(isinstance(v, _Gate) for v in (a, b))
         if len(known) == 2 and len(known[0]) == len(known[1]) and target not in DIVISIONS and gates <= int(target in PRODUCTS):
             self.unite(*known)
@@ -303,7 +313,7 @@ class _Walker:
         factor = b if isinstance(a, (np.ndarray, _Gate)) else a if target in PRODUCTS else None
         if len(known) == 1 and target not in ADDITIONS and (isinstance(factor, (int, float)) or isinstance(factor, Tensor) and factor.numel() == 1):
             return b if factor is a else a
-        return self.unknown([a, b], {}, f"operation '{node.name}' on unlike shapes") if known else None
+        return self.unknown([a, b], {}, f"operation '{node.name}' on unlike shapes, or on what no BatchNorm can make 0") if known else None
 
     def unknown(self, args: Any, kwargs: dict, what: str) -> None:
         touched = [v for v in (*args, *kwargs.values()) if v is not None]

@@ -99,6 +99,7 @@ class Selection:
             protected[graph.group[share[self.scores[graph.group[share]] > 0]]] = True
         roots, channels = np.unique(graph.group[np.concatenate(list(graph.norms.values()))], return_counts=True)
         self.total = int(channels[can_go[roots]].sum())  # BatchNorm channels that may go at all
+        self.prunable = {name: torch.from_numpy(can_go[ids] & (name not in whole)) for name, ids in graph.norms.items()}  # which those are
         candidates = can_go[roots] & ~protected[roots]
         roots, channels = roots[candidates], channels[candidates]
         order = np.argsort(self.scores[roots], kind="stable")
@@ -172,16 +173,19 @@ def select(graph: ChannelGraph, model: nn.Module, percent: float = 0.5, min_chan
     return Selection(graph, model, Rules(min_channels)).percent(percent)
 
 
-def gammas(graph: ChannelGraph, model: nn.Module) -> dict[str, Tensor]:
-    """|gamma| (channels,) on the CPU of every BatchNorm with a prunable channel; those that may not be cut are left out."""
+def gammas(graph: ChannelGraph, model: nn.Module, prunable: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """|gamma| (channels,) on the CPU of every BatchNorm with a prunable channel; those that may not be cut are left out.
+
+    `prunable` is a Selection's; by default that of the graph, without channels that shortcuts tie.
+    """
     modules = dict(model.named_modules())
     return {name: modules[name].weight.detach().float().cpu().abs()[mask]  # type: ignore[operator, union-attr]
-            for name, mask in graph.prunable().items() if bool(mask.any())}
+            for name, mask in (graph.prunable() if prunable is None else prunable).items() if bool(mask.any())}
 
 
-def limit(graph: ChannelGraph, model: nn.Module) -> Limit:
-    """The largest safe gamma and the percent that it corresponds to."""
-    layers = gammas(graph, model)
+def limit(graph: ChannelGraph, model: nn.Module, prunable: Mapping[str, Tensor] | None = None) -> Limit:
+    """The largest safe gamma and the percent that it corresponds to, over the channels that may be cut (see gammas)."""
+    layers = gammas(graph, model, prunable)
     if not layers:
         return Limit(0.0, 0.0)
     safe = min(float(g.max()) for g in layers.values())

@@ -142,7 +142,7 @@ def largest_difference(a: nn.Module, b: nn.Module, channels: int = 3, sizes: Seq
     """
     worst = 0.0
     for p, q in zip(_outputs_in_double(a, channels, sizes, seed), _outputs_in_double(b, channels, sizes, seed), strict=True):
-        if p.shape != q.shape or not bool(torch.isfinite(q).all()):
+        if p.shape != q.shape or not bool(torch.isfinite(p).all() & torch.isfinite(q).all()):
             return float("inf")
         worst = max(worst, float((p - q).abs().max() / p.abs().max().clamp_min(1e-30)))
     return worst
@@ -205,8 +205,8 @@ def _counts_from_shapes(module: nn.Module) -> None:
     """Make a layer's own channel counts tell what its tensors say."""
     if isinstance(module, nn.Conv2d):
         rows, columns = module.weight.shape[:2]
-        if module.groups > 1 and module.groups == module.in_channels == module.out_channels:
-            module.groups = rows  # depthwise: one group a channel
+        if module.groups > 1 and (module.groups == module.in_channels == module.out_channels or (columns == 1 and rows < module.groups)):
+            module.groups = rows  # depthwise, as it was or as an earlier cut has made it: one group a channel
         module.in_channels, module.out_channels = columns * module.groups, rows
     elif isinstance(module, nn.modules.batchnorm._BatchNorm) and module.weight is not None:
         module.num_features = len(module.weight)
