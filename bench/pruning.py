@@ -72,13 +72,14 @@ def main() -> None:
     parser.add_argument("--voc", required=True, help="folder of the data set, with Annotations and JPEGImages")
     parser.add_argument("--weights", required=True, help="the official yolov5n.pt")
     parser.add_argument("--folder", default=str(ROOT / "runs" / "sparsity"), help="where the runs are: that of bench/sparsity.py")
+    parser.add_argument("--cuts-only", action="store_true", help="do not start fine-tunings; those that are done are shown all the same")
     opt = parser.parse_args()
     folder = Path(opt.folder).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "bccd" / "data.yaml").exists():
         run(f"data/scripts/voc_to_yolo.py --voc '{Path(opt.voc).resolve()}' --out bccd", folder)
     for product, command in commands(Path(opt.weights).resolve()).items():
-        if not (folder / product).exists():
+        if not (folder / product).exists() and not (opt.cuts_only and command.startswith("finetune")):
             run(command, folder)
     found = rows(folder)
     write_csv(ROOT / "bench" / "results" / "pruning.csv", found)
