@@ -57,8 +57,9 @@ class SparsityHook(Hook):
             every = sum(isinstance(m, _BatchNorm) for m in modules.values())
             channels = sum(len(m.weight) for m in self.norms.values())
             aim = f"target {opt.target_sparsity:.0%}" if self.target else f"sr {opt.sr:g}"
-            others = " or ".join(["tied by shortcuts"] * (opt.shortcuts == "skip") + ["left out by --keep or --only"] * bool(opt.keep or opt.only) + ["frozen"])
-            print(f"sparsity: {aim}, on {len(names)} of {every} BatchNorms, {channels} channels; the others are {others}")
+            others = " or ".join(["tied by shortcuts"] * (opt.shortcuts == "skip") + ["left out by --keep or --only"] * bool(opt.keep or opt.only)
+                                 + ["frozen"] * any(not modules[n].weight.requires_grad for n in graph.norms))
+            print(f"sparsity: {aim}, on {len(names)} of {every} BatchNorms, {channels} channels" + (f"; the others are {others}" if others else ""))
             if opt.sr:
                 print(budget(run, self.penalty))
 
