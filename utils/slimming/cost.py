@@ -91,12 +91,12 @@ class CostModel:
 
 
 def _map_sizes(model: nn.Module, graph: ChannelGraph, imgsz: int, channels: int) -> tuple[dict[str, int], int]:
-    """(convolution name -> pixels of its output map, FLOPs of the whole model), from one pass on the meta device."""
+    """(convolution name -> pixels of its output maps, FLOPs of the whole model), from one pass on the meta device."""
     ghost = deepcopy(model).to("meta").eval()
     pixels: dict[str, int] = {}
 
     def note(name: str, y: Tensor) -> None:
-        pixels[name] = y.shape[2] * y.shape[3]
+        pixels[name] = pixels.get(name, 0) + y.shape[2] * y.shape[3]  # of every call: a layer may be shared
 
     for name, module in ghost.named_modules():
         if name in graph.outputs:
