@@ -55,6 +55,7 @@ def onnx_latency(models: list[Model], imgsz: int, batch: int = 1, runs: int = 20
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # or the threads of one model would take time from the next
     calls = []
     with tempfile.TemporaryDirectory() as folder:
         for i, model in enumerate(models):
