@@ -19,6 +19,7 @@ from utils.errors import UserError
 from utils.image_files import parse_labels
 from utils.options import read_hyp
 
+pytestmark = pytest.mark.slow
 BOUNDED = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 scalars = st.none() | st.booleans() | st.integers(-3, 200) | st.floats() | st.text(max_size=12)
 values = st.recursive(scalars, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4), max_leaves=12)
