@@ -333,7 +333,7 @@ def parse(argv: list[str] | None = None) -> Namespace:
     add("--per-flop", action="store_true", help="rank by score per FLOP that goes with the channel: faster models")
     add("--min-channels", type=int, default=1, help="channels that every layer keeps")
     add("--min-share", type=float, default=MIN_SHARE, help="share of its channels that every layer keeps at least, unless their score is 0; 0..1")
-    add("--round-to", type=int, default=1, help="layers that are cut keep a multiple of this, 8 say")
+    add("--round-to", type=int, help="layers that are cut keep a multiple of this, 8 say; default: what the sparsity training did, else 1")
     add("--shortcuts", choices=["skip", "joint"],
         help="channels that shortcuts tie together stay (skip), or go all at once (joint); default: what the sparsity training did, else skip")
     add("--keep", nargs="+", default=[], metavar="PATTERN", help="BatchNorms that stay whole, such as 'model.0.*'")
@@ -350,7 +350,7 @@ def main(argv: list[str] | None = None) -> Path:
     if not 0 <= opt.percent < 1:
         raise UserError(f"--percent {opt.percent}: must be at least 0 and below 1 (0.5 cuts half of the prunable channels)")
     for flag, value in (("--min-channels", opt.min_channels), ("--round-to", opt.round_to)):
-        if value < 1:
+        if value is not None and value < 1:
             raise UserError(f"{flag} {value}: must be at least 1")
     if not 0 <= opt.min_share <= 1:
         raise UserError(f"--min-share {opt.min_share:g}: must be between 0 and 1")
@@ -362,7 +362,9 @@ def main(argv: list[str] | None = None) -> Path:
     if opt.cfg:
         check_cfg(model, opt.cfg)
     opt = resolve(opt, source)
-    opt.shortcuts = opt.shortcuts or (source.get("opt") or {}).get("shortcuts", "skip")
+    trained = source.get("opt") or {}
+    opt.shortcuts = opt.shortcuts or trained.get("shortcuts", "skip")
+    opt.round_to = opt.round_to or trained.get("round_to", 1)
     device = select_device(opt.device)
     ranked = rank(model, opt)
     if opt.sweep or opt.sensitivity:

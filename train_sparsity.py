@@ -51,7 +51,8 @@ class SparsityHook(Hook):
         if opt.target_sparsity:
             flops = self.costs.freed() if opt.per_flop else {}
             groups = [graph.group[graph.norms[n]] for n in names]
-            self.target = TargetSparsity(norms, opt.target_sparsity, list(self.norms.values()), [flops[n] for n in names] if flops else None, groups)
+            self.target = TargetSparsity(norms, opt.target_sparsity, list(self.norms.values()), [flops[n] for n in names] if flops else None, groups,
+                                         opt.round_to)
         self.history: list[torch.Tensor] = []  # |gamma| of all channels, an entry an epoch
         if run.world.main:
             every = sum(isinstance(m, _BatchNorm) for m in modules.values())
@@ -93,7 +94,7 @@ class SparsityHook(Hook):
         shares = gauge(gammas)
         log["sparsity/sr"] = self.penalty.coefficient(self.run.epoch)
         log.update({f"sparsity/{k}": v for k, v in shares.items()})
-        rules = Rules(min_share=MIN_SHARE, joint=self.run.opt.shortcuts == "joint", keep=tuple(self.run.opt.keep))
+        rules = Rules(min_share=MIN_SHARE, round_to=self.run.opt.round_to, joint=self.run.opt.shortcuts == "joint", keep=tuple(self.run.opt.keep))
         ranked = Selection(self.graph, self.run.ema.ema, rules)
         bound = log["sparsity/limit"] = limit(self.graph, self.run.ema.ema, ranked.prunable).percent
         if self.run.world.main:
@@ -167,6 +168,8 @@ def check(opt: Namespace) -> Namespace:
         raise UserError("--sparsity l1 knows no --target-sparsity; leave one of the two out")
     if opt.target_sparsity is not None and not 0 < opt.target_sparsity < 1:
         raise UserError(f"--target-sparsity {opt.target_sparsity:g}: must be between 0 and 1 (0.5 takes half of the prunable channels to 0)")
+    if opt.round_to < 1 or opt.round_to > 1 and not opt.target_sparsity:
+        raise UserError(f"--round-to {opt.round_to}: must be at least 1" + " and needs --target-sparsity; with --sr give it to prune.py" * (opt.round_to > 1))
     if not 0 <= opt.percent < 1:
         raise UserError(f"--percent {opt.percent:g}: must be at least 0 and below 1")
     if opt.sr is not None and opt.sr < 0:
@@ -189,6 +192,8 @@ def main(argv: list[str] | None = None) -> Run:
     parser.add_argument("--target-sparsity", type=float, help="share of the prunable channels that are exactly 0 in the end, 0..1")
     parser.add_argument("--per-flop", action=BooleanOptionalAction, default=True,
                         help="with --target-sparsity: rank channels by importance per FLOP, which makes the slim model faster; --no-per-flop: by importance")
+    parser.add_argument("--round-to", type=int, default=1, metavar="N",
+                        help="with --target-sparsity: what is left of a layer is a multiple of N, since kernels compute channels in blocks; 16 suits most CPUs")
     parser.add_argument("--shortcuts", choices=["skip", "joint"], default="skip",
                         help="channels that shortcuts tie together are left alone (skip), or taken as one (joint)")
     parser.add_argument("--keep", nargs="+", default=[], metavar="PATTERN", help="BatchNorms to leave alone, such as 'model.0.*'")

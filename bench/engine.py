@@ -29,7 +29,7 @@ def prune_ours(model, folder: Path) -> int:
     from models import checkpoint
 
     opt = prune.parse(["--percent", "0.5"])
-    opt.imgsz, opt.shortcuts = 640, "joint"
+    opt.imgsz, opt.shortcuts, opt.round_to = 640, "joint", 1
     ranked = prune.rank(model, opt)
     result = prune.cut(model, ranked, ranked.percent(opt.percent))
     checkpoint.save(folder / "slim.pt", result.slim)

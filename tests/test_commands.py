@@ -120,6 +120,19 @@ def test_a_target_is_reached_resumed_exactly_and_cut_without_a_trace(script, tin
 
 
 @pytest.mark.slow
+def test_blocks_of_channels_go_and_prune_follows(script, tiny, untrained, tmp_path):
+    script("train_sparsity.py", "--target-sparsity", 0.5, "--round-to", 16, "--data", tiny, "--weights", untrained, "--epochs", 3, "--noplots", *FAST,
+           cwd=tmp_path)
+    last = rows(tmp_path / "runs/train/exp/results.csv")[-1]
+    script("prune.py", "--percent", 0.5, "--batch-size", 4, cwd=tmp_path)  # --round-to is known from the training
+    report = json.loads((tmp_path / "runs/prune/exp/report.json").read_text())
+    assert report["threshold"] == 0 and report["achieved"] == pytest.approx(float(last["sparsity/zero"]), abs=1e-4)
+    assert all(r["remaining"] % 16 == 0 or r["remaining"] == r["original"] for r in report["layers"])
+    assert sum(r["remaining"] < r["original"] for r in report["layers"]) > 5
+    assert [c["after"] for c in report["cost"][:2]] == pytest.approx([float(last["sparsity/parameters_left"]), float(last["sparsity/gflops_left"])])
+
+
+@pytest.mark.slow
 def test_channels_of_shortcuts_take_part_as_groups(script, tiny, untrained, tmp_path):
     script("train_sparsity.py", "--sparsity", "target", "--shortcuts", "joint", "--only", "model.[2-9].*", "--data", tiny, "--weights", untrained,
            "--epochs", 2, "--noplots", *FAST, cwd=tmp_path)

@@ -176,6 +176,44 @@ def test_channels_that_are_one_go_at_once_and_count_each():
     assert int(zero[0].sum()) >= int(zero[2].sum()) and bool(zero[0][:9].all()) and not zero[0][16:].any()
 
 
+def block_run(norms, target, steps=300, seed=0):
+    """Random gradients, but those of a channel are always of its own size; the weights follow them a little."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = [10 ** (2 * torch.rand(m.num_features, generator=generator) - 2) for m in norms]
+    for step in range(steps):
+        for m, size in zip(norms, sizes):
+            m.weight.grad = size * torch.randn(m.num_features, generator=generator)
+            m.bias.grad = size * torch.randn(m.num_features, generator=generator)
+            m.weight.data -= 0.02 * m.weight.grad
+        target.observe()
+        target.shrink((step + 1) / steps)
+
+
+@pytest.mark.parametrize("round_to", [2, 8, 16])
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.8])
+def test_blocks_leave_multiples_and_reach_the_share_but_for_a_block(round_to, share):
+    norms = [nn.BatchNorm2d(n) for n in (64, 5, 16, 40, 128, 33, 64)]
+    groups = [np.arange(n) + 1000 * i for i, n in enumerate((64, 5, 16, 40, 128, 33))] + [np.arange(64)]  # first and last are one
+    target = TargetSparsity(norms, share, groups=groups, round_to=round_to)
+    block_run(norms, target)
+    left = [int((m.weight != 0).sum()) for m in norms]
+    assert all(n % round_to == 0 or n == m.num_features for n, m in zip(left, norms)), left
+    assert torch.equal(norms[0].weight != 0, norms[-1].weight != 0)
+    zeros, most = sum(m.num_features for m in norms) - sum(left), round(share * target.total)
+    # The lowest block that no longer fits ends the list; the largest are both layers' at once.
+    assert most - 2 * round_to < zeros <= most or min(left) <= round_to
+
+
+def test_a_block_of_one_kind_goes_in_the_order_of_its_channels():
+    """The least important 16 of 32, whatever their places: not the 16 that lie side by side."""
+    m = norm((0.01,) * 32)
+    m.weight.grad, m.bias.grad = torch.arange(32.0)[torch.randperm(32, generator=torch.Generator().manual_seed(1))] + 1, torch.zeros(32)
+    target = TargetSparsity([m], 0.5, round_to=16)
+    target.observe()
+    target.shrink(1.0)
+    assert torch.equal(m.weight == 0, m.weight.grad <= 16)
+
+
 @pytest.mark.parametrize("loss, norm, scaling, word", [
     (float("nan"), 1.0, True, "loss"), (1.0, float("inf"), False, "gradient"), (1.0, float("inf"), True, None)])
 def test_what_is_not_finite_stops_the_step_and_is_named(loss, norm, scaling, word):

@@ -66,8 +66,11 @@ class TargetSparsity:
     Every layer keeps its best max(LEAST, FLOOR of it), so none can vanish. `groups` (one int array of channels a BatchNorm)
     number the channels: those with the same number, such as what shortcuts add up, are one channel and go at once, ranked by
     the sum of their importances. `costs` (floats of the same shapes, such as CostModel.freed gives) make it rank by
-    importance per cost: the same share then frees more of it. `copies` are BatchNorms of the same shape that follow
-    these, such as a moving average's: where these are 0, they are made 0.
+    importance per cost: the same share then frees more of it. `round_to`: channels of a layer go in blocks of so many, those that
+    rank next to each other, by the block's mean; what is left of the layer is a multiple, which is what fast kernels compute anyway.
+    `copies` are BatchNorms of the same shape that follow these, such as a moving average's: where these are 0, they are made 0.
+
+    All processes must rank alike, so no sum here depends on an order that a GPU may choose (atomics): tables, not scatters.
     """
 
     SHRINK, DEAD = 0.85, 0.02
@@ -77,9 +80,9 @@ class TargetSparsity:
     FLOOR, LEAST = 0.1, 4
 
     def __init__(self, norms: Sequence[nn.Module], share: float, copies: Sequence[nn.Module] = (),
-                 costs: Sequence[np.ndarray] | None = None, groups: Sequence[np.ndarray] | None = None):
-        if not 0 < share < 1:
-            raise ValueError(f"share must be between 0 and 1, not {share}")
+                 costs: Sequence[np.ndarray] | None = None, groups: Sequence[np.ndarray] | None = None, round_to: int = 1):
+        if not 0 < share < 1 or round_to < 1:
+            raise ValueError(f"share must be between 0 and 1, not {share}, and round_to at least 1, not {round_to}")
         self.share = share
         kept = [i for i, m in enumerate(norms) if isinstance(m.weight, nn.Parameter) and m.weight.requires_grad]
         self.gammas: list[Tensor] = [norms[i].weight for i in kept]  # type: ignore[misc]
@@ -88,15 +91,22 @@ class TargetSparsity:
         self.sizes = [len(g) for g in self.gammas]
         self.total = sum(self.sizes)  # channels
         device = self.gammas[0].device if self.gammas else None
-        sizes = torch.tensor(self.sizes, device=device, dtype=torch.long)
-        self.layer = torch.repeat_interleave(torch.arange(len(sizes), device=device), sizes)
-        self.start = (sizes.cumsum(0) - sizes)[self.layer]
-        self.floor = torch.maximum((sizes * self.FLOOR).ceil(), sizes.clamp(max=self.LEAST)).long()[self.layer]
+        layers = np.repeat(np.arange(len(self.sizes)), self.sizes)
+        sizes = np.asarray(self.sizes, int)
+        starts, floors = sizes.cumsum() - sizes, np.maximum(np.ceil(sizes * self.FLOOR).astype(int), np.minimum(sizes, self.LEAST))
+        self.layer, self.start, self.floor = (torch.as_tensor(x, device=device) for x in (layers, starts[layers], floors[layers]))
         numbers = np.arange(self.total) if groups is None else np.concatenate([groups[i] for i in kept])
         _, first, index, counts = np.unique(numbers, return_index=True, return_inverse=True, return_counts=True)
         self.group, self.channels = torch.as_tensor(index, device=device), torch.as_tensor(counts, device=device)
+        self.parts = torch.as_tensor(_members(index), device=device)  # (groups, most): their channels
         costly = np.ones(self.total) if costs is None else np.concatenate([costs[i] for i in kept])
         self.cost = torch.as_tensor(costly[first], dtype=torch.float32).to(device)
+        # Groups form blocks with those that have channels in the same layers.
+        inside = np.zeros((len(counts), len(self.sizes)), int)
+        np.add.at(inside, (index, layers), 1)
+        kind = np.unique(inside, axis=0, return_inverse=True)[1].reshape(-1)
+        self.kind = torch.as_tensor(kind, device=device) if round_to > 1 else None
+        self.slots = torch.as_tensor(_members(_blocks(kind, round_to)), device=device)  # (blocks, round_to): places in a ranking by kind
         self.score = torch.zeros(len(counts), device=device)  # this and all below: one a group
         self.dead = torch.zeros(len(counts), dtype=torch.bool, device=device)
 
@@ -111,7 +121,7 @@ class TargetSparsity:
         products = [torch._foreach_mul(p, [torch.zeros_like(t) if t.grad is None else t.grad for t in p]) for p in (self.gammas, self.betas)]
         square = (torch.cat(products[0]) + torch.cat(products[1])).float().square()
         finite = square.isfinite().all()  # not so in a step that the loss scaler is about to skip: leave it out
-        summed = torch.zeros_like(self.score).index_add_(0, self.group, square.nan_to_num(0, 0))
+        summed = _pad(square.nan_to_num(0, 0), 0)[self.parts].sum(1)
         self.score.lerp_(summed / self.cost, (1 - self.MEMORY) * finite)
 
     @torch.no_grad()
@@ -119,20 +129,38 @@ class TargetSparsity:
         """Shrink what ranks lowest now. Call it after the optimizer's step."""
         if not (wanted := self.wanted(progress)):
             return
-        protected = self._protected()
+        blocks = self._ranked_blocks()
+        dead, protected = (_pad(x, False)[blocks].any(1) for x in (self.dead, self._protected()))
+        mean = _pad(self.score, 0)[blocks].sum(1) / (blocks < len(self.score)).sum(1)
+        channels = _pad(self.channels, 0)[blocks].sum(1)
         # The first to go: those at 0, then by importance, and never the protected.
-        order = self.score.masked_fill(self.dead, -1.0).masked_fill(protected, float("inf")).argsort(stable=True)
-        chosen = torch.zeros_like(self.dead)
-        chosen[order] = self.channels[order].cumsum(0) <= wanted
+        order = mean.masked_fill(dead, -1.0).masked_fill(protected, float("inf")).argsort(stable=True)
+        chosen = torch.zeros_like(dead)
+        chosen[order] = channels[order].cumsum(0) <= wanted
         chosen &= ~protected
-        largest = torch.zeros_like(self.score).scatter_reduce_(0, self.group, torch.cat(self.gammas).abs().to(self.score.dtype), "amax")
-        self.dead |= chosen if progress >= self.LAST else chosen & (largest < self.DEAD)
+        # A block dies as a whole, or what is left of a layer would not be a multiple.
+        largest = _pad(_pad(torch.cat(self.gammas).abs().to(self.score.dtype), 0)[self.parts].amax(1), 0)[blocks].amax(1)
+        self.dead |= self._of_groups(chosen if progress >= self.LAST else chosen & (largest < self.DEAD), blocks)
+        shrinking = self._of_groups(chosen, blocks).to(self.score.dtype)
         alive = (~self.dead).to(self.score.dtype)[self.group]
-        factors = list(((1 - (1 - self.SHRINK) * chosen.to(self.score.dtype))[self.group] * alive).split(self.sizes))
+        factors = list(((1 - (1 - self.SHRINK) * shrinking)[self.group] * alive).split(self.sizes))
         torch._foreach_mul_(self.gammas, factors)
         torch._foreach_mul_(self.betas, factors)
         if self.copies:
             torch._foreach_mul_(self.copies, [part for part in alive.split(self.sizes) for _ in range(2)])
+
+    def _ranked_blocks(self) -> Tensor:
+        """(blocks, round_to) group numbers: within each kind from the lowest block to the best; the number of groups where a block has fewer."""
+        if self.kind is None:
+            return self.slots
+        order = self.score.masked_fill(self.dead, -1.0).argsort(stable=True)
+        return _pad(order[self.kind[order].argsort(stable=True)], len(order))[self.slots]
+
+    def _of_groups(self, flags: Tensor, blocks: Tensor) -> Tensor:
+        """Flags of blocks -> flags of their groups."""
+        found = _pad(torch.zeros_like(self.dead), False)
+        found[blocks] = flags[:, None].expand_as(blocks)
+        return found[:-1]
 
     def _protected(self) -> Tensor:
         """bool (groups,): among the best of a layer, which must stay."""
@@ -151,6 +179,28 @@ class TargetSparsity:
         """Take state_dict()'s tensors back."""
         self.score.copy_(state["score"])
         self.dead.copy_(state["dead"])
+
+
+def _members(labels: np.ndarray) -> np.ndarray:
+    """Labels 0..n-1 of things -> (n, most) the things of each label in order, filled up with the number of things."""
+    order, counts = np.argsort(labels, kind="stable"), np.bincount(labels)
+    table = np.full((len(counts), counts.max(initial=1)), len(labels))
+    table[labels[order], np.arange(len(labels)) - np.repeat(counts.cumsum() - counts, counts)] = order
+    return table
+
+
+def _blocks(kinds: np.ndarray, size: int) -> np.ndarray:
+    """Number of the block of each place in an order by kind: `size` to a block, and the first of a kind takes what does not divide."""
+    counts = np.bincount(kinds)
+    counts = counts[counts > 0]
+    per_kind = -(-counts // size)
+    place = np.concatenate([(np.arange(n) + -n % size) // size for n in counts]) if len(counts) else np.zeros(0, int)
+    return place + np.repeat(per_kind.cumsum() - per_kind, counts)
+
+
+def _pad(values: Tensor, value: float) -> Tensor:
+    """One more at the end, for tables that are filled up with the index behind the last."""
+    return nn.functional.pad(values, (0, 1), value=value)
 
 
 def gauge(gammas: Sequence[Tensor]) -> dict[str, float]:
