@@ -37,16 +37,21 @@ def sparsity() -> str:
     """bench/sparsity.py's rows of --target-sparsity, a line a share: means over seeds, the spread in brackets."""
     rows = [r for r in read("sparsity") if r["run"].startswith("share")]
     lines: list[Sequence[str]] = []
-    for share in sorted({float(r["share"]) for r in rows}):
-        here = [r for r in rows if float(r["share"]) == share]
+    for round_to, share in sorted({(int(r["round_to"]), float(r["share"])) for r in rows}):
+        here = [r for r in rows if (int(r["round_to"]), float(r["share"])) == (round_to, share)]
         cells = []
-        for key in ("map50", "map"):
-            values = np.array([float(r[key]) for r in here])
-            cells.append(f"{values.mean():.3f}" + (f" ({values.min():.3f} to {values.max():.3f})" if len(here) > 1 else ""))
+        for key in ("map50", "map", "tuned"):
+            values = np.array([float(r[key]) for r in here if r[key]])
+            if not len(values):
+                cells.append("")
+                continue
+            cells.append(f"{values.mean():.3f}" + (f" ({values.min():.3f} to {values.max():.3f})" if len(values) > 1 else ""))
         rest = [f"{np.mean([float(r[key]) for r in here]):.3f}" for key in ("cut_0.5", "cut_0.65")]
         left = [f"{np.mean([float(r[key]) for r in here]):.0%}" for key in ("parameters", "flops")]
-        lines.append([f"{share:g}" if share else "none", str(len(here)), *cells, *rest, *left])
-    return table(("--target-sparsity", "runs", "mAP50", "mAP50-95", "cut by 50%", "cut by 65%", "parameters without the zeros", "FLOPs"), lines)
+        left += [f"{float(here[0][key]):.2f}x" for key in ("torch", "onnxruntime")]
+        lines.append([(f"{share:g}" + f" --round-to {round_to}" * (round_to > 1)) if share else "none", str(len(here)), *cells, *rest, *left])
+    return table(("--target-sparsity", "runs", "mAP50", "mAP50-95", "fine-tuned", "cut by 50%", "cut by 65%", "parameters left", "FLOPs left", "faster, torch",
+                  "faster, onnxruntime"), lines)
 
 
 def l1() -> str:

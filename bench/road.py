@@ -20,48 +20,63 @@ from models.yolo import Model, read_yaml
 from utils.errors import run_cli
 from utils.options import HelpfulParser
 from utils.slimming.cost import profile
-from utils.slimming.pictures import BLUE, GREY, ORANGE, VERMILION, dress, new_figure, save
+from utils.slimming.pictures import BLUE, GREY, ORANGE, SKY, VERMILION, dress, new_figure, save
 from utils.slimming.report import table
 from utils.slimming.surgery import resize_like
 
 TRAIN = "--imgsz 320 --batch-size 16 --nbs 16 --adam --cache ram --workers 2 --noplots --exist-ok"
-ROWS = {  # row of the table -> (data set, checkpoint)
-    "dense": ("bccd", "runs/train/dense/weights/best.pt"), "sparse": ("bccd", "runs/train/target/weights/last.pt"),
-    "cut 50%": ("bccd", "runs/prune/target/pruned_model.pt"), "fine-tuned": ("bccd", "runs/train/target-tuned/weights/best.pt"),
-    "L1 rule, cut 50%": ("bccd", "runs/prune/l1/pruned_model.pt"), "L1 rule, fine-tuned": ("bccd", "runs/train/l1-tuned/weights/best.pt"),
-    "slim shape from scratch": ("bccd", "runs/train/scratch/weights/best.pt"), "narrower stock from scratch": ("bccd", "runs/train/narrow/weights/best.pt"),
-    **{f"coco128: {stage}": ("coco128", path) for stage, path in (
-        ("dense", "runs/train/coco-dense/weights/best.pt"), ("sparse", "runs/train/coco-target/weights/last.pt"),
-        ("cut 50%", "runs/prune/coco-target/pruned_model.pt"), ("fine-tuned", "runs/train/coco-tuned/weights/best.pt"))}}
+STAGES = {"sparse": "runs/train/{}/weights/last.pt", "cut": "runs/prune/{}/pruned_model.pt", "fine-tuned": "runs/train/{}-tuned/weights/best.pt",
+          "its shape from scratch": "runs/train/scratch-{}/weights/best.pt"}
+
+
+def rows_of(data: str, prefix: str, name: str, stages: tuple[str, ...] = ("sparse", "cut", "fine-tuned")) -> dict[str, tuple[str, str]]:
+    """Row of the table -> (data set, checkpoint) of a model that went through these stages."""
+    return {f"{prefix}: {stage}": (data, STAGES[stage].format(name)) for stage in stages}
+
+
+CHANNELS, BLOCKS, L1 = "half of the channels", "55% in blocks of 16", "half, L1 rule"
+# Name of a run on coco128 -> title, flags, epochs of sparsity training. Fine-tuning takes 40, as the dense stage does.
+COCO = {"coco-target": ("coco128, half of the channels", "--target-sparsity 0.5", 40),
+        "coco-less": ("coco128, 30% in blocks of 16", "--target-sparsity 0.3 --round-to 16", 40),
+        "coco-long": ("coco128, half in blocks of 16, 120 epochs", "--target-sparsity 0.5 --round-to 16", 120)}
+ROWS = {"dense": ("bccd", "runs/train/dense/weights/best.pt"), **rows_of("bccd", CHANNELS, "target", tuple(STAGES)),
+        **rows_of("bccd", BLOCKS, "blocks", tuple(STAGES)), "narrower stock from scratch": ("bccd", "runs/train/narrow/weights/best.pt"),
+        **rows_of("bccd", L1, "l1", ("cut", "fine-tuned")), "coco128, dense": ("coco128", "runs/train/coco-dense/weights/best.pt")}
+for _name, (_title, *_) in COCO.items():
+    ROWS |= rows_of("coco128", _title, _name)
 
 
 def commands(weights: Path) -> dict[str, str]:
     """What a command makes -> the command, in order; those of bench/bccd.py are done already."""
-    coco = f"--data coco128/data.yaml {TRAIN} --epochs 40"
-    return {
-        "runs/train/scratch/results.csv": f"finetune_pruned.py --weights scratch.pt --data bccd/data.yaml {TRAIN} --epochs 80 --name scratch",
-        "runs/train/narrow/results.csv": f"train.py --weights '' --cfg narrow.yaml --data bccd/data.yaml {TRAIN} --epochs 80 --name narrow",
-        "runs/train/coco-dense/results.csv": f"train.py --weights '{weights}' {coco} --name coco-dense",
-        "runs/train/coco-target/gammas.npy": f"train_sparsity.py --target-sparsity 0.5 --weights '{weights}' {coco} --name coco-target",
-        "runs/prune/coco-target/pruned_model.pt": (
-            "prune.py --weights runs/train/coco-target/weights/last.pt --percent 0.5 --noval --exist-ok --name coco-target"),
-        "runs/train/coco-tuned/results.csv": f"finetune_pruned.py --weights runs/prune/coco-target/pruned_model.pt {coco} --name coco-tuned"}
+    coco = f"--data coco128/data.yaml {TRAIN}"
+    made = {f"runs/train/scratch-{name}/results.csv": (
+        f"finetune_pruned.py --weights scratch-{name}.pt --data bccd/data.yaml {TRAIN} --epochs 80 --name scratch-{name}") for name in ("target", "blocks")}
+    made |= {"runs/train/narrow/results.csv": f"train.py --weights '' --cfg narrow.yaml --data bccd/data.yaml {TRAIN} --epochs 80 --name narrow",
+             "runs/train/coco-dense/results.csv": f"train.py --weights '{weights}' {coco} --epochs 40 --name coco-dense"}
+    for name, (_, flags, epochs) in COCO.items():
+        made |= {f"runs/train/{name}/gammas.npy": f"train_sparsity.py {flags} --weights '{weights}' {coco} --epochs {epochs} --name {name}",
+                 f"runs/prune/{name}/pruned_model.pt": (
+                     f"prune.py --weights runs/train/{name}/weights/last.pt --percent {flags.split()[1]} --noval --exist-ok --name {name}"),
+                 f"runs/train/{name}-tuned/results.csv":
+                     f"finetune_pruned.py --weights runs/prune/{name}/pruned_model.pt {coco} --epochs 40 --name {name}-tuned"}
+    return made
 
 
 def prepare(folder: Path, coco128: Path) -> None:
-    """scratch.pt (the slim shape with new weights), narrow.yaml (stock of the same FLOPs), coco128/data.yaml."""
-    data = checkpoint.read(folder / ROWS["cut 50%"][1])
-    slim = checkpoint.build(data)
-    wanted = profile(slim, 320).flops
-    torch.manual_seed(0)
-    fresh = Model(slim.yaml, names=slim.names)
-    resize_like(fresh, slim.state_dict())
-    for module in fresh.modules():
-        if isinstance(module, (nn.Conv2d, nn.BatchNorm2d)):
-            module.reset_parameters()
-    fresh.detect.start_biases()
-    fresh.masks = slim.masks
-    checkpoint.save(folder / "scratch.pt", fresh, imgsz=320, data=data["data"])
+    """scratch-*.pt (the slim shapes with new weights), narrow.yaml (stock of the same FLOPs), coco128/data.yaml."""
+    for name in ("target", "blocks"):
+        data = checkpoint.read(folder / STAGES["cut"].format(name))
+        slim = checkpoint.build(data)
+        wanted = profile(slim, 320).flops
+        torch.manual_seed(0)
+        fresh = Model(slim.yaml, names=slim.names)
+        resize_like(fresh, slim.state_dict())
+        for module in fresh.modules():
+            if isinstance(module, (nn.Conv2d, nn.BatchNorm2d)):
+                module.reset_parameters()
+        fresh.detect.start_biases()
+        fresh.masks = slim.masks
+        checkpoint.save(folder / f"scratch-{name}.pt", fresh, imgsz=320, data=data["data"])
     cfg = read_yaml("yolov5n.yaml")
     widths = [w / 64 for w in range(4, 17)]
     flops = [profile(Model({**cfg, "width_multiple": w}, nc=len(slim.names)), 320).flops for w in widths]
@@ -93,9 +108,12 @@ def picture(found: list[dict[str, Any]], path: Path) -> None:
     figure = new_figure(7.5, 4.3)
     ax = figure.add_subplot()
     dress(ax, "BCCD, yolov5n at 320 px: what half of the FLOPs cost", "GFLOPs", "mAP50-95 on val")
-    lines = {"this project: dense, sparse and cut, fine-tuned": (("dense", "cut 50%", "fine-tuned"), BLUE, "-"),
-             "the L1 rule: dense, cut, fine-tuned": (("dense", "L1 rule, cut 50%", "L1 rule, fine-tuned"), VERMILION, "--"),
-             "slim shape from scratch": (("slim shape from scratch",), ORANGE, ""), "narrower stock from scratch": (("narrower stock from scratch",), GREY, "")}
+    lines = {
+        "--target-sparsity 0.5: dense, cut, fine-tuned": (("dense", f"{CHANNELS}: cut", f"{CHANNELS}: fine-tuned"), SKY, "-"),
+        "--target-sparsity 0.55 --round-to 16: dense, cut, fine-tuned": (("dense", f"{BLOCKS}: cut", f"{BLOCKS}: fine-tuned"), BLUE, "-"),
+        "the L1 rule: dense, cut, fine-tuned": (("dense", f"{L1}: cut", f"{L1}: fine-tuned"), VERMILION, "--"),
+        "slim shapes from scratch": ((f"{CHANNELS}: its shape from scratch", f"{BLOCKS}: its shape from scratch"), ORANGE, ""),
+        "narrower stock from scratch": (("narrower stock from scratch",), GREY, "")}
     for label, (names, colour, style) in lines.items():
         points = [by_name[n] for n in names if n in by_name]
         ax.plot([p["flops"] / 1e9 for p in points], [p["map"] for p in points], color=colour, linestyle=style or "None", marker="o", markersize=6, label=label)
@@ -114,7 +132,7 @@ def main() -> None:
     parser.add_argument("--folder", default=str(ROOT / "runs" / "bccd"), help="where the runs are: that of bench/bccd.py")
     opt = parser.parse_args()
     folder, weights = Path(opt.folder).resolve(), Path(opt.weights).resolve()
-    if not (folder / ROWS["fine-tuned"][1]).is_file():
+    if not all((folder / STAGES["fine-tuned"].format(name)).is_file() for name in ("l1", "target", "blocks")):
         run(f"bench/bccd.py --voc '{Path(opt.voc).resolve()}' --weights '{weights}' --folder '{folder}'", ROOT)
     prepare(folder, Path(opt.coco128).resolve())
     for product, command in commands(weights).items():

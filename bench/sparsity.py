@@ -1,9 +1,9 @@
 """What becoming sparse costs on BCCD, before any fine-tuning: the L1 rule at many strengths, --target-sparsity at many shares.
 
-    python bench/sparsity.py --voc BCCD_Dataset/BCCD --weights yolov5n.pt                      # two hours on two cores
+    python bench/sparsity.py --voc BCCD_Dataset/BCCD --weights yolov5n.pt                      # three hours on two cores
 
 A run that is done is not run again; --only shares the work among processes. Writes bench/results/sparsity.csv (one row a run: validation
-images, last epoch, and the same model right after cutting 50% and 65%) and img/sparsity.png.
+images, last epoch, the same model right after cutting 50% and 65%, and some without their zeros after fine-tuning) and img/sparsity.png.
 """
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import ROOT, last_epoch, run, write_csv
+from common import ROOT, last_epoch, run, speeds, write_csv
 
 from models import checkpoint
 from models.yolo import Model, fused
@@ -23,9 +23,9 @@ from utils.files import write_json
 from utils.options import HelpfulParser
 from utils.slimming.cost import CostModel, profile
 from utils.slimming.graph import trace
-from utils.slimming.pictures import BLUE, GREY, dress, new_figure, save
+from utils.slimming.pictures import BLUE, ORANGE, dress, new_figure, save
 from utils.slimming.selection import MIN_SHARE, Rules, Selection, select
-from utils.slimming.surgery import keep_ids, masked
+from utils.slimming.surgery import keep_ids, masked, slim
 from val import evaluate, validation_loader
 
 CUTS = (0.5, 0.65)
@@ -33,8 +33,24 @@ CUTS = (0.5, 0.65)
 RUNS = {f"share0-seed{seed}": f"--no-st --adam --seed {seed}" for seed in range(3)}
 RUNS |= {f"share{share:g}-seed{seed}": f"--target-sparsity {share} --adam --seed {seed}" for share in (0.3, 0.5) for seed in range(3)}
 RUNS |= {f"share{share:g}-seed0": f"--target-sparsity {share} --adam --seed 0" for share in (0.65, 0.8)}
+RUNS |= {f"share{share:g}-round16-seed{seed}": f"--target-sparsity {share} --round-to 16 --adam --seed {seed}"
+         for share, seeds in ((0.5, 2), (0.55, 3), (0.6, 1)) for seed in range(seeds)}
 RUNS |= {f"{name}-sr{sr:g}-seed0": f"--sr {sr} {flags} --seed 0" for name, flags in (("AdamW", "--adam"), ("SGD", "--optimizer SGD"))
          for sr in (1e-4, 1e-3, 1e-2, 1e-1)}
+# Runs whose zeros are cut, and what is left fine-tuned for as many epochs.
+TUNED = [f"share{share}-seed{seed}" for share in ("0.5", "0.55-round16") for seed in range(3)] + ["share0.65-seed0", "share0.6-round16-seed0"]
+
+
+def commands(weights: Path, epochs: int) -> dict[str, str]:
+    """What a command makes -> the command, in order: all runs, then the fine-tunings."""
+    train = f"--data bccd/data.yaml --imgsz 320 --epochs {epochs} --batch-size 16 --nbs 16 --cache ram --workers 2 --noplots --exist-ok"
+    made = {f"runs/train/{name}/gammas.npy": f"train_sparsity.py {flags} --weights '{weights}' {train} --name {name}" for name, flags in RUNS.items()}
+    for name in TUNED:
+        share = RUNS[name].split()[1]
+        made[f"runs/prune/{name}/pruned_model.pt"] = f"prune.py --weights runs/train/{name}/weights/last.pt --percent {share} --noval --exist-ok --name {name}"
+        made[f"runs/train/{name}-tuned/weights/best.pt"] = (
+            f"finetune_pruned.py --weights runs/prune/{name}/pruned_model.pt --adam {train} --name {name}-tuned")
+    return made
 
 
 def row(folder: Path, name: str, data: Path) -> dict[str, Any]:
@@ -47,18 +63,35 @@ def row(folder: Path, name: str, data: Path) -> dict[str, Any]:
     parameters, flops = CostModel(model, graph, saved["imgsz"]).remaining(keep_ids(graph, select(graph, model, zero)))
     full = profile(model, saved["imgsz"])
     mode, seed = name.rsplit("-seed", 1)
-    return {"run": mode, "seed": seed, "share": float(mode.removeprefix("share")) if mode.startswith("share") else 0.0,
-            "zero": zero, "below_0.1": float(last["sparsity/below_1e-1"]), "map50": float(last["metrics/mAP_0.5"]),
-            "map": float(last["metrics/mAP_0.5:0.95"]), **after_cuts(folder, model, data, saved["imgsz"]),
+    flags, tuned = saved["opt"], folder.with_name(f"{name}-tuned") / "results.csv"
+    return {"run": mode, "seed": seed, "share": flags["target_sparsity"] or 0.0, "round_to": flags.get("round_to", 1), "zero": zero,
+            "below_0.1": float(last["sparsity/below_1e-1"]), "map50": float(last["metrics/mAP_0.5"]), "map": float(last["metrics/mAP_0.5:0.95"]),
+            **after_cuts(folder, model, data, saved["imgsz"], flags.get("round_to", 1)),
+            "tuned": float(last_epoch(tuned)["metrics/mAP_0.5:0.95"]) if tuned.is_file() else "",
             "parameters": parameters / full.parameters, "flops": flops / full.flops}
 
 
-def after_cuts(folder: Path, model: Model, data: Path, imgsz: int) -> dict[str, float]:
+def add_speeds(rows: list[dict[str, Any]], train: Path) -> None:
+    """How many times faster than dense each share's first run is without its zeros."""
+    first = [r for r in rows if r["run"].startswith("share") and r["seed"] == "0"]
+    models = []
+    for r in first:
+        saved = checkpoint.read(train / f"{r['run']}-seed0" / "weights" / "last.pt")
+        model = checkpoint.build(saved)
+        models.append(slim(model, select(trace(model), model, r["zero"])) if r["zero"] else model)
+    ms = speeds(models, saved["imgsz"])  # type: ignore[arg-type]
+    for r in rows:
+        r |= {"torch": "", "onnxruntime": ""}
+    for r, torch_ms, onnx_ms in zip(first, *ms):
+        r |= {"torch": ms[0][0] / torch_ms, "onnxruntime": ms[1][0] / onnx_ms}
+
+
+def after_cuts(folder: Path, model: Model, data: Path, imgsz: int, round_to: int) -> dict[str, float]:
     """mAP50-95 on val of the model right after each of CUTS; kept beside the run."""
     kept = folder / "cuts.json"
     if not kept.is_file():
         loader = validation_loader(read_data(str(data)), "val", imgsz, 32, int(model.stride.max()), workers=2)
-        ranked = Selection(trace(model), model, Rules(min_share=MIN_SHARE))
+        ranked = Selection(trace(model), model, Rules(min_share=MIN_SHARE, round_to=round_to))
         found = {}
         for share in CUTS:
             cut = masked(model, ranked.percent(share))
@@ -69,18 +102,20 @@ def after_cuts(folder: Path, model: Model, data: Path, imgsz: int) -> dict[str, 
 
 
 def picture(rows: list[dict[str, Any]], path: Path) -> None:
-    """mAP50-95 over the share of zeros, a dot a run, a line through the means."""
+    """mAP50-95 over the FLOPs that are left, a dot a run, a line through the means of each share of zeros."""
     figure = new_figure(7, 4)
     ax = figure.add_subplot()
-    dress(ax, "BCCD, yolov5n, 40 epochs: what zeros cost", "share of the prunable channels that are 0", "mAP50-95 on val")
-    shares = sorted({r["share"] for r in rows})
-    ax.plot(shares, [np.mean([r["map"] for r in rows if r["share"] == s]) for s in shares], color=BLUE)
-    ax.scatter([r["share"] for r in rows], [r["map"] for r in rows], color=GREY, zorder=3, s=18)
-    for s in shares:
-        here = [r for r in rows if r["share"] == s]
-        ax.annotate(f"{np.mean([r['flops'] for r in here]):.0%} of\nthe FLOPs", (s, min(r["map"] for r in here)), (0, -26),
-                    textcoords="offset points", ha="center", fontsize=8)
+    dress(ax, "BCCD, yolov5n, 40 epochs: what zeros cost", "FLOPs left, % of dense", "mAP50-95 on val, before fine-tuning")
+    for round_to, colour, label in ((1, BLUE, "channel by channel"), (16, ORANGE, "blocks of 16 (--round-to 16)")):
+        own = [r for r in rows if r["round_to"] == round_to or not r["share"]]
+        means = [(share, *(np.mean([[100 * r["flops"], r["map"]] for r in own if r["share"] == share], axis=0))) for share in sorted({r["share"] for r in own})]
+        ax.plot([x for _, x, _ in means], [y for _, _, y in means], color=colour, label=label)
+        ax.scatter([100 * r["flops"] for r in own], [r["map"] for r in own], color=colour, zorder=3, s=14, alpha=0.6)
+        for share, x, y in means:
+            ax.annotate(f"{share:g}" if share else "dense", (x, y), (0, -26 if round_to == 1 else 14), textcoords="offset points", ha="center",
+                        fontsize=8, color=colour)
     ax.set_ylim(bottom=min(r["map"] for r in rows) - 0.06)
+    ax.legend(frameon=False, loc="lower right", title="share of zeros (--target-sparsity)")
     save(figure, path)
 
 
@@ -91,19 +126,18 @@ def main() -> None:
     parser.add_argument("--weights", required=True, help="the official yolov5n.pt")
     parser.add_argument("--folder", default=str(ROOT / "runs" / "sparsity"), help="where the runs are")
     parser.add_argument("--epochs", type=int, default=40, help="epochs a run")
-    parser.add_argument("--only", type=int, nargs="+", help="numbers of the runs to do now, to share the work among processes")
+    parser.add_argument("--only", type=int, nargs="+", help="numbers of the commands to run now, to share the work among processes")
     opt = parser.parse_args()
     folder = Path(opt.folder).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "bccd" / "data.yaml").exists():
         run(f"data/scripts/voc_to_yolo.py --voc '{Path(opt.voc).resolve()}' --out bccd", folder)
-    for number, (name, flags) in enumerate(RUNS.items()):
-        if (folder / "runs" / "train" / name / "gammas.npy").exists() or (opt.only and number not in opt.only):
-            continue
-        run(f"train_sparsity.py {flags} --weights '{Path(opt.weights).resolve()}' --data bccd/data.yaml --imgsz 320 --epochs {opt.epochs} --batch-size 16 "
-            f"--nbs 16 --cache ram --workers 2 --noplots --name {name} --exist-ok", folder)
+    for number, (product, command) in enumerate(commands(Path(opt.weights).resolve(), opt.epochs).items()):
+        if not (folder / product).exists() and not (opt.only and number not in opt.only):
+            run(command, folder)
     train = folder / "runs" / "train"
     rows = [row(train / name, name, folder / "bccd" / "data.yaml") for name in RUNS if (train / name / "gammas.npy").exists()]
+    add_speeds(rows, train)
     write_csv(ROOT / "bench" / "results" / "sparsity.csv", rows)
     picture([r for r in rows if r["run"].startswith("share")], ROOT / "img" / "sparsity.png")
     for mode in dict.fromkeys(r["run"] for r in rows):
