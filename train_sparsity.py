@@ -168,8 +168,10 @@ def check(opt: Namespace) -> Namespace:
         raise UserError("--sparsity l1 knows no --target-sparsity; leave one of the two out")
     if opt.target_sparsity is not None and not 0 < opt.target_sparsity < 1:
         raise UserError(f"--target-sparsity {opt.target_sparsity:g}: must be between 0 and 1 (0.5 takes half of the prunable channels to 0)")
-    if opt.round_to < 1 or opt.round_to > 1 and not opt.target_sparsity:
-        raise UserError(f"--round-to {opt.round_to}: must be at least 1" + " and needs --target-sparsity; with --sr give it to prune.py" * (opt.round_to > 1))
+    if opt.round_to < 1:
+        raise UserError(f"--round-to {opt.round_to}: must be at least 1")
+    if opt.round_to > 1 and not opt.target_sparsity:
+        raise UserError(f"--round-to {opt.round_to}: needs --target-sparsity; with --sr give it to prune.py")
     if not 0 <= opt.percent < 1:
         raise UserError(f"--percent {opt.percent:g}: must be at least 0 and below 1")
     if opt.sr is not None and opt.sr < 0:

@@ -6,7 +6,7 @@ import torch
 
 from tests import trajectory
 
-METHODS = {"l1": ["--sr", "0.05"], "target": ["--target-sparsity", "0.4"]}
+METHODS = {"l1": ["--sr", "0.05"], "target": ["--target-sparsity", "0.4", "--round-to", "4"]}
 
 
 def flags(tiny, cfg, folder, method) -> list[str]:
