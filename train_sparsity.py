@@ -29,6 +29,8 @@ from utils.slimming.sparsity import GammaL1, TargetSparsity, gauge, travel
 from utils.slimming.surgery import keep_ids, masked
 from val import evaluate
 
+BLOCKS = (16, 8, 4, 2, 1)  # AVX-512 kernels compute 16 channels at a time, AVX2 and GPUs 8; a multiple of 16 suits them all
+
 
 class SparsityHook(Hook):
     """Sparsity on every prunable BatchNorm and on no other, and what TensorBoard and results.csv show of it.
@@ -46,23 +48,33 @@ class SparsityHook(Hook):
         norms = [modules[n] for n in names]
         self.norms: dict[str, Any] = {n: averaged[n] for n in names}  # what is shown is what is saved: the averaged weights
         self.penalty = GammaL1(norms, opt.sr, opt.epochs, opt.sr_bias)
-        # The average of a gamma that is 0 comes near 0 but never there, so it is set to 0 as well.
-        self.target = None
-        if opt.target_sparsity:
-            flops = self.costs.freed() if opt.per_flop else {}
-            groups = [graph.group[graph.norms[n]] for n in names]
-            self.target = TargetSparsity(norms, opt.target_sparsity, list(self.norms.values()), [flops[n] for n in names] if flops else None, groups,
-                                         opt.round_to)
+        self.target = self.aim(norms, names) if opt.target_sparsity else None
         self.history: list[torch.Tensor] = []  # |gamma| of all channels, an entry an epoch
         if run.world.main:
             every = sum(isinstance(m, _BatchNorm) for m in modules.values())
             channels = sum(len(m.weight) for m in self.norms.values())
-            aim = f"target {opt.target_sparsity:.0%}" if self.target else f"sr {opt.sr:g}"
+            aim = f"target {opt.target_sparsity:.0%}" + f" in blocks of {opt.round_to}" * (opt.round_to > 1) if self.target else f"sr {opt.sr:g}"
             others = " or ".join(["tied by shortcuts"] * (opt.shortcuts == "skip") + ["left out by --keep or --only"] * bool(opt.keep or opt.only)
                                  + ["frozen"] * any(not modules[n].weight.requires_grad for n in graph.norms))
             print(f"sparsity: {aim}, on {len(names)} of {every} BatchNorms, {channels} channels" + (f"; the others are {others}" if others else ""))
             if opt.sr:
                 print(budget(run, self.penalty))
+
+    def aim(self, norms: list[Any], names: list[str]) -> TargetSparsity:
+        """The rule of --target-sparsity; opt.round_to, where it is not given, becomes the largest of BLOCKS that leaves a choice of blocks."""
+        opt = self.run.opt
+        flops = self.costs.freed() if opt.per_flop else None
+        for size in [opt.round_to] if opt.round_to else BLOCKS:
+            # The average of a gamma that is 0 comes near 0 but never there, so it is set to 0 as well.
+            target = TargetSparsity(norms, opt.target_sparsity, list(self.norms.values()), [flops[n] for n in names] if flops else None,
+                                    [self.graph.group[self.graph.norms[n]] for n in names], size)
+            if opt.target_sparsity <= 0.9 * target.most:
+                break
+        opt.round_to = size
+        if opt.target_sparsity > target.most:
+            raise UserError(f"--target-sparsity {opt.target_sparsity:g}: at most {target.most:.0%} of the channels can go"
+                            + f" in blocks of {size}; give less, or a smaller --round-to" * (size > 1) + "; every layer keeps some; give less" * (size == 1))
+        return target
 
     def chosen(self, modules: dict[str, Any]) -> list[str]:
         """Names of the BatchNorms to act on, as --shortcuts, --only, --keep and --freeze leave them."""
@@ -168,9 +180,9 @@ def check(opt: Namespace) -> Namespace:
         raise UserError("--sparsity l1 knows no --target-sparsity; leave one of the two out")
     if opt.target_sparsity is not None and not 0 < opt.target_sparsity < 1:
         raise UserError(f"--target-sparsity {opt.target_sparsity:g}: must be between 0 and 1 (0.5 takes half of the prunable channels to 0)")
-    if opt.round_to < 1:
+    if opt.round_to is not None and opt.round_to < 1:
         raise UserError(f"--round-to {opt.round_to}: must be at least 1")
-    if opt.round_to > 1 and not opt.target_sparsity:
+    if opt.round_to and not opt.target_sparsity:
         raise UserError(f"--round-to {opt.round_to}: needs --target-sparsity; with --sr give it to prune.py")
     if not 0 <= opt.percent < 1:
         raise UserError(f"--percent {opt.percent:g}: must be at least 0 and below 1")
@@ -180,6 +192,8 @@ def check(opt: Namespace) -> Namespace:
         opt.sr = 0.0 if opt.target_sparsity else 0.0001
     if not opt.st:
         opt.sr, opt.sr_bias, opt.target_sparsity = 0.0, 0.0, None
+    if not opt.target_sparsity:
+        opt.round_to = 1
     return opt
 
 
@@ -194,8 +208,9 @@ def main(argv: list[str] | None = None) -> Run:
     parser.add_argument("--target-sparsity", type=float, help="share of the prunable channels that are exactly 0 in the end, 0..1")
     parser.add_argument("--per-flop", action=BooleanOptionalAction, default=True,
                         help="with --target-sparsity: rank channels by importance per FLOP, which makes the slim model faster; --no-per-flop: by importance")
-    parser.add_argument("--round-to", type=int, default=1, metavar="N",
-                        help="with --target-sparsity: what is left of a layer is a multiple of N, since kernels compute channels in blocks; 16 suits most CPUs")
+    parser.add_argument("--round-to", type=int, metavar="N",
+                        help="with --target-sparsity: channels go in blocks, so that what is left of a layer is a multiple of N, as fast kernels want it; "
+                             "1: one by one (16, or less where layers are too narrow for a choice)")
     parser.add_argument("--shortcuts", choices=["skip", "joint"], default="skip",
                         help="channels that shortcuts tie together are left alone (skip), or taken as one (joint)")
     parser.add_argument("--keep", nargs="+", default=[], metavar="PATTERN", help="BatchNorms to leave alone, such as 'model.0.*'")

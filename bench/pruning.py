@@ -2,7 +2,7 @@
 
     python bench/pruning.py --voc BCCD_Dataset/BCCD --weights yolov5n.pt           # half an hour on two cores, after bench/sparsity.py
 
-The sparse model is the --target-sparsity 0.5 run of bench/sparsity.py, seed 0, which is made if it is not there. A run that is done is not run
+The sparse model is the --target-sparsity 0.5 --round-to 1 run of bench/sparsity.py, seed 0, which is made if it is not there. A run that is done is not run
 again. Writes bench/results/pruning.csv, a row a cut.
 """
 from __future__ import annotations

@@ -12,8 +12,9 @@ import numpy as np
 from common import ROOT
 
 HEADER = ("model", "mAP50", "mAP50-95", "parameters", "GFLOPs", "MB", "ms an image")
-NAMES = {"dense": "dense", "l1-sparse": "--sr {sr}: sparse", "l1-cut": "50% of its channels cut", "l1-tuned": "fine-tuned",
-         "target-sparse": "--target-sparsity 0.5: sparse", "target-cut": "50% of its channels cut", "target-tuned": "fine-tuned"}
+NAMES = {"dense": "dense", **{f"{way}-{stage}": text for way, flags, percent in (
+    ("l1", "--sr {sr}", 50), ("blocks", "--target-sparsity 0.55", 55), ("target", "--target-sparsity 0.5 --round-to 1", 50)) for stage, text in (
+        ("sparse", f"{flags}: sparse"), ("cut", f"{percent}% of its channels cut"), ("tuned", "fine-tuned"))}}
 
 
 def read(name: str) -> list[dict[str, str]]:
@@ -37,7 +38,7 @@ def sparsity() -> str:
     """bench/sparsity.py's rows of --target-sparsity, a line a share: means over seeds, the spread in brackets."""
     rows = [r for r in read("sparsity") if r["run"].startswith("share")]
     lines: list[Sequence[str]] = []
-    for round_to, share in sorted({(int(r["round_to"]), float(r["share"])) for r in rows}):
+    for round_to, share in sorted({(int(r["round_to"]), float(r["share"])) for r in rows}, key=lambda pair: (pair[1] > 0, -pair[0], pair[1])):
         here = [r for r in rows if (int(r["round_to"]), float(r["share"])) == (round_to, share)]
         cells = []
         for key in ("map50", "map", "tuned"):
@@ -49,7 +50,7 @@ def sparsity() -> str:
         rest = [f"{np.mean([float(r[key]) for r in here]):.3f}" for key in ("cut_0.5", "cut_0.65")]
         left = [f"{np.mean([float(r[key]) for r in here]):.0%}" for key in ("parameters", "flops")]
         left += [f"{float(here[0][key]):.2f}x" for key in ("torch", "onnxruntime")]
-        lines.append([(f"{share:g}" + f" --round-to {round_to}" * (round_to > 1)) if share else "none", str(len(here)), *cells, *rest, *left])
+        lines.append([(f"{share:g}" + " --round-to 1" * (round_to == 1)) if share else "none", str(len(here)), *cells, *rest, *left])
     return table(("--target-sparsity", "runs", "mAP50", "mAP50-95", "fine-tuned", "cut by 50%", "cut by 65%", "parameters left", "FLOPs left", "faster, torch",
                   "faster, onnxruntime"), lines)
 
@@ -88,7 +89,8 @@ def tables() -> dict[str, str]:
     found = {"demo": markdown([{**r, "name": r["stage"]} for r in read("demo")]), "sparsity": sparsity(), "l1": l1(), "pruning": pruning(),
              "road": road(), "engine": engine()}
     for split in ("val", "test"):
-        found[f"bccd {split}"] = markdown([{**r, "name": NAMES[r["stage"]].format(sr=r["sr"])} for r in bccd if r["split"] == split])
+        found[f"bccd {split}"] = markdown([{**r, "name": NAMES[stage].format(sr=r["sr"])} for stage in NAMES for r in bccd
+                                             if (r["split"], r["stage"]) == (split, stage)])
     return found
 
 

@@ -94,7 +94,7 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(script, tiny, cfg, t
 
 @pytest.mark.slow
 def test_a_target_is_reached_resumed_exactly_and_cut_without_a_trace(script, tiny, cfg, tmp_path):
-    script("train_sparsity.py", "--target-sparsity", 0.5, "--data", tiny, "--weights", "", "--cfg", cfg, "--epochs", 4, "--save-period", 2,
+    script("train_sparsity.py", "--target-sparsity", 0.5, "--round-to", 1, "--data", tiny, "--weights", "", "--cfg", cfg, "--epochs", 4, "--save-period", 2,
            "--masked-val", 2, *FAST, cwd=tmp_path)
     weights = tmp_path / "runs/train/exp/weights"
     final = checkpoint.read(weights / "last.pt")
@@ -121,10 +121,10 @@ def test_a_target_is_reached_resumed_exactly_and_cut_without_a_trace(script, tin
 
 @pytest.mark.slow
 def test_blocks_of_channels_go_and_prune_follows(script, tiny, untrained, tmp_path):
-    script("train_sparsity.py", "--target-sparsity", 0.5, "--round-to", 16, "--data", tiny, "--weights", untrained, "--epochs", 3, "--noplots", *FAST,
+    script("train_sparsity.py", "--target-sparsity", 0.5, "--data", tiny, "--weights", untrained, "--epochs", 3, "--noplots", *FAST,
            cwd=tmp_path)
     last = rows(tmp_path / "runs/train/exp/results.csv")[-1]
-    script("prune.py", "--percent", 0.5, "--batch-size", 4, cwd=tmp_path)  # --round-to is known from the training
+    script("prune.py", "--percent", 0.5, "--batch-size", 4, cwd=tmp_path)  # blocks of 16: known from the training
     report = json.loads((tmp_path / "runs/prune/exp/report.json").read_text())
     assert report["threshold"] == 0 and report["achieved"] == pytest.approx(float(last["sparsity/zero"]), abs=1e-4)
     assert all(r["remaining"] % 16 == 0 or r["remaining"] == r["original"] for r in report["layers"])
@@ -142,7 +142,7 @@ def test_channels_of_shortcuts_take_part_as_groups(script, tiny, untrained, tmp_
     zero = float(done.stdout.split("% of the prunable gammas are exactly 0")[0].split()[-1]) / 100
     channels = {r["layer"]: r for r in json.loads((tmp_path / "runs/prune/exp/report.json").read_text())["layers"]}
     trained = sum(r["original"] for n, r in channels.items() if n.split(".")[1] in "23456789" and len(n.split(".")[1]) == 1)
-    assert zero == pytest.approx(0.5 * trained / sum(r["original"] for r in channels.values()), abs=0.002)
+    assert zero == pytest.approx(0.5 * trained / sum(r["original"] for r in channels.values()), abs=0.01)  # a block less at most
     left = {r["layer"]: (r["original"], r["remaining"]) for r in json.loads((tmp_path / "runs/prune/exp/report.json").read_text())["layers"]}
     tied = [left[f"model.6.{n}.bn"] for n in ("cv1", "m.0.cv2", "m.1.cv2", "m.2.cv2")]
     assert len(set(tied)) == 1 and tied[0][0] > tied[0][1] and left["model.0.bn"][0] == left["model.0.bn"][1]

@@ -107,8 +107,18 @@ class TargetSparsity:
         kind = np.unique(inside, axis=0, return_inverse=True)[1].reshape(-1)
         self.kind = torch.as_tensor(kind, device=device) if round_to > 1 else None
         self.slots = torch.as_tensor(_members(_blocks(kind, round_to)), device=device)  # (blocks, round_to): places in a ranking by kind
+        self.most = self._most(inside, kind, floors, round_to)
         self.score = torch.zeros(len(counts), device=device)  # this and all below: one a group
         self.dead = torch.zeros(len(counts), dtype=torch.bool, device=device)
+
+    def _most(self, inside: np.ndarray, kind: np.ndarray, floors: np.ndarray, round_to: int) -> float:
+        """The share (0..1) of the channels that can go at all: what layers keep and blocks that do not fill up stay."""
+        stay = 0
+        for number in np.unique(kind):
+            groups = inside[kind == number]  # alike: (groups, layers) channels
+            floor = max(-(-floors[i] // groups[0, i]) for i in np.flatnonzero(groups[0]))
+            stay += min(len(groups), -(-floor // round_to) * round_to) * groups[0].sum()
+        return 1 - stay / max(self.total, 1)
 
     def wanted(self, progress: float) -> int:
         """Channels that should be on their way to 0, or there, at this point (0..1) of the run."""
