@@ -36,7 +36,7 @@ from utils.slimming.cost import CostModel, latency, profile
 from utils.slimming.explore import sensitivity, sweep
 from utils.slimming.graph import ChannelGraph, trace
 from utils.slimming.pictures import plot_gammas, plot_kept, plot_sensitivity, plot_sweep
-from utils.slimming.report import cost_rows, cost_table, layer_rows, layer_table, stage_table
+from utils.slimming.report import cost_rows, cost_table, layer_rows, layer_table, stage_table, uneven
 from utils.slimming.selection import MIN_SHARE, SCORES, Limit, Masks, Rules, Selection, gammas, knee, limit
 from utils.slimming.surgery import absorb, compose, keep_ids, largest_difference, masked, recalibrate, slim
 from val import evaluate, validation_loader
@@ -152,7 +152,7 @@ def describe(result: Cut, opt: Namespace) -> None:
     print(f"requested {requested}, achieved {result.achieved:.1%}, threshold |gamma| {result.threshold:.4g}")
     if zero := float((result.gammas == 0).float().mean()):
         print(f"{zero:.1%} of the prunable gammas are exactly 0: a --percent up to {zero:.3f} cuts nothing that the model uses")
-    for note in result.graph.notes:
+    for note in (*result.graph.notes, *uneven(result.slim)):
         print(f"note: {note}")
 
 
@@ -387,7 +387,8 @@ def main(argv: list[str] | None = None) -> Path:
     report = {"command": command_line(), "weights": str(opt.weights), "data": opt.data, "imgsz": opt.imgsz,
               "requested": dict([opt.target]) if opt.target else opt.percent, "achieved": result.achieved, "threshold": result.threshold,
               "limit": {"gamma": result.limit.gamma, "percent": result.limit.percent}, "proof": result.proof, "stages": stages,
-              "cost": costs, "threads": torch.get_num_threads(), "device": str(device), "lineage": lineage, "layers": layers, "notes": result.graph.notes}
+              "cost": costs, "threads": torch.get_num_threads(), "device": str(device), "lineage": lineage, "layers": layers,
+              "notes": [*result.graph.notes, *uneven(result.slim)]}
     write_json(folder / "report.json", report)
     print(f"Slim model: {folder / OUTPUT} (and {OUTPUT}); report and pictures in {folder}")
     return folder

@@ -49,16 +49,16 @@ STAGES = {"dense": "runs/train/dense/weights/best.pt",
 
 def pictures(folder: Path, rows: list[dict], opt: Namespace) -> None:
     """The README's pictures, from the runs in `folder`."""
-    history = {name: np.load(folder / f"runs/train/{name}/gammas.npy", allow_pickle=False) for name in ("dense", *ways(opt))}
+    history = {name: np.load(folder / f"runs/train/{name}/gammas.npy", allow_pickle=False) for name in ("dense", "l1", "blocks")}
     titles = {"dense": "no penalty", **{name: flags.removeprefix("--st ") for name, (flags, _) in ways(opt).items()}}
     plot_gamma_history({titles[name]: list(epochs) for name, epochs in history.items()}, ROOT / "img" / "gamma_history.png")
-    plot_gammas(history["target"][-1], ROOT / "img" / "gammas.png", compare=history["dense"][-1],
-                labels=(titles["target"], titles["dense"]), title="BatchNorm scales after 40 epochs on BCCD")
-    plot_stages([{**row, "stage": row["stage"].split("-")[-1]} for row in rows if row["stage"] == "dense" or row["stage"].startswith("target")],
+    plot_gammas(history["blocks"][-1], ROOT / "img" / "gammas.png", compare=history["dense"][-1],
+                labels=(titles["blocks"], titles["dense"]), title="BatchNorm scales after 40 epochs on BCCD")
+    plot_stages([{**row, "stage": row["stage"].split("-")[-1]} for row in rows if row["stage"] == "dense" or row["stage"].startswith("blocks")],
                 ROOT / "img" / "stages.png")
-    shutil.copyfile(folder / "runs/prune/target/channels.png", ROOT / "img" / "channels.png")
+    shutil.copyfile(folder / "runs/prune/blocks/channels.png", ROOT / "img" / "channels.png")
     # Photographs: as JPEG a fifth of the PNG.
-    Image.open(folder / "runs/val/target-tuned-test/val_batch0_pred.png").save(ROOT / "img" / "detections.jpg", quality=80)
+    Image.open(folder / "runs/val/blocks-tuned-test/val_batch0_pred.png").save(ROOT / "img" / "detections.jpg", quality=80)
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ from models.yolo import Model
 from tests.blocks import random_masks, randomised
 from utils.slimming.cost import CostModel, latency, profile
 from utils.slimming.graph import trace
+from utils.slimming.report import uneven
 from utils.slimming.selection import SCORES, Rules, Selection, knee, limit, select
 from utils.slimming.surgery import absorb, compose, keep_ids, largest_difference, masked, recalibrate, resize_like, slim
 
@@ -284,3 +285,9 @@ def test_a_layer_keeps_its_share_but_no_zeros(model):
     masks = ranked.percent(0.3)
     assert int(masks["model.7.bn"].sum()) <= 56 and int(masks["model.5.bn"].sum()) == 32
     assert int(ranked.cut(len(ranked.roots))["model.7.bn"].sum()) == 56
+
+
+def test_convolutions_that_fall_out_of_blocked_kernels_are_counted():
+    network = nn.Sequential(nn.Conv2d(3, 37, 1), nn.Conv2d(37, 40, 1), nn.Conv2d(40, 13, 1), nn.Conv2d(13, 18, 1), nn.Conv2d(18, 18, 1, groups=18))
+    assert uneven(network)[0].startswith("1 of 4 convolutions read")  # 40 divides, 3 and 13 are less than a block, the last is depthwise
+    assert uneven(network[2:]) == []
