@@ -1,13 +1,14 @@
 """Train so that channels can be told apart and cut: with an L1 penalty on the BatchNorm scales, or to a share of zeros.
 
     python train_sparsity.py --st --sr 0.0001                    # the penalty: you choose its strength
-    python train_sparsity.py --target-sparsity 0.5               # half of the prunable channels end at exactly 0
+    python train_sparsity.py --target-sparsity 0.5               # half of the prunable channels end at exactly 0, in blocks of 16
     tensorboard --logdir runs/train                              # bn_weights/hist: watch the gammas go to zero
 
 This is train.py with one hook. The next step is: python prune.py --percent 0.5
 """
 from __future__ import annotations
 
+import math
 import os
 from argparse import BooleanOptionalAction, Namespace
 from typing import Any
@@ -41,6 +42,8 @@ class SparsityHook(Hook):
 
     def start(self, run: Run) -> None:
         self.run, opt = run, run.opt
+        if opt.resume and opt.round_to is None:
+            opt.round_to = 1  # the run is older than blocks
         self.graph = graph = trace(run.model)
         self.costs = CostModel(run.model, graph, opt.imgsz)
         modules, averaged = dict(run.model.named_modules()), dict(run.ema.ema.named_modules())
@@ -72,7 +75,7 @@ class SparsityHook(Hook):
                 break
         opt.round_to = size
         if opt.target_sparsity > target.most:
-            raise UserError(f"--target-sparsity {opt.target_sparsity:g}: at most {target.most:.0%} of the channels can go"
+            raise UserError(f"--target-sparsity {opt.target_sparsity:g}: at most {math.floor(1000 * target.most) / 1000} of the channels can go"
                             + f" in blocks of {size}; give less, or a smaller --round-to" * (size > 1) + "; every layer keeps some; give less" * (size == 1))
         return target
 
@@ -183,7 +186,7 @@ def check(opt: Namespace) -> Namespace:
     if opt.round_to is not None and opt.round_to < 1:
         raise UserError(f"--round-to {opt.round_to}: must be at least 1")
     if opt.round_to and not opt.target_sparsity:
-        raise UserError(f"--round-to {opt.round_to}: needs --target-sparsity; with --sr give it to prune.py")
+        raise UserError(f"--round-to {opt.round_to}: needs --target-sparsity (without it give --round-to to prune.py)")
     if not 0 <= opt.percent < 1:
         raise UserError(f"--percent {opt.percent:g}: must be at least 0 and below 1")
     if opt.sr is not None and opt.sr < 0:
@@ -205,7 +208,8 @@ def main(argv: list[str] | None = None) -> Run:
                         help="l1: the penalty of --sr (default); target: --target-sparsity, 0.5 where that is not given")
     parser.add_argument("--sr", type=float, help="strength of the L1 penalty on the BN scales (0.0001; 0 with --target-sparsity)")
     parser.add_argument("--sr-bias", type=float, help="strength of the L1 penalty on the BN shifts (10 * sr)")
-    parser.add_argument("--target-sparsity", type=float, help="share of the prunable channels that are exactly 0 in the end, 0..1")
+    parser.add_argument("--target-sparsity", type=float,
+                        help="share of the prunable channels that are exactly 0 in the end, 0..1 (as many as fill up blocks of --round-to)")
     parser.add_argument("--per-flop", action=BooleanOptionalAction, default=True,
                         help="with --target-sparsity: rank channels by importance per FLOP, which makes the slim model faster; --no-per-flop: by importance")
     parser.add_argument("--round-to", type=int, metavar="N",

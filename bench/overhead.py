@@ -42,7 +42,7 @@ def measure(name: str, imgsz: int, batch: int, runs: int) -> dict[str, object]:
     names = graph.prunable_norms()
     norms, costs = [modules[n] for n in names], CostModel(model, graph, imgsz).freed()
     l1 = GammaL1(norms, 1e-4, 100)
-    target = TargetSparsity(norms, 0.5, [averaged[n] for n in names], [costs[n] for n in names], [graph.group[graph.norms[n]] for n in names])
+    target = TargetSparsity(norms, 0.5, [averaged[n] for n in names], [costs[n] for n in names], [graph.group[graph.norms[n]] for n in names], 16)
     images = torch.rand(batch, 3, imgsz, imgsz).to(memory_format=torch.channels_last)
     targets = torch.cat([torch.cat((torch.full((6, 1), float(i)), torch.randint(0, 3, (6, 1)).float(), torch.rand(6, 4) * 0.3 + 0.3), 1) for i in range(batch)])
     samples: dict[str, list[float]] = {"step": [], "l1": [], "target": []}

@@ -112,7 +112,9 @@ def test_a_target_is_reached_resumed_exactly_and_cut_without_a_trace(script, tin
     assert report["stages"][0]["mAP50-95"] == pytest.approx(report["stages"][2]["mAP50-95"], abs=1e-6)
     assert [c["after"] for c in report["cost"][:2]] == pytest.approx([float(last["sparsity/parameters_left"]), float(last["sparsity/gflops_left"])])
 
-    (weights / "epoch2.pt").replace(weights / "last.pt")
+    older = torch.load(weights / "epoch2.pt", weights_only=True)
+    del older["opt"]["round_to"]  # as files are that were made before there were blocks
+    torch.save(older, weights / "last.pt")
     script("train_sparsity.py", "--resume", weights / "last.pt", cwd=tmp_path)
     resumed = checkpoint.read(weights / "last.pt")
     assert all(torch.equal(v, resumed["ema"][k]) for k, v in final["ema"].items())

@@ -205,7 +205,7 @@ CASES: dict[str, tuple[Callable[[Path], object], str, str, int]] = {
     "blocks too large": (nothing, f"{TRAIN.replace('train.py', 'train_sparsity.py')} --target-sparsity 0.5 --round-to 512",
                          "blocks of 512; give less, or a smaller --round-to", 2),
     "blocks of 0": (nothing, f"{TRAIN.replace('train.py', 'train_sparsity.py')} --target-sparsity 0.5 --round-to 0", "--round-to 0: must be at least 1", 2),
-    "blocks under L1": (nothing, f"{TRAIN.replace('train.py', 'train_sparsity.py')} --sr 0.01 --round-to 8", "--round-to 8: needs --target-sparsity", 2),
+    "blocks under L1": (nothing, f"{TRAIN.replace('train.py', 'train_sparsity.py')} --sr 0.01 --round-to 8", "--round-to 8: needs --target", 2),
     "no epochs": (nothing, f"{TRAIN} --epochs 0", "--epochs 0", 2),
     "no images in a batch": (nothing, f"{TRAIN} --batch-size 0", "--batch-size 0", 2),
     "images of 8 pixels": (nothing, f"{TRAIN} --imgsz 8", "--imgsz 8", 2),

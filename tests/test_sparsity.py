@@ -1,6 +1,7 @@
 """The L1 rule at the right place of the step, on the right layers."""
 from __future__ import annotations
 
+from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,9 +10,12 @@ import pytest
 import torch
 from torch import nn
 
+from models.yolo import Model, read_yaml
 from train import Hook, check_finite, complete_gradients, optimizer_step
+from train_sparsity import SparsityHook
 from utils.errors import NonFiniteError
 from utils.optim import ModelEMA
+from utils.slimming.graph import trace
 from utils.slimming.sparsity import GammaL1, TargetSparsity, gauge, travel
 
 
@@ -176,11 +180,11 @@ def test_channels_that_are_one_go_at_once_and_count_each():
     assert int(zero[0].sum()) >= int(zero[2].sum()) and bool(zero[0][:9].all()) and not zero[0][16:].any()
 
 
-def block_run(norms, target, steps=300, seed=0):
-    """Random gradients, but those of a channel are always of its own size; the weights follow them a little."""
-    generator = torch.Generator().manual_seed(seed)
-    sizes = [10 ** (2 * torch.rand(m.num_features, generator=generator) - 2) for m in norms]
-    for step in range(steps):
+def block_run(norms, target, steps=300, seed=0, first=0, last=None):
+    """Steps first..last of a run: random gradients, but those of a channel are always of its own size; the weights follow them a little."""
+    sizes = [10 ** (2 * torch.rand(m.num_features, generator=torch.Generator().manual_seed(seed + i)) - 2) for i, m in enumerate(norms)]
+    for step in range(first, steps if last is None else last):
+        generator = torch.Generator().manual_seed(1000 + step)
         for m, size in zip(norms, sizes):
             m.weight.grad = size * torch.randn(m.num_features, generator=generator)
             m.bias.grad = size * torch.randn(m.num_features, generator=generator)
@@ -190,7 +194,7 @@ def block_run(norms, target, steps=300, seed=0):
 
 
 @pytest.mark.parametrize("round_to", [2, 8, 16])
-@pytest.mark.parametrize("share", [0.3, 0.5, 0.8])
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.99])
 def test_blocks_leave_multiples_and_reach_the_share_but_for_a_block(round_to, share):
     norms = [nn.BatchNorm2d(n) for n in (64, 5, 16, 40, 128, 33, 64)]
     groups = [np.arange(n) + 1000 * i for i, n in enumerate((64, 5, 16, 40, 128, 33))] + [np.arange(64)]  # first and last are one
@@ -199,9 +203,67 @@ def test_blocks_leave_multiples_and_reach_the_share_but_for_a_block(round_to, sh
     left = [int((m.weight != 0).sum()) for m in norms]
     assert all(n % round_to == 0 or n == m.num_features for n, m in zip(left, norms)), left
     assert torch.equal(norms[0].weight != 0, norms[-1].weight != 0)
-    zeros, most = sum(m.num_features for m in norms) - sum(left), round(share * target.total)
-    # The lowest block that no longer fits ends the list; the largest are both layers' at once.
-    assert most - 2 * round_to < zeros <= most or min(left) <= round_to
+    zeros, most = sum(m.num_features for m in norms) - sum(left), round(min(share, target.most) * target.total)
+    # The lowest block that no longer fits ends the list; the largest are two layers' at once.
+    assert most - 2 * round_to < zeros <= most
+
+
+def test_blocks_resume_exactly():
+    norms, half = ([nn.BatchNorm2d(n) for n in (64, 40)] for _ in range(2))
+    block_run(norms, TargetSparsity(norms, 0.5, round_to=8))
+    block_run(half, before := TargetSparsity(half, 0.5, round_to=8), last=250)
+    again = TargetSparsity(half, 0.5, round_to=8)
+    again.load_state_dict(before.state_dict())
+    assert before.settled and again.settled
+    block_run(half, again, first=250)
+    assert all(torch.equal(a.weight, b.weight) for a, b in zip(norms, half))
+
+
+def test_nothing_goes_after_the_last_moment():
+    """37 channels may go: a block of 32, and the next of 32 ends the list. A block of 4 that later ranks before it comes too late to heal."""
+    norms = [norm((1.0,) * 36), norm((1.0,) * 64), norm((1.0,) * 64)]
+    target = TargetSparsity(norms, 37 / 164, round_to=32)
+    scores = [torch.arange(n) + 0.0 for n in (36, 64, 64)]
+    target.score = torch.cat((scores[0] + 200, scores[1], scores[2] + 100))
+    target.shrink(0.81)
+    alive = [int((m.weight != 0).sum()) for m in norms]
+    assert alive == [36, 32, 64]
+    target.score = torch.cat((scores[0], scores[1], scores[2] + 100))
+    target.shrink(0.9)
+    assert [int((m.weight != 0).sum()) for m in norms] == alive and float(norms[0].weight.detach().min()) == 1.0
+
+
+@pytest.mark.parametrize("score", [torch.ones(40), torch.cat((torch.zeros(36), torch.ones(4)))], ids=["all equal", "nearly all 0"])
+def test_ties_leave_multiples(score):
+    m = norm((0.01,) * 40)
+    target = TargetSparsity([m], 0.9, round_to=16)
+    target.score = score
+    target.shrink(1.0)
+    assert int((m.weight != 0).sum()) == 16 == round((1 - target.most) * 40)
+
+
+def test_channels_of_a_layer_that_are_tied_to_others_or_among_themselves():
+    """c is a sum with the concatenation of a and b; d is read by a grouped convolution, four of its channels are one."""
+    norms = [norm((0.01,) * n) for n in (24, 24, 48, 128)]
+    groups = [np.arange(24), np.arange(24, 48), np.arange(48), np.tile(np.arange(100, 132), 4)]
+    target = TargetSparsity(norms, 0.7, groups=groups, round_to=16)
+    target.score = torch.arange(80.0)
+    target.shrink(1.0)
+    a, b, c, d = (int((m.weight != 0).sum()) for m in norms)
+    assert (a, b, c) == (16, 16, 32) and d % 16 == 0 and 16 <= d < 128
+    many = [nn.BatchNorm2d(24) for _ in range(20)]
+    sum_of_all = [np.arange(24) + 24 * i for i in range(20)] + [np.arange(480)]
+    assert TargetSparsity([*many, nn.BatchNorm2d(480)], 0.5, groups=sum_of_all).most == pytest.approx(1 - 4 / 24)  # each of the 20 keeps 4
+
+
+@pytest.mark.parametrize("width, share, expected", [(0.25, 0.5, 16), (0.25, 0.75, 8), (0.125, 0.6, 8), (0.0625, 0.5, 8)])
+def test_blocks_are_as_large_as_leaves_a_choice(width, share, expected):
+    hook, model = SparsityHook(), Model({**read_yaml("yolov5n.yaml"), "width_multiple": width}, nc=3)
+    hook.graph, hook.norms = trace(model), {}
+    hook.run = SimpleNamespace(opt=Namespace(target_sparsity=share, round_to=None, per_flop=False))
+    names, modules = hook.graph.prunable_norms(), dict(model.named_modules())
+    target = hook.aim([modules[n] for n in names], names)
+    assert hook.run.opt.round_to == expected and share <= 0.9 * target.most
 
 
 def test_a_block_of_one_kind_goes_in_the_order_of_its_channels():

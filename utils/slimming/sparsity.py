@@ -6,7 +6,9 @@ unscaling and clipping. TargetSparsity takes a share of channels instead of a st
 """
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -57,17 +59,21 @@ def travel(rates: Iterable[float], coefficients: Iterable[float], momentum: floa
 class TargetSparsity:
     """Takes `share` (0..1) of the channels of the given BatchNorms to exactly 0, the least important ones, in good time.
 
+    (To be precise, as many as fill up blocks: less than `share` by less than a block, see `round_to`.)
+
     A channel's importance is the running mean of (gamma * dL/dgamma + beta * dL/dbeta)^2, the first-order estimate of
     what the loss would lose with it (Molchanov et al. 2019, arXiv 1906.10771, eq. 8). In every step the channels that
     rank lowest at the moment have gamma and beta multiplied by SHRINK; one that ranks higher again recovers by training,
     one whose |gamma| falls below DEAD is 0 for good. How many rank "lowest" grows with the run: fast first, when
-    there is most to choose from, and all between BEGIN and END of it; the rest of the run heals.
+    there is most to choose from, and all between BEGIN and END of it; the rest of the run heals. At LAST, what should be 0 is made so and
+    nothing goes any more.
 
     Every layer keeps its best max(LEAST, FLOOR of it), so none can vanish. `groups` (one int array of channels a BatchNorm)
     number the channels: those with the same number, such as what shortcuts add up, are one channel and go at once, ranked by
     the sum of their importances. `costs` (floats of the same shapes, such as CostModel.freed gives) make it rank by
     importance per cost: the same share then frees more of it. `round_to`: channels of a layer go in blocks of so many, those that
-    rank next to each other, by the block's mean; what is left of the layer is a multiple, which is what fast kernels compute anyway.
+    rank next to each other, by the block's mean; what is left of the layer is a multiple, which is what fast kernels compute anyway. (Not
+    so in a layer whose channels are tied to different layers, as a concatenation and a sum may do: each part of it is a multiple.)
     `copies` are BatchNorms of the same shape that follow these, such as a moving average's: where these are 0, they are made 0.
 
     All processes must rank alike, so no sum here depends on an order that a GPU may choose (atomics): tables, not scatters.
@@ -75,7 +81,7 @@ class TargetSparsity:
 
     SHRINK, DEAD = 0.85, 0.02
     BEGIN, END = 0.08, 0.6    # of the run
-    LAST = 0.8                # of the run: what should be 0 by then is made so, however short the run
+    LAST = 0.8                # of the run
     MEMORY = 0.98             # of the running mean, per step
     FLOOR, LEAST = 0.1, 4
 
@@ -101,24 +107,13 @@ class TargetSparsity:
         self.parts = torch.as_tensor(_members(index), device=device)  # (groups, most): their channels
         costly = np.ones(self.total) if costs is None else np.concatenate([costs[i] for i in kept])
         self.cost = torch.as_tensor(costly[first], dtype=torch.float32).to(device)
-        # Groups form blocks with those that have channels in the same layers.
-        inside = np.zeros((len(counts), len(self.sizes)), int)
+        inside = np.zeros((len(counts), len(self.sizes)), int)  # (groups, layers) channels
         np.add.at(inside, (index, layers), 1)
-        kind = np.unique(inside, axis=0, return_inverse=True)[1].reshape(-1)
-        self.kind = torch.as_tensor(kind, device=device) if round_to > 1 else None
-        self.slots = torch.as_tensor(_members(_blocks(kind, round_to)), device=device)  # (blocks, round_to): places in a ranking by kind
-        self.most = self._most(inside, kind, floors, round_to)
+        self.blocks = _Blocks(inside, round_to, device)
+        self.most = 1 - self.blocks.stay(floors) / max(self.total, 1)  # the share of the channels that can go
+        self.settled = False  # it is past LAST
         self.score = torch.zeros(len(counts), device=device)  # this and all below: one a group
         self.dead = torch.zeros(len(counts), dtype=torch.bool, device=device)
-
-    def _most(self, inside: np.ndarray, kind: np.ndarray, floors: np.ndarray, round_to: int) -> float:
-        """The share (0..1) of the channels that can go at all: what layers keep and blocks that do not fill up stay."""
-        stay = 0
-        for number in np.unique(kind):
-            groups = inside[kind == number]  # alike: (groups, layers) channels
-            floor = max(-(-floors[i] // groups[0, i]) for i in np.flatnonzero(groups[0]))
-            stay += min(len(groups), -(-floor // round_to) * round_to) * groups[0].sum()
-        return 1 - stay / max(self.total, 1)
 
     def wanted(self, progress: float) -> int:
         """Channels that should be on their way to 0, or there, at this point (0..1) of the run."""
@@ -139,18 +134,20 @@ class TargetSparsity:
         """Shrink what ranks lowest now. Call it after the optimizer's step."""
         if not (wanted := self.wanted(progress)):
             return
-        blocks = self._ranked_blocks()
-        dead, protected = (_pad(x, False)[blocks].any(1) for x in (self.dead, self._protected()))
+        ranking = self.score.masked_fill(self.dead, -1.0).argsort(stable=True)  # groups, those at 0 first, then by importance
+        blocks = self.blocks.of(ranking)
+        dead, protected = (_pad(x, False)[blocks].any(1) for x in (self.dead, self._protected(ranking)))
         mean = _pad(self.score, 0)[blocks].sum(1) / (blocks < len(self.score)).sum(1)
         channels = _pad(self.channels, 0)[blocks].sum(1)
         # The first to go: those at 0, then by importance, and never the protected.
         order = mean.masked_fill(dead, -1.0).masked_fill(protected, float("inf")).argsort(stable=True)
         chosen = torch.zeros_like(dead)
         chosen[order] = channels[order].cumsum(0) <= wanted
-        chosen &= ~protected
+        chosen &= dead if self.settled else ~protected
         # A block dies as a whole, or what is left of a layer would not be a multiple.
         largest = _pad(_pad(torch.cat(self.gammas).abs().to(self.score.dtype), 0)[self.parts].amax(1), 0)[blocks].amax(1)
-        self.dead |= self._of_groups(chosen if progress >= self.LAST else chosen & (largest < self.DEAD), blocks)
+        self.settled |= progress >= self.LAST
+        self.dead |= self._of_groups(chosen if self.settled else chosen & (largest < self.DEAD), blocks)
         shrinking = self._of_groups(chosen, blocks).to(self.score.dtype)
         alive = (~self.dead).to(self.score.dtype)[self.group]
         factors = list(((1 - (1 - self.SHRINK) * shrinking)[self.group] * alive).split(self.sizes))
@@ -159,36 +156,66 @@ class TargetSparsity:
         if self.copies:
             torch._foreach_mul_(self.copies, [part for part in alive.split(self.sizes) for _ in range(2)])
 
-    def _ranked_blocks(self) -> Tensor:
-        """(blocks, round_to) group numbers: within each kind from the lowest block to the best; the number of groups where a block has fewer."""
-        if self.kind is None:
-            return self.slots
-        order = self.score.masked_fill(self.dead, -1.0).argsort(stable=True)
-        return _pad(order[self.kind[order].argsort(stable=True)], len(order))[self.slots]
-
     def _of_groups(self, flags: Tensor, blocks: Tensor) -> Tensor:
         """Flags of blocks -> flags of their groups."""
         found = _pad(torch.zeros_like(self.dead), False)
         found[blocks] = flags[:, None].expand_as(blocks)
         return found[:-1]
 
-    def _protected(self) -> Tensor:
+    def _protected(self, ranking: Tensor) -> Tensor:
         """bool (groups,): among the best of a layer, which must stay."""
-        score = self.score.masked_fill(self.dead, -1.0)[self.group]
-        order = score.argsort(descending=True, stable=True)
-        order = order[self.layer[order].argsort(stable=True)]  # by layer, and within a layer from best to worst
+        place = torch.empty_like(ranking)
+        place[ranking] = torch.arange(len(ranking), device=ranking.device)
+        order = place[self.group].argsort(descending=True, stable=True)
+        order = order[self.layer[order].argsort(stable=True)]  # channels by layer, and within a layer from best to worst
         protected = torch.zeros_like(self.dead)
         protected[self.group[order[torch.arange(self.total, device=order.device) - self.start < self.floor]]] = True
         return protected
 
-    def state_dict(self) -> dict[str, Tensor]:
+    def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs."""
-        return {"score": self.score, "dead": self.dead}
+        return {"score": self.score, "dead": self.dead, "settled": self.settled}
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take state_dict()'s tensors back."""
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take state_dict()'s values back."""
+        self.settled = state.get("settled", False)
         self.score.copy_(state["score"])
         self.dead.copy_(state["dead"])
+
+
+class _Blocks:
+    """Groups of channels, dealt into blocks in the order of any ranking.
+
+    `inside`, (groups, layers), counts a group's channels in each layer. Groups that are alike in that, a kind, form blocks: as many as make a
+    multiple of `round_to` channels in every layer; the lowest block of a kind takes what does not divide.
+    """
+
+    def __init__(self, inside: np.ndarray, round_to: int, device: torch.device | None):
+        self.inside, kind = np.unique(inside, axis=0, return_inverse=True)  # of a group of each kind
+        kind = kind.reshape(-1)
+        self.counts = np.bincount(kind)
+        self.sizes = [max(round_to // math.gcd(round_to, int(c)) for c in row[row > 0]) for row in self.inside]  # groups a block
+        numbers, blocks = [np.zeros(0, int)], 0
+        for size, count in zip(self.sizes, self.counts):
+            numbers.append(blocks + (np.arange(count) + -count % size) // size)
+            blocks += -(-count // size)
+        self.kind = torch.as_tensor(kind, device=device) if max(self.sizes, default=1) > 1 else None
+        self.table = torch.as_tensor(_members(np.concatenate(numbers)), device=device)  # (blocks, most groups): places in a ranking by kind
+
+    def of(self, ranking: Tensor) -> Tensor:
+        """(blocks, most groups) numbers of groups, from the lowest block of a kind to its best; filled up with the number of groups."""
+        if self.kind is None:
+            return self.table
+        return _pad(ranking[self.kind[ranking].argsort(stable=True)], len(ranking))[self.table]
+
+    def stay(self, floors: np.ndarray) -> int:
+        """Channels that stay in any case, since every layer keeps `floors`, (layers,), of its own: at least so many."""
+        alone = (self.inside > 0).sum(0) == 1  # layers of one kind; where there are several, any of them may stay
+        channels = 0
+        for row, size, count in zip(self.inside, self.sizes, self.counts):
+            floor = max((-(-int(floors[i]) // int(row[i])) for i in np.flatnonzero((row > 0) & alone)), default=0)
+            channels += min(int(count), -(-floor // size) * size) * int(row.sum())
+        return channels
 
 
 def _members(labels: np.ndarray) -> np.ndarray:
@@ -197,15 +224,6 @@ def _members(labels: np.ndarray) -> np.ndarray:
     table = np.full((len(counts), counts.max(initial=1)), len(labels))
     table[labels[order], np.arange(len(labels)) - np.repeat(counts.cumsum() - counts, counts)] = order
     return table
-
-
-def _blocks(kinds: np.ndarray, size: int) -> np.ndarray:
-    """Number of the block of each place in an order by kind: `size` to a block, and the first of a kind takes what does not divide."""
-    counts = np.bincount(kinds)
-    counts = counts[counts > 0]
-    per_kind = -(-counts // size)
-    place = np.concatenate([(np.arange(n) + -n % size) // size for n in counts]) if len(counts) else np.zeros(0, int)
-    return place + np.repeat(per_kind.cumsum() - per_kind, counts)
 
 
 def _pad(values: Tensor, value: float) -> Tensor:
