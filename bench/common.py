@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import json
 import shlex
 import subprocess
@@ -63,6 +64,19 @@ def last_epoch(path: Path) -> dict[str, str]:
         return list(csv.DictReader(file))[-1]
 
 
+def is_done(product: Path, command: str) -> bool:
+    """Whether a command need not be run again: what it makes is there, and a results.csv has all of its --epochs."""
+    if product.suffix != ".csv" or not product.exists():
+        return product.exists()
+    return last_epoch(product)["epoch"] == str(int(command.split("--epochs ")[1].split()[0]) - 1)
+
+
+def need_onnxruntime() -> None:
+    """Say at the start what would be missing at the end."""
+    if not all(importlib.util.find_spec(name) for name in ("onnx", "onnxruntime")):
+        raise UserError("onnxruntime is missing; pip install -r requirements-export.txt")
+
+
 def map_on_val(weights: Path, data: Path, imgsz: int = 320) -> float:
     """mAP50-95 of a checkpoint on the val images; kept beside the file, as long as that does not change."""
     kept = weights.with_suffix(".map.json")
@@ -81,7 +95,7 @@ def speeds(models: list[Model], imgsz: int) -> tuple[list[float], list[float]]:
     ready = [on_device(fused(model), "cpu") for model in models]
     onnx_ms = onnx_latency(ready, imgsz, runs=50)
     if onnx_ms is None:
-        raise UserError("onnxruntime is missing; pip install -r requirements-export.txt")
+        raise UserError("onnxruntime can't run one of the models; the note above says why")
     return latency(list(ready), imgsz, runs=50), onnx_ms
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import ROOT, last_epoch, map_on_val, run, speeds, write_csv
+from common import ROOT, is_done, last_epoch, map_on_val, need_onnxruntime, run, speeds, write_csv
 from sparsity import RUNS
 
 from models import checkpoint
@@ -43,7 +43,7 @@ def commands(weights: Path) -> dict[str, str]:
         flags = f"--percent {percent:g} {LEVERS[lever]} {FLAGS} --noval --exist-ok --name {name(lever, percent)}"
         made[f"runs/prune/{name(lever, percent)}/pruned_model.pt"] = f"prune.py --weights runs/train/{SPARSE}/weights/last.pt {flags}"
     for lever, percent in TUNED:
-        made[f"runs/train/{name(lever, percent)}/weights/best.pt"] = (
+        made[f"runs/train/{name(lever, percent)}/results.csv"] = (
             f"finetune_pruned.py --weights runs/prune/{name(lever, percent)}/pruned_model.pt --epochs 20 {train} --name {name(lever, percent)}")
     return made
 
@@ -74,12 +74,13 @@ def main() -> None:
     parser.add_argument("--folder", default=str(ROOT / "runs" / "sparsity"), help="where the runs are: that of bench/sparsity.py")
     parser.add_argument("--cuts-only", action="store_true", help="do not start fine-tunings; those that are done are shown all the same")
     opt = parser.parse_args()
+    need_onnxruntime()
     folder = Path(opt.folder).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "bccd" / "data.yaml").exists():
         run(f"data/scripts/voc_to_yolo.py --voc '{Path(opt.voc).resolve()}' --out bccd", folder)
     for product, command in commands(Path(opt.weights).resolve()).items():
-        if not (folder / product).exists() and not (opt.cuts_only and command.startswith("finetune")):
+        if not is_done(folder / product, command) and not (opt.cuts_only and command.startswith("finetune")):
             run(command, folder)
     found = rows(folder)
     write_csv(ROOT / "bench" / "results" / "pruning.csv", found)

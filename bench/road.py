@@ -1,6 +1,6 @@
 """The whole road, against its alternatives: the slim shape from scratch, a narrower stock model of the same FLOPs, the L1 rule; BCCD and coco128.
 
-    python bench/road.py --voc BCCD_Dataset/BCCD --coco128 coco128 --weights yolov5n.pt    # an hour and a half on two cores, after bench/bccd.py
+    python bench/road.py --voc BCCD_Dataset/BCCD --coco128 coco128 --weights yolov5n.pt    # two hours on two cores, after bench/bccd.py
 
 What is trained from scratch gets as many epochs as the road had after its dense stage. A run that is done is not run again. Writes
 bench/results/road.csv and img/road.png: mAP50-95 on val against FLOPs.
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import yaml
-from common import ROOT, last_epoch, map_on_val, run, speeds, write_csv
+from common import ROOT, is_done, map_on_val, need_onnxruntime, run, speeds, write_csv
 from torch import nn
 
 from models import checkpoint
@@ -131,15 +131,14 @@ def main() -> None:
     parser.add_argument("--weights", required=True, help="the official yolov5n.pt")
     parser.add_argument("--folder", default=str(ROOT / "runs" / "bccd"), help="where the runs are: that of bench/bccd.py")
     opt = parser.parse_args()
+    need_onnxruntime()
     folder, weights = Path(opt.folder).resolve(), Path(opt.weights).resolve()
     if not all((folder / STAGES["fine-tuned"].format(name)).is_file() for name in ("l1", "target", "blocks")):
         run(f"bench/bccd.py --voc '{Path(opt.voc).resolve()}' --weights '{weights}' --folder '{folder}'", ROOT)
     prepare(folder, Path(opt.coco128).resolve())
     for product, command in commands(weights).items():
-        done = folder / product
-        if done.exists() and (done.suffix != ".csv" or last_epoch(done)["epoch"] == str(int(command.split("--epochs ")[1].split()[0]) - 1)):
-            continue
-        run(command, folder)
+        if not is_done(folder / product, command):
+            run(command, folder)
     found = rows(folder)
     write_csv(ROOT / "bench" / "results" / "road.csv", found)
     picture(found, ROOT / "img" / "road.png")

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import ROOT, last_epoch, run, speeds, write_csv
+from common import ROOT, is_done, last_epoch, need_onnxruntime, run, speeds, write_csv
 
 from models import checkpoint
 from models.yolo import Model, fused
@@ -41,15 +41,14 @@ RUNS |= {f"{name}-sr{sr:g}-seed0": f"--sr {sr} {flags} --seed 0" for name, flags
 TUNED = [f"share{share}-seed{seed}" for share in ("0.5", "0.55-round16") for seed in range(3)] + ["share0.65-seed0", "share0.6-round16-seed0"]
 
 
-def commands(weights: Path, epochs: int) -> dict[str, str]:
-    """What a command makes -> the command, in order: all runs, then the fine-tunings."""
+def commands(name: str, weights: Path, epochs: int) -> dict[str, str]:
+    """What a command makes -> the command, in order: a run, and its cut and fine-tuning if it is one of TUNED."""
     train = f"--data bccd/data.yaml --imgsz 320 --epochs {epochs} --batch-size 16 --nbs 16 --cache ram --workers 2 --noplots --exist-ok"
-    made = {f"runs/train/{name}/gammas.npy": f"train_sparsity.py {flags} --weights '{weights}' {train} --name {name}" for name, flags in RUNS.items()}
-    for name in TUNED:
+    made = {f"runs/train/{name}/gammas.npy": f"train_sparsity.py {RUNS[name]} --weights '{weights}' {train} --name {name}"}
+    if name in TUNED:
         share = RUNS[name].split()[1]
         made[f"runs/prune/{name}/pruned_model.pt"] = f"prune.py --weights runs/train/{name}/weights/last.pt --percent {share} --noval --exist-ok --name {name}"
-        made[f"runs/train/{name}-tuned/weights/best.pt"] = (
-            f"finetune_pruned.py --weights runs/prune/{name}/pruned_model.pt --adam {train} --name {name}-tuned")
+        made[f"runs/train/{name}-tuned/results.csv"] = f"finetune_pruned.py --weights runs/prune/{name}/pruned_model.pt --adam {train} --name {name}-tuned"
     return made
 
 
@@ -76,10 +75,9 @@ def add_speeds(rows: list[dict[str, Any]], train: Path) -> None:
     first = [r for r in rows if r["run"].startswith("share") and r["seed"] == "0"]
     models = []
     for r in first:
-        saved = checkpoint.read(train / f"{r['run']}-seed0" / "weights" / "last.pt")
-        model = checkpoint.build(saved)
+        model = checkpoint.load(train / f"{r['run']}-seed0" / "weights" / "last.pt")
         models.append(slim(model, select(trace(model), model, r["zero"])) if r["zero"] else model)
-    ms = speeds(models, saved["imgsz"])  # type: ignore[arg-type]
+    ms = speeds(models, 320)  # type: ignore[arg-type]
     for r in rows:
         r |= {"torch": "", "onnxruntime": ""}
     for r, torch_ms, onnx_ms in zip(first, *ms):
@@ -126,17 +124,21 @@ def main() -> None:
     parser.add_argument("--weights", required=True, help="the official yolov5n.pt")
     parser.add_argument("--folder", default=str(ROOT / "runs" / "sparsity"), help="where the runs are")
     parser.add_argument("--epochs", type=int, default=40, help="epochs a run")
-    parser.add_argument("--only", type=int, nargs="+", help="numbers of the commands to run now, to share the work among processes")
+    parser.add_argument("--only", type=int, nargs="+", help="numbers of the runs to do now, to share the work among processes; without it the table is written")
     opt = parser.parse_args()
+    need_onnxruntime()
     folder = Path(opt.folder).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "bccd" / "data.yaml").exists():
         run(f"data/scripts/voc_to_yolo.py --voc '{Path(opt.voc).resolve()}' --out bccd", folder)
-    for number, (product, command) in enumerate(commands(Path(opt.weights).resolve(), opt.epochs).items()):
-        if not (folder / product).exists() and not (opt.only and number not in opt.only):
-            run(command, folder)
+    for number, name in enumerate(RUNS):
+        for product, command in commands(name, Path(opt.weights).resolve(), opt.epochs).items():
+            if not is_done(folder / product, command) and not (opt.only and number not in opt.only):
+                run(command, folder)
+    if opt.only:
+        return
     train = folder / "runs" / "train"
-    rows = [row(train / name, name, folder / "bccd" / "data.yaml") for name in RUNS if (train / name / "gammas.npy").exists()]
+    rows = [row(train / name, name, folder / "bccd" / "data.yaml") for name in RUNS]
     add_speeds(rows, train)
     write_csv(ROOT / "bench" / "results" / "sparsity.csv", rows)
     picture([r for r in rows if r["run"].startswith("share")], ROOT / "img" / "sparsity.png")
