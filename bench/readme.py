@@ -55,6 +55,21 @@ def sparsity() -> str:
                   "faster, onnxruntime"), lines)
 
 
+def summary() -> str:
+    """bench/sparsity.py's headline, in a sentence."""
+    rows = read("sparsity")
+    dense, slim = ([r for r in rows if r["run"] == run] for run in ("share0", "share0.55-round16"))
+
+    def spread(values: Sequence[str]) -> str:
+        numbers = np.array([float(v) for v in values])
+        return f"{numbers.mean():.3f} ({numbers.min():.3f} to {numbers.max():.3f})"
+
+    return (f"BCCD, yolov5n at 320 px, mAP50-95 of {len(dense)} runs each: dense {spread([r['map'] for r in dense])}; with `--target-sparsity 0.55`, cut and "
+            f"fine-tuned,\n{spread([r['tuned'] for r in slim])} with {np.mean([float(r['flops']) for r in slim]):.0%} of the FLOPs and "
+            f"{np.mean([float(r['parameters']) for r in slim]):.0%} of the parameters,\n{float(slim[0]['onnxruntime']):.2f} times faster in onnxruntime and "
+            f"{float(slim[0]['torch']):.2f} times in PyTorch, on two CPU cores, one image at a time.")
+
+
 def l1() -> str:
     """bench/sparsity.py's rows of the L1 rule."""
     rows = [r for r in read("sparsity") if "-sr" in r["run"]]
@@ -86,7 +101,8 @@ def engine() -> str:
 def tables() -> dict[str, str]:
     """Name of a mark -> its table."""
     bccd = read("bccd")
-    found = {"demo": markdown([{**r, "name": r["stage"]} for r in read("demo")]), "sparsity": sparsity(), "l1": l1(), "pruning": pruning(),
+    found = {"demo": markdown([{**r, "name": r["stage"]} for r in read("demo")]), "sparsity": sparsity(), "summary": summary(), "l1": l1(),
+             "pruning": pruning(),
              "road": road(), "engine": engine()}
     for split in ("val", "test"):
         found[f"bccd {split}"] = markdown([{**r, "name": NAMES[stage].format(sr=r["sr"])} for stage in NAMES for r in bccd
