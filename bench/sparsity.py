@@ -1,6 +1,6 @@
 """What becoming sparse costs on BCCD, before any fine-tuning: the L1 rule at many strengths, --target-sparsity at many shares.
 
-    python bench/sparsity.py --voc BCCD_Dataset/BCCD --weights yolov5n.pt                      # three hours on two cores
+    python bench/sparsity.py --voc BCCD_Dataset/BCCD --weights yolov5n.pt                      # two hours on two cores, half of --only each
 
 A run that is done is not run again; --only shares the work among processes. Writes bench/results/sparsity.csv (one row a run: validation
 images, last epoch, the same model right after cutting 50% and 65%, and some without their zeros after fine-tuning) and img/sparsity.png.
@@ -104,7 +104,7 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
     figure = new_figure(7, 4)
     ax = figure.add_subplot()
     dress(ax, "BCCD, yolov5n, 40 epochs: what zeros cost", "FLOPs left, % of dense", "mAP50-95 on val, before fine-tuning")
-    for round_to, colour, label in ((1, BLUE, "channel by channel"), (16, ORANGE, "blocks of 16 (--round-to 16)")):
+    for round_to, colour, label in ((1, BLUE, "channel by channel (--round-to 1)"), (16, ORANGE, "in blocks of 16 (default)")):
         own = [r for r in rows if r["round_to"] == round_to or not r["share"]]
         means = [(share, *(np.mean([[100 * r["flops"], r["map"]] for r in own if r["share"] == share], axis=0))) for share in sorted({r["share"] for r in own})]
         ax.plot([x for _, x, _ in means], [y for _, _, y in means], color=colour, label=label)
