@@ -26,7 +26,7 @@ LEVERS = {"default": "", "joint": "--shortcuts joint", "per-flop": "--per-flop",
 CUTS = [(lever, percent) for percent in (0.3, 0.5, 0.65, 0.8) for lever in LEVERS]
 # Those that are fine-tuned: at 30% and 50% only zeros go, so that most levers make the same model.
 TUNED = [("default", 0.5), ("joint", 0.5), ("round-8", 0.5), ("default", 0.65), ("joint", 0.65), ("per-flop", 0.65), ("round-8", 0.65), ("round-16", 0.65),
-         ("default", 0.8)]
+         ("absorb", 0.65), ("recalibrate", 0.65), ("default", 0.8), ("per-flop", 0.8)]
 FLAGS = "--data bccd/data.yaml --imgsz 320 --batch-size 16"
 
 
