@@ -398,6 +398,7 @@ def test_output_may_not_overlap_with_the_input(folder: Path, tmp_path: Path) -> 
     assert contents(folder) == before
 
 
+@pytest.mark.slow
 def test_command_line(folder: Path, tmp_path: Path, script: Callable) -> None:
     add(folder, "a")
     add(folder, "b")
