@@ -60,6 +60,11 @@ class Cut:
     achieved: float     # share of the prunable channels that was cut
     proof: float        # largest relative difference of masked and slim
 
+    @property
+    def notes(self) -> list[str]:
+        """What whoever cut this should know of the graph and of the slim model."""
+        return [*self.graph.notes, *uneven(self.slim)]
+
 
 def rank(model: Model, opt: Namespace) -> Selection:
     """The model's channels, ranked as the flags say."""
@@ -152,7 +157,7 @@ def describe(result: Cut, opt: Namespace) -> None:
     print(f"requested {requested}, achieved {result.achieved:.1%}, threshold |gamma| {result.threshold:.4g}")
     if zero := float((result.gammas == 0).float().mean()):
         print(f"{zero:.1%} of the prunable gammas are exactly 0: a --percent up to {zero:.3f} cuts nothing that the model uses")
-    for note in (*result.graph.notes, *uneven(result.slim)):
+    for note in result.notes:
         print(f"note: {note}")
 
 
@@ -364,7 +369,7 @@ def main(argv: list[str] | None = None) -> Path:
     opt = resolve(opt, source)
     trained = source.get("opt") or {}
     opt.shortcuts = opt.shortcuts or trained.get("shortcuts", "skip")
-    opt.round_to = opt.round_to or trained.get("round_to", 1)
+    opt.round_to = opt.round_to or trained.get("round_to") or 1
     device = select_device(opt.device)
     ranked = rank(model, opt)
     if opt.sweep or opt.sensitivity:
@@ -387,8 +392,7 @@ def main(argv: list[str] | None = None) -> Path:
     report = {"command": command_line(), "weights": str(opt.weights), "data": opt.data, "imgsz": opt.imgsz,
               "requested": dict([opt.target]) if opt.target else opt.percent, "achieved": result.achieved, "threshold": result.threshold,
               "limit": {"gamma": result.limit.gamma, "percent": result.limit.percent}, "proof": result.proof, "stages": stages,
-              "cost": costs, "threads": torch.get_num_threads(), "device": str(device), "lineage": lineage, "layers": layers,
-              "notes": [*result.graph.notes, *uneven(result.slim)]}
+              "cost": costs, "threads": torch.get_num_threads(), "device": str(device), "lineage": lineage, "layers": layers, "notes": result.notes}
     write_json(folder / "report.json", report)
     print(f"Slim model: {folder / OUTPUT} (and {OUTPUT}); report and pictures in {folder}")
     return folder

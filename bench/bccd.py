@@ -1,7 +1,7 @@
 """The whole road on BCCD, a set of 364 photographs of blood smears: dense, sparse, half of the channels cut, fine-tuned.
 
     git clone https://github.com/Shenggan/BCCD_Dataset
-    python bench/bccd.py --voc BCCD_Dataset/BCCD --weights yolov5n.pt      # about half an hour on two cores
+    python bench/bccd.py --voc BCCD_Dataset/BCCD --weights yolov5n.pt      # about 50 minutes on two cores
 
 Three ways of becoming sparse are compared: the L1 rule, with the --sr that did best on val, and --target-sparsity, channel by channel and in
 blocks of 16 (its default). A stage that is done is not run again. Writes bench/results/bccd.csv and the pictures in img/ that README.md shows.

@@ -102,8 +102,7 @@ def tables() -> dict[str, str]:
     """Name of a mark -> its table."""
     bccd = read("bccd")
     found = {"demo": markdown([{**r, "name": r["stage"]} for r in read("demo")]), "sparsity": sparsity(), "summary": summary(), "l1": l1(),
-             "pruning": pruning(),
-             "road": road(), "engine": engine()}
+             "pruning": pruning(), "road": road(), "engine": engine()}
     for split in ("val", "test"):
         found[f"bccd {split}"] = markdown([{**r, "name": NAMES[stage].format(sr=r["sr"])} for stage in NAMES for r in bccd
                                              if (r["split"], r["stage"]) == (split, stage)])
