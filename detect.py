@@ -1,4 +1,4 @@
-"""Find objects in images, folders, films, streams and cameras, with any checkpoint: dense, slim, official, or .onnx.
+"""Find objects in images, folders, videos, streams and cameras, with any checkpoint: dense, slim, official, or .onnx.
 
     python detect.py --weights pruned_model.pt --source photos/
     python detect.py --weights runs/train/exp/weights/best.pt --source 0 --view-img
@@ -16,86 +16,77 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from models import backend
-from utils.augmentations import to_tensor_layout
-from utils.boxes import letterbox, nms, scale_boxes, xyxy2xywh
-from utils.distributed import select_device
+from models import formats
+from utils.boxes import label_rows, letterbox, nms, scale_boxes
+from utils.data.augmentations import to_tensor_layout
+from utils.data.sources import Frame, frames
 from utils.errors import UserError, run_cli
-from utils.files import new_run_folder
-from utils.options import HelpfulParser
-from utils.plots import draw_boxes
-from utils.sources import Frame, frames
+from utils.files import new_run_folder, write_text
+from utils.options import HelpfulParser, add_detection_flags, add_imgsz_flag, add_run_flags, at_least
+from utils.plots.detections import draw_boxes
+from utils.training.distributed import select_device
 
 
 def parse(argv: list[str] | None = None) -> Namespace:
     """Command line -> options."""
     parser = HelpfulParser(__doc__)
     add = parser.add_argument
-    add("--weights", required=True, help="checkpoint (.pt: dense, slim, official) or .onnx")
-    add("--source", required=True, help="image, film, folder, pattern, .txt list, stream address, .streams file, or a camera's number")
-    add("--imgsz", "--img", "--img-size", type=int, help="longest side in pixels (the checkpoint's, or 640)")
-    add("--conf-thres", type=float, default=0.25, help="least confidence of a detection")
-    add("--iou-thres", type=float, default=0.45, help="IoU above which NMS takes two boxes for one")
-    add("--max-det", type=int, default=1000, help="most detections an image")
+    add("--weights", required=True, help="checkpoint (.pt: dense, slim, official), or a file that export.py wrote")
+    add("--source", required=True, help="image, video, folder, pattern, .txt list, stream address, .streams file, "
+                                        "or a camera's number")
+    add_imgsz_flag(parser, "longest side in pixels (the checkpoint's, or 640)")
+    add_detection_flags(parser, conf=0.25, iou=0.45, max_det=1000)
     add("--classes", nargs="+", type=int, help="class numbers to keep (all)")
     add("--agnostic-nms", action="store_true", help="NMS over all classes together")
-    add("--device", default="", help="cpu, or the number of a GPU (the first GPU if there is one)")
-    add("--half", action="store_true", help="fp16 inference (GPU)")
-    add("--augment", action="store_true", help="test-time augmentation: three sizes, one of them mirrored")
     add("--view-img", action="store_true", help="show the pictures in a window (needs opencv-python, not -headless)")
     add("--save-txt", action="store_true", help="write labels/*.txt: class x y w h")
     add("--save-conf", action="store_true", help="with --save-txt: a sixth column, the confidence")
     add("--save-crop", action="store_true", help="write every object as a picture, crops/<class>/*.jpg")
-    add("--nosave", action="store_true", help="write no pictures and films")
-    add("--vid-stride", type=int, default=1, help="look at every so many frames of a film")
+    add("--nosave", action="store_true", help="write no pictures and videos")
+    add("--vid-stride", type=at_least(1), default=1, help="look at every so many frames of a video")
     add("--hide-labels", action="store_true", help="draw boxes without captions")
     add("--hide-conf", action="store_true", help="captions without confidences")
-    add("--project", default="runs/detect", help="folder of the runs")
-    add("--name", default="exp", help="name of this run")
-    add("--exist-ok", action="store_true", help="write into an existing run folder")
+    add_run_flags(parser, "runs/detect")
     return parser.parse_args(argv)
 
 
 class Output:
-    """What detect.py writes: pictures and films with boxes, label files, crops."""
+    """What detect.py writes: pictures and videos with boxes, label files, crops."""
 
     def __init__(self, folder: Path, names: dict[int, str], opt: Namespace):
         self.folder, self.names, self.opt = folder, names, opt
-        self.film: tuple[str, Any] | None = None
+        self.video: tuple[str, Any] | None = None
 
     def add(self, frame: Frame, found: Tensor) -> None:
         """One frame and its (n, 6) detections in its pixels: x1, y1, x2, y2, confidence, class."""
         stem = frame.path.stem if frame.number is None else f"{frame.path.stem}_{frame.number}"
         if self.opt.save_txt:
-            self._write_labels(stem, found, frame.image.shape[:2])
+            rows = label_rows(found, frame.image.shape, self.opt.save_conf)
+            write_text(self.folder / "labels" / f"{stem}.txt", rows)
         if self.opt.save_crop:
             self._write_crops(stem, found, frame.image)
         if self.opt.nosave and not self.opt.view_img:
             return
-        rows = found.tolist()
-        captions = ["" if self.opt.hide_labels else self._name(r[5]) + ("" if self.opt.hide_conf else f" {r[4]:.2f}") for r in rows]
-        drawn = draw_boxes(frame.image.copy(), found[:, :4].numpy(), captions, [int(r[5]) for r in rows])
+        captions = [self._caption(score, cls) for score, cls in found[:, 4:].tolist()]
+        drawn = draw_boxes(frame.image, found[:, :4].numpy(), captions, found[:, 5].int().tolist())
         if not self.opt.nosave:
             self._write_picture(frame, drawn)
         if self.opt.view_img:
             self._show(frame, drawn)
 
     def close(self) -> None:
-        """Finish the film that is open."""
-        if self.film:
-            self.film[1].release()
-            self.film = None
+        """Finish the video that is open."""
+        if self.video:
+            self.video[1].release()
+            self.video = None
 
     def _name(self, cls: float) -> str:
         return self.names.get(int(cls), str(int(cls)))
 
-    def _write_labels(self, stem: str, found: Tensor, shape: tuple[int, ...]) -> None:
-        (self.folder / "labels").mkdir(exist_ok=True)
-        height, width = shape
-        boxes = xyxy2xywh(found[:, :4]) / torch.tensor([width, height, width, height])
-        lines = [" ".join([f"{int(c)}", *(f"{v:.6g}" for v in box), *([f"{p:.6g}"] if self.opt.save_conf else [])])
-                 for box, p, c in zip(boxes.tolist(), found[:, 4].tolist(), found[:, 5].tolist())]
-        (self.folder / "labels" / f"{stem}.txt").write_text("".join(f"{line}\n" for line in lines))
+    def _caption(self, score: float, cls: float) -> str:
+        if self.opt.hide_labels:
+            return ""
+        return self._name(cls) if self.opt.hide_conf else f"{self._name(cls)} {score:.2f}"
 
     def _write_crops(self, stem: str, found: Tensor, image: np.ndarray) -> None:
         for i, (x1, y1, x2, y2, _, c) in enumerate(found.tolist()):
@@ -110,19 +101,19 @@ class Output:
             _write_image(self.folder / frame.path.name, drawn)
             return
         target = str(self.folder / frame.path.with_suffix(".mp4").name)
-        if self.film is None or self.film[0] != target:
+        if self.video is None or self.video[0] != target:
             self.close()
             size = drawn.shape[1], drawn.shape[0]
-            self.film = target, cv2.VideoWriter(target, cv2.VideoWriter.fourcc(*"mp4v"), frame.fps, size)
-        self.film[1].write(drawn)
+            self.video = target, cv2.VideoWriter(target, cv2.VideoWriter.fourcc(*"mp4v"), frame.fps, size)
+        self.video[1].write(drawn)
 
     def _show(self, frame: Frame, drawn: np.ndarray) -> None:
         try:
             cv2.imshow(str(frame.path), drawn)
             cv2.waitKey(1)
         except cv2.error:
-            raise UserError("--view-img: this OpenCV has no windows; pip uninstall opencv-python-headless, pip install opencv-python, "
-                            "or leave --view-img out and look into the run's folder") from None
+            raise UserError("--view-img: this OpenCV has no windows; pip uninstall opencv-python-headless, "
+                            "pip install opencv-python, or look into the run's folder without --view-img") from None
 
 
 def _write_image(path: Path, image: np.ndarray) -> None:
@@ -132,8 +123,12 @@ def _write_image(path: Path, image: np.ndarray) -> None:
     path.with_suffix(suffix).write_bytes(data.tobytes())
 
 
-def prepare(image: np.ndarray, imgsz: int, stride: int, square: bool, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """uint8 (h, w, 3) BGR -> (1, 3, H, W) in 0..1: letterboxed to `imgsz`, the shorter side only as long as it must be."""
+def prepare(image: np.ndarray, imgsz: int, stride: int, square: bool, device: torch.device,
+            dtype: torch.dtype) -> Tensor:
+    """uint8 (h, w, 3) BGR -> (1, 3, H, W) in 0..1: letterboxed to `imgsz`.
+
+    The shorter side is only as long as it must be, unless the image is to be `square`.
+    """
     boxed = letterbox(image, imgsz, auto=not square, stride=stride)[0]
     return torch.from_numpy(to_tensor_layout(boxed)).to(device, dtype)[None] / 255
 
@@ -142,21 +137,19 @@ def prepare(image: np.ndarray, imgsz: int, stride: int, square: bool, device: to
 def main(argv: list[str] | None = None) -> Path:
     """Command line -> the run's folder."""
     opt = parse(argv)
-    device = select_device(opt.device)
-    if opt.half and device.type == "cpu":
-        raise UserError("--half: fp16 needs a GPU; leave it out on a CPU")
-    if opt.vid_stride < 1:
-        raise UserError(f"--vid-stride {opt.vid_stride}: must be at least 1")
-    model, data = backend.load(opt.weights, device, opt.half, opt.augment)
+    device = select_device(opt.device, half=opt.half)
+    model, data = formats.load(opt.weights, device, opt.half, opt.augment)
     stride = int(torch.as_tensor(model.stride).max())
     imgsz = -(-(opt.imgsz or data.get("imgsz") or 640) // stride) * stride
-    square = isinstance(model, backend.OnnxModel) and bool(model.shape[2])
+    square = bool(model.input_shape[2])
     folder = new_run_folder(opt.project, opt.name, opt.exist_ok)
-    output, counts, seconds, shown = Output(folder, model.names, opt), dict.fromkeys(model.names, 0), 0.0, 0
+    output, counts = Output(folder, model.names, opt), dict.fromkeys(model.names, 0)
+    seconds, shown = 0.0, 0
     for frame in tqdm(frames(opt.source, opt.vid_stride), desc="detecting", disable=None, leave=False):
         start = time.perf_counter()
         x = prepare(frame.image, imgsz, stride, square, device, model.dtype)
-        found = nms(model(x)[0].float(), opt.conf_thres, opt.iou_thres, opt.classes, opt.agnostic_nms, max_det=opt.max_det)[0]
+        found = nms(model(x)[0].float(), opt.conf_thres, opt.iou_thres, opt.classes, opt.agnostic_nms,
+                    max_det=opt.max_det)[0]
         found = scale_boxes(x.shape[2:], found, frame.image.shape[:2]).cpu()
         seconds, shown = seconds + time.perf_counter() - start, shown + 1
         for cls in found[:, 5].int().tolist():
@@ -164,7 +157,8 @@ def main(argv: list[str] | None = None) -> Path:
         output.add(frame, found)
     output.close()
     summary = ", ".join(f"{n} {model.names.get(c, c)}" for c, n in counts.items() if n) or "nothing"
-    print(f"{shown} pictures: {summary}; {seconds / max(shown, 1) * 1000:.1f} ms each at {imgsz} px. Results in {folder}")
+    ms = seconds / max(shown, 1) * 1000
+    print(f"{shown} pictures: {summary}; {ms:.1f} ms each at {imgsz} px. Results in {folder}")
     return folder
 
 

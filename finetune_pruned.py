@@ -9,9 +9,10 @@ from __future__ import annotations
 import os
 
 from models import checkpoint
-from train import Run, train
+from train import train
 from utils.errors import UserError, run_cli
 from utils.options import resolve, training_parser
+from utils.training.run import Run
 
 
 def main(argv: list[str] | None = None) -> Run:
@@ -22,7 +23,8 @@ def main(argv: list[str] | None = None) -> Run:
     if not opt.resume:
         opt.weights = opt.weights or "pruned_model.pt"
         if opt.cfg:
-            raise UserError("--cfg: not taken here, the slim checkpoint knows its own shape; to train a yaml use train.py")
+            raise UserError("--cfg: not taken here, the slim checkpoint knows its own shape; "
+                            "to train a yaml use train.py")
         data = checkpoint.read(opt.weights)
         if not data["masks"]:
             print(f"note: {opt.weights} is a dense model, nothing was cut from it yet (python prune.py)")

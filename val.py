@@ -8,7 +8,7 @@ import json
 import time
 from argparse import Namespace
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
@@ -19,16 +19,19 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from models import backend
-from models.backend import Detector
-from utils.boxes import nms, scale_boxes, xywh2xyxy
-from utils.data_config import DataConfig, read_data
-from utils.dataloaders import Batch, DetectionDataset, build_loader
-from utils.distributed import gather, main_process, select_device
+from models import formats
+from models.formats.format import Detector
+from models.yolo import Model, fused, on_device
+from utils.boxes import label_rows, nms, scale_boxes, xywh2xyxy
+from utils.data.config import DataConfig, read_data
+from utils.data.dataset import DetectionDataset
+from utils.data.loader import Batch, build_loader
 from utils.errors import UserError, run_cli
-from utils.files import new_run_folder, newest, write_json
+from utils.files import new_run_folder, newest, write_json, write_text
 from utils.metrics import APResult, ConfusionMatrix, ap_per_class, fitness, match
-from utils.options import HelpfulParser, add_common, resolve
+from utils.options import HelpfulParser, add_common, add_detection_flags, resolve
+from utils.slimming.timing import synchronize
+from utils.training.distributed import gather, main_process, select_device
 
 IOU_THRESHOLDS = torch.linspace(0.5, 0.95, 10)
 OnBatch = Callable[[int, Batch, list[Tensor]], None]
@@ -40,21 +43,14 @@ class Evaluation:
 
     ap: APResult
     losses: np.ndarray                    # (3,) mean box, objectness and class loss; zeros where no loss was asked for
-    ms: dict[str, float]                  # milliseconds an image: preprocess, inference, nms
+    ms: dict[str, float]                  # milliseconds per image: preprocess, inference, nms
     images: int
     labels: np.ndarray                    # (classes of ap,) labelled objects
     confusion: ConfusionMatrix | None = None
-    predictions: list[dict] = field(default_factory=list)  # COCO style, where they were asked for
 
     @property
     def fitness(self) -> float:
-        return float(fitness(self.ap.mp, self.ap.mr, self.ap.map50, self.ap.map))
-
-    def class_map(self, nc: int) -> np.ndarray:
-        """(nc,) mAP50-95 of each class; a class without labels has the mean."""
-        values = np.full(nc, self.ap.map)
-        values[self.ap.classes.astype(int)] = self.ap.ap.mean(1)
-        return values
+        return fitness(self.ap.map50, self.ap.map)
 
     def metrics(self) -> dict[str, float]:
         """The four numbers under the names that results.csv uses."""
@@ -68,20 +64,19 @@ def evaluate(model: Detector, loader: DataLoader, device: torch.device, conf: fl
              single_cls: bool = False, processes: int = 1) -> Evaluation:
     """Detect in every image of `loader` and compare with its labels.
 
-    processes: more than 1 where every process of a training calls this with its own share of the images; all get the result for
-    all of them.
-
-    `model` is in eval mode and in its own precision; `loss` is a DetectionLoss for the mean losses. on_batch gets every
-    batch with its detections in the batch's pixels (list of (n, 6)). single_cls: all detections count as class 0.
+    model: in eval mode and in its own precision. loss: a DetectionLoss, for the mean losses. on_batch gets every batch
+    with its detections in the batch's pixels (list of (n, 6)). single_cls: all detections count as class 0.
+    processes: more than 1 where every process of a training calls this with its own share of the images; all of them
+    get the result for all images.
     """
-    nc, dtype = 1 if single_cls else len(model.names), model.dtype
+    nc = 1 if single_cls else len(model.names)
     matrix = ConfusionMatrix(nc) if confusion else None
     losses, seconds, images = torch.zeros(3, device=device), np.zeros(3), 0
-    hits: list[tuple[Tensor, Tensor, Tensor]] = []
-    truth: list[Tensor] = []
-    for i, batch in enumerate(tqdm(loader, desc="validating", leave=False, disable=None if main_process() else True)):
+    matches: list[tuple[Tensor, ...]] = []  # per image: hits (n, 10), confidence (n,), class (n,), true classes (m,)
+    progress = tqdm(loader, desc="validating", leave=False, disable=None if main_process() else True)
+    for i, batch in enumerate(progress):
         t0 = _now(device)
-        x = batch.images.to(device, non_blocking=True).to(dtype, memory_format=torch.channels_last) / 255
+        x = batch.images.to(device, non_blocking=True).to(model.dtype, memory_format=torch.channels_last) / 255
         t1 = _now(device)
         decoded, raw = model(x)
         t2 = _now(device)
@@ -89,28 +84,31 @@ def evaluate(model: Detector, loader: DataLoader, device: torch.device, conf: fl
             losses += loss(raw, batch.targets.to(device))[1]
         t3 = _now(device)
         detections = nms(decoded.float(), conf, iou, agnostic=single_cls, multi_label=nc > 1, max_det=max_det)
-        for found in detections if single_cls else ():
-            found[:, 5] = 0
+        if single_cls:
+            for found in detections:
+                found[:, 5] = 0
         t4 = _now(device)
         seconds += (t1 - t0, t2 - t1, t4 - t3)
         images += len(x)
-        for found, labels, shape in zip(detections, labels_per_image(batch), batch.shapes):
-            native = scale_boxes(x.shape[2:], found, shape[0], shape[1]).cpu()
-            labels[:, 1:] = scale_boxes(x.shape[2:], labels[:, 1:], shape[0], shape[1])
-            hits.append((match(native, labels, IOU_THRESHOLDS), native[:, 4], native[:, 5]))
-            truth.append(labels[:, 0])
+        for found, labels, geometry in zip(detections, labels_per_image(batch), batch.shapes):
+            native = scale_boxes(x.shape[2:], found, *geometry).cpu()
+            labels[:, 1:] = scale_boxes(x.shape[2:], labels[:, 1:], *geometry)
+            matches.append((match(native, labels, IOU_THRESHOLDS), native[:, 4], native[:, 5], labels[:, 0]))
             if matrix is not None:
                 matrix.update(native, labels)
         if on_batch is not None:
             on_batch(i, batch, [d.cpu() for d in detections])
-    mine = (*(torch.cat(column).numpy() for column in zip(*hits)), torch.cat(truth).numpy()) if hits else None
-    shares = gather((mine, losses.cpu().numpy(), len(loader), seconds, images), processes)
-    tp, score, predicted, true = (np.concatenate(column) for column in zip(*(share[0] for share in shares if share[0] is not None)))
-    summed, took = np.stack([share[1] for share in shares]).sum(0), np.stack([share[3] for share in shares]).sum(0)
-    batches, images = sum(share[2] for share in shares), sum(share[4] for share in shares)
+    columns = [torch.cat(column).numpy() for column in zip(*matches)]
+    # Every process's share of the images; from here on the numbers are those of all.
+    every_columns = gather(columns, processes)
+    tp, score, predicted, true = (np.concatenate(parts) for parts in zip(*filter(None, every_columns)))
+    batches, images = np.sum(gather((len(loader), images), processes), 0).tolist()
+    summed_losses = np.sum(gather(losses.cpu().numpy(), processes), 0)
+    ms = np.sum(gather(seconds, processes), 0) * 1000 / max(images, 1)
     ap = ap_per_class(tp, score, predicted, true)
-    return Evaluation(ap, summed / max(batches, 1), dict(zip(("preprocess", "inference", "nms"), (took * 1000 / max(images, 1)).tolist())),
-                      images, np.array([(true == c).sum() for c in ap.classes], int), matrix)
+    labels_per_class = np.array([(true == c).sum() for c in ap.classes], int)
+    return Evaluation(ap, summed_losses / max(batches, 1), dict(zip(("preprocess", "inference", "nms"), ms.tolist())),
+                      images, labels_per_class, matrix)
 
 
 def labels_per_image(batch: Batch) -> list[Tensor]:
@@ -122,44 +120,71 @@ def labels_per_image(batch: Batch) -> list[Tensor]:
 
 
 def validation_loader(config: DataConfig, task: str, imgsz: int, batch_size: int, stride: int, workers: int = 8,
-                      cache: str | None = None, single_cls: bool = False, rect: bool = True, rank: int = 0, world_size: int = 1,
-                      ending: Event | None = None) -> DataLoader:
-    """Loader of the train, val or test images without augmentation, in rectangular batches; in several processes every one has its batches."""
+                      cache: str | None = None, single_cls: bool = False, rect: bool = True, rank: int = 0,
+                      world_size: int = 1, shutdown: Event | None = None) -> DataLoader:
+    """Loader of the train, val or test images without augmentation, in rectangular batches.
+
+    In several processes every one has its own batches.
+    """
     sources = {"train": config.train, "val": config.val, "test": config.test}[task]
     if not sources:
         raise UserError(f"{config.file}: has no '{task}:' entry")
-    dataset = DetectionDataset(sources, imgsz, rect=rect, batch_size=batch_size, pad=0.5 if rect else 0.0, stride=stride,
-                               cache=cache, single_cls=single_cls, nc=config.nc, prefix=task)
+    dataset = DetectionDataset(sources, imgsz, rect=rect, batch_size=batch_size, pad=0.5 if rect else 0.0,
+                               stride=stride, cache=cache, single_cls=single_cls, nc=config.nc, prefix=task)
     if (dataset.problems or dataset.refused) and rank == 0:
         print(dataset.summary())
-    return build_loader(dataset, batch_size, workers, shuffle=False, rank=rank, world_size=world_size, ending=ending)
+    return build_loader(dataset, batch_size, workers, shuffle=False, rank=rank, world_size=world_size,
+                        shutdown=shutdown)
+
+
+def dataset_loader(model: Detector, opt: Namespace, task: str = "val") -> DataLoader:
+    """validation_loader for a detector, as the command line's options say. The val images stay in memory.
+
+    Raises UserError where the data yaml's classes are not the detector's.
+    """
+    config = read_data(opt.data)
+    if config.nc != len(model.names) and not opt.single_cls:
+        raise UserError(f"{opt.weights}: knows {len(model.names)} classes, {opt.data} names {config.nc}; "
+                        "give the --data it was trained on")
+    return validation_loader(config, task, opt.imgsz, opt.batch_size, largest_stride(model), opt.workers,
+                             cache="ram" if task == "val" else None, single_cls=opt.single_cls,
+                             rect=not model.input_shape[2])
+
+
+def largest_stride(model: Detector) -> int:
+    """Sides of the images must be multiples of it."""
+    return int(torch.as_tensor(model.stride).max())
+
+
+def accuracy(model: Model, loader: DataLoader, opt: Namespace, device: torch.device) -> dict[str, float]:
+    """P, R, mAP50 and mAP50-95 of a Model, fused, on `device`."""
+    ap = evaluate(on_device(fused(model), device), loader, device, single_cls=opt.single_cls).ap
+    return {"P": ap.mp, "R": ap.mr, "mAP50": ap.map50, "mAP50-95": ap.map}
 
 
 def print_table(result: Evaluation, names: dict[int, str], per_class: bool) -> None:
     """The familiar table: Class, Images, Instances, P, R, mAP50, mAP50-95."""
-    print(f"{'Class':>22}{'Images':>10}{'Instances':>11}{'P':>9}{'R':>9}{'mAP50':>9}{'mAP50-95':>10}")
     ap = result.ap
     rows = [("all", int(result.labels.sum()), ap.mp, ap.mr, ap.map50, ap.map)]
     if per_class and len(ap.classes) > 1:
-        rows += [(names.get(int(c), str(c)), int(n), p, r, a50, a) for c, n, p, r, a50, a in
-                 zip(ap.classes, result.labels, ap.p, ap.r, ap.ap50, ap.ap.mean(1))]
-    for name, count, *values in rows:
-        print(f"{name[:22]:>22}{result.images:>10}{count:>11}" + "".join(f"{v:>9.3f}" for v in values[:3]) + f"{values[3]:>10.3f}")
+        for c, count, *values in zip(ap.classes, result.labels, ap.p, ap.r, ap.ap50, ap.ap.mean(1)):
+            rows.append((names.get(int(c), str(c)), int(count), *values))
+    print(f"{'Class':>22}{'Images':>10}{'Instances':>11}{'P':>9}{'R':>9}{'mAP50':>9}{'mAP50-95':>10}")
+    for name, count, p, r, map50, map50_95 in rows:
+        print(f"{name[:22]:>22}{result.images:>10}{count:>11}{p:>9.3f}{r:>9.3f}{map50:>9.3f}{map50_95:>10.3f}")
 
 
 def parse(argv: list[str] | None = None) -> Namespace:
     """Command line -> options."""
     parser = HelpfulParser(__doc__)
     add = parser.add_argument
-    add("--weights", help="checkpoint, or .onnx (not given: the newest best.pt or pruned_model.pt under runs/)")
+    add("--weights", help="checkpoint, or a file that export.py wrote "
+                          "(not given: the newest best.pt or pruned_model.pt under runs/)")
     add_common(parser, "runs/val")
+    add_detection_flags(parser, conf=0.001, iou=0.6, max_det=300)
     add("--task", choices=["train", "val", "test"], default="val", help="which images of the data yaml")
-    add("--conf-thres", type=float, default=0.001, help="least confidence of a detection")
-    add("--iou-thres", type=float, default=0.6, help="IoU above which NMS takes two boxes for one")
-    add("--max-det", type=int, default=300, help="most detections an image")
-    add("--half", action="store_true", help="fp16 inference (GPU)")
-    add("--augment", action="store_true", help="test-time augmentation: three sizes, one of them mirrored")
-    add("--save-json", action="store_true", help="write predictions.json and ask pycocotools for its figures, for any data set")
+    add("--save-json", action="store_true",
+        help="write predictions.json and ask pycocotools for its figures, for any data set")
     add("--save-txt", action="store_true", help="write labels/*.txt: class x y w h confidence")
     add("--noplots", action="store_true", help="make no pictures")
     add("--verbose", action="store_true", help="show every class even if there are many")
@@ -169,40 +194,29 @@ def parse(argv: list[str] | None = None) -> Namespace:
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Evaluate a checkpoint as the command line says; returns what metrics.json holds."""
     opt = parse(argv)
-    for flag, value in (("--conf-thres", opt.conf_thres), ("--iou-thres", opt.iou_thres)):
-        if not 0 <= value <= 1:
-            raise UserError(f"{flag} {value:g}: must be between 0 and 1")
     if not opt.weights:
         found = newest("runs/*/*/weights/best.pt") or newest("runs/prune/*/pruned_model.pt")
         if found is None:
             raise UserError("--weights: no run here yet; give a checkpoint: --weights path/to/best.pt")
         opt.weights = str(found)
         print(f"--weights not given: taking the newest, {found}")
-    device = select_device(opt.device)
-    if opt.half and device.type == "cpu":
-        raise UserError("--half: fp16 needs a GPU; leave it out on a CPU")
-    model, data = backend.load(opt.weights, device, opt.half, opt.augment)
-    fixed = model.shape if isinstance(model, backend.OnnxModel) else (0, 0, 0, 0)  # ONNX files may take one size only
-    opt.imgsz, opt.batch_size = fixed[2] or opt.imgsz, fixed[0] or opt.batch_size
+    device = select_device(opt.device, half=opt.half)
+    model, data = formats.load(opt.weights, device, opt.half, opt.augment)
+    opt.imgsz, opt.batch_size = model.input_shape[2] or opt.imgsz, model.input_shape[0] or opt.batch_size
     opt = resolve(opt, data)
-    config = read_data(opt.data)
-    if config.nc != len(model.names) and not opt.single_cls:
-        raise UserError(f"{opt.weights}: knows {len(model.names)} classes, {opt.data} names {config.nc}; give the --data it was trained on")
-    loader = validation_loader(config, opt.task, opt.imgsz, opt.batch_size, int(torch.as_tensor(model.stride).max()), opt.workers,
-                               single_cls=opt.single_cls, rect=not fixed[2])
+    loader = dataset_loader(model, opt, opt.task)
     folder = new_run_folder(opt.project, opt.name, opt.exist_ok)
-    names = {0: "object"} if opt.single_cls else config.names
+    names = {0: "object"} if opt.single_cls else read_data(opt.data).names
     outputs = Outputs(folder, loader.dataset, names, opt)
     result = evaluate(model, loader, device, opt.conf_thres, opt.iou_thres, opt.max_det, confusion=not opt.noplots,
-                      on_batch=outputs.batch, single_cls=opt.single_cls)
-    print_table(result, names, opt.verbose or config.nc <= 20)
-    total = sum(result.ms.values())
-    print("Speed: " + ", ".join(f"{v:.1f} ms {k}" for k, v in result.ms.items()) + f" an image ({total:.1f} ms) at batch {opt.batch_size}, {opt.imgsz} px")
+                      on_batch=outputs.add, single_cls=opt.single_cls)
+    print_table(result, names, opt.verbose or len(names) <= 20)
+    speeds = ", ".join(f"{ms:.1f} ms {stage}" for stage, ms in result.ms.items())
+    print(f"Speed: {speeds} an image ({sum(result.ms.values()):.1f} ms) at batch {opt.batch_size}, {opt.imgsz} px")
+    per_class = {names.get(int(c), str(c)): {"mAP_0.5": float(a50), "mAP_0.5:0.95": float(a)}
+                 for c, a50, a in zip(result.ap.classes, result.ap.ap50, result.ap.ap.mean(1))}
     summary = {"weights": str(opt.weights), "data": opt.data, "task": opt.task, "imgsz": opt.imgsz, **result.metrics(),
-               "images": result.images, "ms_per_image": result.ms,
-               "per_class": {names.get(int(c), str(c)): {"mAP_0.5": float(a50), "mAP_0.5:0.95": float(a)}
-                             for c, a50, a in zip(result.ap.classes, result.ap.ap50, result.ap.ap.mean(1))}}
-    summary.update(outputs.finish(result))
+               "images": result.images, "ms_per_image": result.ms, "per_class": per_class, **outputs.finish(result)}
     write_json(folder / "metrics.json", summary)
     print(f"Results in {folder}")
     return summary
@@ -215,20 +229,22 @@ class Outputs:
         self.folder, self.dataset, self.names, self.opt = folder, dataset, names, opt
         self.predictions: list[dict] = []
 
-    def batch(self, i: int, batch: Batch, detections: list[Tensor]) -> None:
-        """Called with every batch's detections, in the batch's pixels."""
+    def add(self, i: int, batch: Batch, detections: list[Tensor]) -> None:
+        """Every batch's detections, in the batch's pixels."""
         size = (batch.images.shape[2], batch.images.shape[3])
-        for found, path, shape in zip(detections, batch.paths, batch.shapes):
-            native = scale_boxes(size, found, shape[0], shape[1])
+        for found, file, geometry in zip(detections, batch.paths, batch.shapes):
+            native, path = scale_boxes(size, found, *geometry), Path(file)
             if self.opt.save_txt:
-                self._save_txt(native, Path(path), shape[0])
+                rows = label_rows(native, geometry[0], confidence=True)
+                write_text(self.folder / "labels" / f"{path.stem}.txt", rows)
             if self.opt.save_json:
-                self.predictions += coco_predictions(native, Path(path))
+                self.predictions += coco_predictions(native, path)
         if i < 3 and not self.opt.noplots:
-            from utils.plots import detections_to_targets, plot_batch
+            from utils.plots.detections import detections_to_targets, plot_batch
 
-            plot_batch(batch.images, batch.targets, batch.paths, self.names, self.folder / f"val_batch{i}_labels.png")
-            plot_batch(batch.images, detections_to_targets(detections, size), batch.paths, self.names, self.folder / f"val_batch{i}_pred.png")
+            found_targets = detections_to_targets(detections, size)
+            for kind, targets in (("labels", batch.targets), ("pred", found_targets)):
+                plot_batch(batch.images, targets, batch.paths, self.names, self.folder / f"val_batch{i}_{kind}.png")
 
     def finish(self, result: Evaluation) -> dict[str, Any]:
         """Pictures and pycocotools figures after the last batch; returns what goes into metrics.json."""
@@ -242,17 +258,10 @@ class Outputs:
         print(f"pycocotools: mAP50 {map50:.3f}, mAP50-95 {map50_95:.3f} ({path})")
         return {"pycocotools": {"mAP_0.5": map50, "mAP_0.5:0.95": map50_95}}
 
-    def _save_txt(self, found: Tensor, path: Path, shape: tuple[int, int]) -> None:
-        height, width = shape
-        (self.folder / "labels").mkdir(exist_ok=True)
-        lines = [f"{int(c)} {(x1 + x2) / 2 / width:.6g} {(y1 + y2) / 2 / height:.6g} {(x2 - x1) / width:.6g} {(y2 - y1) / height:.6g} {p:.6g}"
-                 for x1, y1, x2, y2, p, c in found.tolist()]
-        (self.folder / "labels" / f"{path.stem}.txt").write_text("".join(f"{line}\n" for line in lines))
-
 
 def plot_curves(result: Evaluation, names: dict[int, str], folder: Path) -> None:
     """PR, F1, P and R curves and the confusion matrix of an evaluation, as pictures in `folder`."""
-    from utils.plots import plot_confusion, plot_metric_curve, plot_pr_curve
+    from utils.plots.detections import plot_confusion, plot_metric_curve, plot_pr_curve
 
     ap = result.ap
     listed = [names.get(int(c), str(c)) for c in ap.classes]
@@ -270,8 +279,11 @@ def image_id(path: Path) -> int | str:
 
 def coco_predictions(found: Tensor, path: Path) -> list[dict]:
     """(n, 6) detections in image pixels -> COCO's list of dicts, rounded as YOLOv5 does."""
-    return [{"image_id": image_id(path), "category_id": int(c), "bbox": [round(v, 3) for v in (x1, y1, x2 - x1, y2 - y1)],
-             "score": round(p, 5)} for x1, y1, x2, y2, p, c in found.tolist()]
+    rows = []
+    for x1, y1, x2, y2, confidence, cls in found.tolist():
+        box = [round(v, 3) for v in (x1, y1, x2 - x1, y2 - y1)]
+        rows.append({"image_id": image_id(path), "category_id": int(cls), "bbox": box, "score": round(confidence, 5)})
+    return rows
 
 
 def pycocotools_map(dataset: DetectionDataset, predictions: list[dict], names: dict[int, str]) -> tuple[float, float]:
@@ -288,10 +300,11 @@ def pycocotools_map(dataset: DetectionDataset, predictions: list[dict], names: d
         images.append({"id": image_id(Path(path)), "width": width, "height": height})
         for c, x, y, w, h in labels.tolist():
             box = [(x - w / 2) * width, (y - h / 2) * height, w * width, h * height]
-            annotations.append({"id": len(annotations) + 1, "image_id": images[-1]["id"], "category_id": int(c), "bbox": box,
-                                "area": box[2] * box[3], "iscrowd": 0})
+            annotations.append({"id": len(annotations) + 1, "image_id": images[-1]["id"], "category_id": int(c),
+                                "bbox": box, "area": box[2] * box[3], "iscrowd": 0})
     truth = COCO()
-    truth.dataset = {"images": images, "annotations": annotations, "categories": [{"id": i, "name": n} for i, n in names.items()]}
+    truth.dataset = {"images": images, "annotations": annotations,
+                     "categories": [{"id": i, "name": name} for i, name in names.items()]}
     with contextlib.redirect_stdout(io.StringIO()):
         truth.createIndex()
         if not predictions:
@@ -304,8 +317,7 @@ def pycocotools_map(dataset: DetectionDataset, predictions: list[dict], names: d
 
 
 def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    synchronize(device)
     return time.perf_counter()
 
 

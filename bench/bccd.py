@@ -18,7 +18,7 @@ from PIL import Image
 
 from utils.errors import run_cli
 from utils.options import HelpfulParser
-from utils.slimming.pictures import plot_gamma_history, plot_gammas, plot_stages
+from utils.plots.slimming import plot_gamma_history, plot_gammas, plot_stages
 
 
 def ways(opt: Namespace) -> dict[str, tuple[str, float]]:

@@ -16,9 +16,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from models import checkpoint  # noqa: E402  (the repository's root must be on the path first)
-from models.onnx_file import onnx_latency  # noqa: E402
+from models.formats.onnx import onnx_latency  # noqa: E402
 from models.yolo import Model, fused, on_device  # noqa: E402
-from utils.data_config import read_data  # noqa: E402
+from utils.data.config import read_data  # noqa: E402
 from utils.errors import UserError  # noqa: E402
 from utils.files import write_json  # noqa: E402
 from utils.slimming.cost import latency, profile  # noqa: E402

@@ -25,7 +25,7 @@ from tests import crash
 from utils.errors import run_cli
 from utils.options import HelpfulParser
 from utils.slimming.graph import trace
-from utils.slimming.selection import select
+from utils.slimming.ranking import select
 from utils.slimming.surgery import slim
 
 COMMON = "--epochs 3 --imgsz 64 --batch-size 4 --nbs 8 --device cpu --noplots"

@@ -12,7 +12,7 @@ from common import ROOT, measure, run, show, write_csv
 from utils.errors import run_cli
 from utils.files import new_run_folder
 from utils.options import HelpfulParser
-from utils.slimming.pictures import plot_stages
+from utils.plots.slimming import plot_stages
 
 STAGES = {"dense": "runs/train/dense/weights/best.pt", "sparse": "runs/train/sparse/weights/last.pt",
           "pruned": "runs/prune/exp/pruned_model.pt", "fine-tuned": "runs/train/tuned/weights/best.pt"}

@@ -16,8 +16,8 @@ from tqdm import tqdm
 
 from models.yolo import Model, on_device
 from utils.errors import run_cli
-from utils.loss import DetectionLoss, scale_gains
-from utils.optim import ModelEMA, build_optimizer
+from utils.training.loss import DetectionLoss, scale_gains
+from utils.training.optimizer import ModelEMA, build_optimizer
 from utils.options import HelpfulParser, read_hyp
 from utils.slimming.cost import CostModel
 from utils.slimming.graph import trace
@@ -40,7 +40,7 @@ def measure(name: str, imgsz: int, batch: int, runs: int) -> dict[str, object]:
     optimizer, ema = build_optimizer(model, "AdamW", 1e-3, 0.9, 5e-4), ModelEMA(model)
     graph, modules, averaged = trace(model), dict(model.named_modules()), dict(ema.ema.named_modules())
     names = graph.prunable_norms()
-    norms, costs = [modules[n] for n in names], CostModel(model, graph, imgsz).freed()
+    norms, costs = [modules[n] for n in names], CostModel(model, graph, imgsz).flops_per_channel()
     l1 = GammaL1(norms, 1e-4, 100)
     target = TargetSparsity(norms, 0.5, [averaged[n] for n in names], [costs[n] for n in names], [graph.group[graph.norms[n]] for n in names], 16)
     images = torch.rand(batch, 3, imgsz, imgsz).to(memory_format=torch.channels_last)

@@ -21,7 +21,7 @@ from utils.errors import run_cli
 from utils.options import HelpfulParser
 from utils.slimming.cost import CostModel, profile
 from utils.slimming.graph import trace
-from utils.slimming.surgery import compose, keep_ids, largest_difference, masked, slim
+from utils.slimming.surgery import compose_masks, keep_ids, largest_difference, masked, slim
 
 BOUND = 1e-9
 BECOME_DEPTHWISE = ("Grouped", "Multiplied")  # once one place a group is left: then channels go alone, which no single cut of the first model does
@@ -52,7 +52,7 @@ def check(name: str, seed: int) -> float:
     twice = slim(narrow, again)
     same = True
     if name not in BECOME_DEPTHWISE:
-        direct = slim(model, compose(masks, again))
+        direct = slim(model, compose_masks(masks, again))
         same = all(torch.equal(a, b) for a, b in zip(twice.state_dict().values(), direct.state_dict().values(), strict=True))
     return max(worst, largest_difference(masked(narrow, again), twice, sizes=sizes[:1], seed=seed)) if same else float("inf")
 

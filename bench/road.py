@@ -20,7 +20,7 @@ from models.yolo import Model, read_yaml
 from utils.errors import run_cli
 from utils.options import HelpfulParser
 from utils.slimming.cost import profile
-from utils.slimming.pictures import BLUE, GREY, ORANGE, SKY, VERMILION, dress, new_figure, save
+from utils.plots.style import BLUE, GREY, ORANGE, SKY, VERMILION, dress, new_figure, save
 from utils.slimming.report import table
 from utils.slimming.surgery import resize_like
 
@@ -74,7 +74,7 @@ def prepare(folder: Path, coco128: Path) -> None:
         for module in fresh.modules():
             if isinstance(module, (nn.Conv2d, nn.BatchNorm2d)):
                 module.reset_parameters()
-        fresh.detect.start_biases()
+        fresh.detect.init_biases()
         fresh.masks = slim.masks
         checkpoint.save(folder / f"scratch-{name}.pt", fresh, imgsz=320, data=data["data"])
     cfg = read_yaml("yolov5n.yaml")

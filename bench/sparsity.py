@@ -17,14 +17,14 @@ from common import ROOT, is_done, last_epoch, need_onnxruntime, run, speeds, wri
 
 from models import checkpoint
 from models.yolo import Model, fused
-from utils.data_config import read_data
+from utils.data.config import read_data
 from utils.errors import run_cli
 from utils.files import write_json
 from utils.options import HelpfulParser
 from utils.slimming.cost import CostModel, profile
 from utils.slimming.graph import trace
-from utils.slimming.pictures import BLUE, ORANGE, dress, new_figure, save
-from utils.slimming.selection import MIN_SHARE, Rules, Selection, select
+from utils.plots.style import BLUE, ORANGE, dress, new_figure, save
+from utils.slimming.ranking import MIN_SHARE, Rules, Selection, select
 from utils.slimming.surgery import keep_ids, masked, slim
 from val import evaluate, validation_loader
 

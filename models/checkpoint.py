@@ -1,4 +1,4 @@
-"""Checkpoints: save, read and load. This is the only file that touches torch.load, and it never executes what a file says.
+"""Checkpoints: save, read and load. Only this file touches torch.load, and it never executes what a file says.
 
 A checkpoint of ours is one dict of plain types and tensors: yaml + masks + state_dict is the whole model.
 Official YOLOv5 files are pickles of whole modules. They are read with stand-in classes that do nothing but hold
@@ -17,16 +17,20 @@ from torch import Tensor
 
 from models.yolo import Model, fused
 from utils.downloads import fetch
-from utils.errors import UserError
+from utils.errors import UserError, first_line
+from utils.files import atomic
 from utils.slimming.surgery import resize_like
 
 FORMAT = "yolov5-slimming/1"
 # Names that a foreign file may mention. Each gets an inert stand-in: nothing that they name is imported or called.
 FOREIGN = re.compile(r"(models\.(yolo|common|experimental)|torch\.nn\.modules\.\w+|utils\.(loss|autoanchor))\.\w+"
                      r"|(__builtin__|builtins)\.set|pathlib(\._local)?\.(Posix|Windows|PurePosix|PureWindows)?Path"
-                     r"|argparse\.Namespace|numpy\.(_?core\.multiarray\.(scalar|_reconstruct)|dtype|ndarray)|numpy\.dtypes\.\w+")
+                     r"|argparse\.Namespace|numpy\.(_?core\.multiarray\.(scalar|_reconstruct)|dtype|ndarray)"
+                     r"|numpy\.dtypes\.\w+")
 RELEASE = "https://github.com/ultralytics/yolov5/releases/download/v7.0"
-OFFICIAL = re.compile(r"yolov5[nsmlx]6?\.pt")  # fetched where they are named but missing; YOLO_WEIGHTS_URL: another address
+# Fetched where they are named but missing. The variable YOLO_WEIGHTS_URL gives another address.
+OFFICIAL = re.compile(r"yolov5[nsmlx]6?\.pt")
+KINDS: dict[str, Any] = {"yaml": dict, "names": dict, "state_dict": dict, "masks": dict, "ema": (dict, type(None))}
 OTHER_TASKS = {"SegmentationModel": "segmentation", "ClassificationModel": "classification", "Segment": "segmentation",
                "Classify": "classification"}
 
@@ -51,19 +55,10 @@ def save(path: str | Path, model: Model, ema: Model | None = None, **meta: Any) 
     data = {"format": FORMAT, "yaml": model.yaml, "names": dict(model.names),
             "masks": {k: v.cpu() for k, v in model.masks.items()}, "state_dict": _cpu(model.state_dict()),
             "ema": _cpu(ema.state_dict()) if ema is not None else None, **meta}
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            torch.save(data, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"{path}: can't be written ({error}); free some space or choose another --project") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic(Path(path)) as temporary, open(temporary, "wb") as file:
+        torch.save(data, file)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def read(path: str | Path) -> dict[str, Any]:
@@ -84,7 +79,7 @@ def read(path: str | Path) -> dict[str, Any]:
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
     except Exception as error:
-        raise UserError(f"{path}: can't be read as a checkpoint ({_short(error)})") from None
+        raise UserError(f"{path}: can't be read as a checkpoint ({first_line(error)})") from None
     refused = [n for n in names if not FOREIGN.fullmatch(n)]
     if refused:
         raise UserError(f"{path}: refused, it names {', '.join(refused[:3])}, which no detection checkpoint needs")
@@ -96,13 +91,14 @@ def read(path: str | Path) -> dict[str, Any]:
         with torch.serialization.safe_globals([_stand_in(n) for n in names]):
             data = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise UserError(f"{path}: can't be read as a checkpoint ({_short(error)})") from None
+        raise UserError(f"{path}: can't be read as a checkpoint ({first_line(error)})") from None
     if isinstance(data, dict) and str(data.get("format", "")).startswith("yolov5-slimming/"):
         if data["format"] != FORMAT:
             raise UserError(f"{path}: has format {data['format']}, this version reads {FORMAT}; update the repository")
-        for key, kind in (("yaml", dict), ("names", dict), ("state_dict", dict), ("masks", dict), ("ema", (dict, type(None)))):
+        for key, kind in KINDS.items():
             if not isinstance(data.get(key), kind):
-                raise UserError(f"{path}: damaged, its '{key}' is missing or of the wrong kind; take another checkpoint of the run")
+                raise UserError(f"{path}: damaged, its '{key}' is missing or of the wrong type; "
+                                "take another checkpoint of the run")
         return data
     return _from_official(path, data)
 
@@ -112,31 +108,27 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Model:
     return build(read(path), device, path)
 
 
-def build(data: dict[str, Any], device: str | torch.device = "cpu", path: str | Path = "checkpoint", ema: bool = True) -> Model:
+def build(data: dict[str, Any], device: str | torch.device = "cpu", path: str | Path = "checkpoint",
+          ema: bool = True) -> Model:
     """The Model that read()'s dict describes: built from its yaml, narrowed to the shapes of its weights, loaded."""
     state = data["ema"] if ema and data.get("ema") else data["state_dict"]
     try:
         model = Model(data["yaml"], names=data["names"])
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    if not any(".bn." in key for key in state):  # folded into the convolutions: good for inference, and for nothing else
+    if not any(".bn." in key for key in state):  # they are folded into the convolutions
         model = fused(model)
     try:
         resize_like(model, state)
         model.load_state_dict(state)
     except (KeyError, ValueError, RuntimeError, AttributeError, TypeError) as error:
-        raise UserError(f"{path}: the weights do not fit the yaml inside ({_short(error)})") from None
+        raise UserError(f"{path}: the weights do not fit the yaml inside ({first_line(error)})") from None
     model.masks = dict(data.get("masks") or {})
     return model.float().to(device).eval()
 
 
 def _cpu(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {k: v.detach().cpu() for k, v in state.items()}
-
-
-def _short(error: Exception) -> str:
-    """The first line of an error, as far as it fits on one."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
 
 
 def _stand_in(name: str) -> type:
@@ -146,12 +138,14 @@ def _stand_in(name: str) -> type:
 
 def _from_official(path: Path, data: Any) -> dict[str, Any]:
     """An official file's stand-in objects -> a dict with our keys. The EMA model is taken where there is one."""
-    whole = next((data[k] for k in ("ema", "model") if data.get(k) is not None), None) if isinstance(data, dict) else data
+    whole = data
+    if isinstance(data, dict):
+        whole = data["ema"] if data.get("ema") is not None else data.get("model")
     config = getattr(whole, "yaml", None)
     if not isinstance(whole, _Inert) or not isinstance(config, dict):
         raise UserError(f"{path}: holds no YOLOv5 model (needs a 'model' or 'ema' entry with its yaml)")
-    state = {k: v.float() if v.is_floating_point() else v for k, v in _tensors(whole, "")}
-    state = {k: v for k, v in state.items() if not k.endswith(".anchor_grid")}  # older files carry it; Detect derives it
+    tensors = [(k, v) for k, v in _tensors(whole, "") if not k.endswith(".anchor_grid")]  # in older files
+    state = {k: v.float() if v.is_floating_point() else v for k, v in tensors}
     config = dict(config)
     head = max((k for k in state if k.endswith(".anchors")), default=None)
     names = getattr(whole, "names", None) or [str(i) for i in range(config.get("nc", 80))]
@@ -167,7 +161,8 @@ def _tensors(module: Any, prefix: str) -> list[tuple[str, Tensor]]:
     """(name, tensor) of every parameter and buffer below a stand-in module, as state_dict would name them."""
     found = []
     for store in ("_parameters", "_buffers"):
-        found += [(prefix + k, v.detach()) for k, v in (getattr(module, store, None) or {}).items() if isinstance(v, Tensor)]
+        stored = getattr(module, store, None) or {}
+        found += [(prefix + k, v.detach()) for k, v in stored.items() if isinstance(v, Tensor)]
     for name, child in (getattr(module, "_modules", None) or {}).items():
         found += _tensors(child, f"{prefix}{name}.")
     return found

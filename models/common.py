@@ -154,7 +154,10 @@ class DWConv(Conv):
 
 @block()
 class GhostConv(nn.Module):
-    """Half of the channels by a convolution, the other half from these by a cheap depthwise one (Han et al. 2020, arXiv 1911.11907)."""
+    """Half of the channels by a convolution, the other half from these by a cheap depthwise one.
+
+    Han et al. 2020, arXiv 1911.11907.
+    """
 
     def __init__(self, c1: int, c2: int, k: int = 1, s: int = 1, g: int = 1, act: bool = True):
         super().__init__()
@@ -173,10 +176,13 @@ class GhostBottleneck(nn.Module):
 
     def __init__(self, c1: int, c2: int, k: int = 3, s: int = 1):
         super().__init__()
-        half, strides = c2 // 2, s == 2
-        self.conv = nn.Sequential(GhostConv(c1, half, 1, 1), DWConv(half, half, k, s, act=False) if strides else nn.Identity(),
-                                  GhostConv(half, c2, 1, 1, act=False))
-        self.shortcut = nn.Sequential(DWConv(c1, c1, k, s, act=False), Conv(c1, c2, 1, 1, act=False)) if strides else nn.Identity()
+        half = c2 // 2
+        between: nn.Module = nn.Identity()
+        self.shortcut: nn.Module = nn.Identity()
+        if s == 2:
+            between = DWConv(half, half, k, s, act=False)
+            self.shortcut = nn.Sequential(DWConv(c1, c1, k, s, act=False), Conv(c1, c2, 1, 1, act=False))
+        self.conv = nn.Sequential(GhostConv(c1, half, 1, 1), between, GhostConv(half, c2, 1, 1, act=False))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(x) + self.shortcut(x)
@@ -207,7 +213,10 @@ class TransformerLayer(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Attention among the pixels of a map (Dosovitskiy et al. 2021, arXiv 2010.11929), position told by a linear layer."""
+    """Attention among the pixels of a map, with a linear layer for the position.
+
+    Dosovitskiy et al. 2021, arXiv 2010.11929.
+    """
 
     def __init__(self, c1: int, c2: int, heads: int, layers: int):
         super().__init__()

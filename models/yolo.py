@@ -1,4 +1,4 @@
-"""From a yaml to a model: Detect, the yaml reader and Model. A slim model is this same Model with narrower layers."""
+"""From a yaml to a model: Detect and Model. A slim model is this same Model with narrower layers."""
 from __future__ import annotations
 
 import math
@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml as pyyaml
 from torch import Tensor, nn
 
 from models.common import BLOCKS, Conv, block
-from utils.errors import UserError
+from models.config import read_yaml
+from utils.errors import UserError, first_line
 
-FOLDER = Path(__file__).resolve().parent
+# What a block raises that is given the wrong arguments.
+BUILD_ERRORS = (TypeError, ValueError, IndexError, KeyError, AssertionError, RuntimeError, OverflowError)
 ACTIVATIONS = {"nn.SiLU": nn.SiLU, "nn.ReLU": nn.ReLU, "nn.LeakyReLU": nn.LeakyReLU, "nn.Hardswish": nn.Hardswish,
                "nn.ReLU6": nn.ReLU6, "nn.Mish": nn.Mish, "nn.GELU": nn.GELU, "nn.Identity": nn.Identity}
 
@@ -33,7 +34,8 @@ class Detect(nn.Module):
         super().__init__()
         self.nc, self.no = nc, nc + 5
         self.nl, self.na = len(anchors), len(anchors[0]) // 2
-        # In grid units once Model has divided by the strides; a buffer, because autoanchor's result must travel with the weights.
+        # In grid units once Model has divided by the strides. A buffer, so that autoanchor's result travels with the
+        # weights.
         self.register_buffer("anchors", torch.tensor(anchors, dtype=torch.float32).view(self.nl, -1, 2))
         self.register_buffer("stride", torch.zeros(self.nl), persistent=False)
         self.m = nn.ModuleList(nn.Conv2d(c, self.no * self.na, 1) for c in ch)
@@ -63,49 +65,13 @@ class Detect(nn.Module):
         wh = (y[..., 2:4] * 2) ** 2 * anchor
         return torch.cat((xy, wh, y[..., 4:]), -1).view(b, -1, self.no)
 
-    def start_biases(self) -> None:
-        """Prior for the focal-free head (Lin et al. 2017): about 8 objects in a 640 px image, classes equally likely."""
+    def init_biases(self) -> None:
+        """Prior (Lin et al. 2017): about 8 objects in a 640 px image, all classes equally likely."""
         for head, s in zip(self.m, self.stride):
             with torch.no_grad():
                 bias = head.bias.view(self.na, -1)  # type: ignore[operator, union-attr]
                 bias[:, 4] += math.log(8 / (640 / float(s)) ** 2)
                 bias[:, 5:] += math.log(0.6 / (self.nc - 0.99999))
-
-
-def read_yaml(cfg: str | Path | dict) -> dict:
-    """A model description as a dict. A name is looked for as given, then in models/ and models/hub/."""
-    if isinstance(cfg, dict):
-        return _checked(deepcopy(cfg), "the model's yaml")
-    for path in (Path(cfg), FOLDER / cfg, FOLDER / Path(cfg).name, FOLDER / "hub" / Path(cfg).name):
-        if path.is_file():
-            break
-    else:
-        raise UserError(f"--cfg {cfg}: no such file; the models here are {', '.join(sorted(p.name for p in FOLDER.glob('*.yaml')))}")
-    try:
-        data = pyyaml.safe_load(path.read_text(encoding="utf-8", errors="replace"))
-    except pyyaml.YAMLError as error:
-        raise UserError(f"{path}: not a readable yaml ({str(error).splitlines()[0]})") from None
-    return _checked(data, str(path))
-
-
-def _checked(data: Any, where: str) -> dict:
-    """The description, if it has everything that one needs, in the right kinds. UserError otherwise."""
-    if not isinstance(data, dict) or not {"backbone", "head", "anchors"} <= data.keys():
-        raise UserError(f"{where}: a model yaml needs the keys nc, anchors, backbone and head")
-    for key in ("depth_multiple", "width_multiple"):
-        if not isinstance(data.get(key, 1.0), (int, float)) or not 0 < data.get(key, 1.0) < 100:
-            raise UserError(f"{where}: {key} must be a number above 0, not {data[key]!r}")
-    anchors = data["anchors"]
-    if not isinstance(anchors, int) and not (isinstance(anchors, list) and all(isinstance(level, list) for level in anchors)):
-        raise UserError(f"{where}: anchors must be a number, or a list of widths and heights a level, not {str(anchors)[:40]!r}")
-    if not isinstance(data.get("nc", 1), int) or not 0 < data.get("nc", 1) <= 100_000:
-        raise UserError(f"{where}: nc must be the number of classes, not {data['nc']!r}")
-    for i, row in enumerate([*data["backbone"], *data["head"]] if all(isinstance(data[k], list) for k in ("backbone", "head")) else [None]):
-        if not isinstance(row, list) or len(row) != 4 or not isinstance(row[1], int) or not isinstance(row[2], str) or not isinstance(row[3], list):
-            raise UserError(f"{where}: row {i} must be [from, number, module, args], not {str(row)[:60]}")
-    if not data["head"] or data["head"][-1][2] != "Detect":
-        raise UserError(f"{where}: the last row of the head must be Detect")
-    return data
 
 
 def _resolve(value: Any, cfg: dict) -> Any:
@@ -115,23 +81,27 @@ def _resolve(value: Any, cfg: dict) -> Any:
 
 
 def build_layers(cfg: dict, ch: int) -> tuple[nn.Sequential, list[tuple[int, ...]]]:
-    """Rows [from, number, module, args] -> (layers, inputs): inputs[i] are the layers (-1 = the image) that layer i reads."""
+    """Rows [from, number, module, args] -> (layers, inputs).
+
+    inputs[i] are the layers that layer i reads; -1 is the image.
+    """
     layers: list[nn.Module] = []
     inputs: list[tuple[int, ...]] = []
     channels = {-1: ch}
     for i, row in enumerate(cfg["backbone"] + cfg["head"]):
         source, _, name, _ = row
         if name not in BLOCKS:
-            raise UserError(f"model yaml, row {i}: no block named '{name}'; known are {', '.join(sorted(BLOCKS))} (see models/common.py)")
+            raise UserError(f"model yaml, row {i}: no block named '{name}'; known are {', '.join(sorted(BLOCKS))} "
+                            "(see models/common.py)")
         sources = source if isinstance(source, list) else [source]
         read = tuple(j if j >= 0 else i + j for j in sources if isinstance(j, int))
         if len(read) != len(sources) or not read or any(not -1 <= j < i for j in read):
             raise UserError(f"model yaml, row {i} ({name}): reads from layer {source}, which does not come before it")
         try:
             layer, channels[i] = _layer(row, cfg, [channels[j] for j in read])
-        except (TypeError, ValueError, IndexError, KeyError, AssertionError, RuntimeError, OverflowError) as error:
-            why = (str(error) or type(error).__name__).splitlines()[0][:100]
-            raise UserError(f"model yaml, row {i} ({name}): can't be built from {str(row[3])[:80]} ({why})") from None
+        except BUILD_ERRORS as error:
+            raise UserError(f"model yaml, row {i} ({name}): can't be built from {str(row[3])[:80]} "
+                            f"({first_line(error, 100)})") from None
         layers.append(layer)
         inputs.append(read)
     return nn.Sequential(*layers), inputs
@@ -171,6 +141,8 @@ class Model(nn.Module):
     .masks   dict BN name -> bool mask over the channels of the first, dense model; empty when nothing was cut
     """
 
+    input_shape = (0, 0, 0, 0)  # (B, ch, H, W) may be anything
+
     def __init__(self, cfg: str | Path | dict = "yolov5s.yaml", ch: int = 3, nc: int | None = None,
                  anchors: int | list | None = None, names: dict[int, str] | None = None):
         super().__init__()
@@ -187,7 +159,7 @@ class Model(nn.Module):
         if "activation" in self.yaml:
             self._set_activation(str(self.yaml["activation"]))
         self._set_strides(ch)
-        self.detect.start_biases()
+        self.detect.init_biases()
 
     @property
     def detect(self) -> Detect:
@@ -217,7 +189,7 @@ class Model(nn.Module):
         return x
 
     def _set_activation(self, name: str) -> None:
-        """Replace every block's SiLU; the yaml names the class, as in `activation: nn.ReLU()` or `nn.LeakyReLU(0.1)`."""
+        """Replace every block's SiLU by the class that the yaml names: `nn.ReLU()` or `nn.LeakyReLU(0.1)`, say."""
         written = re.fullmatch(r"(nn\.\w+)(?:\(([0-9.e-]*)\))?", name.strip())
         cls = ACTIVATIONS.get(written[1]) if written else None
         if written is None or cls is None:
@@ -233,8 +205,8 @@ class Model(nn.Module):
         try:
             with torch.no_grad():
                 outputs = self.forward(torch.zeros(1, ch, size, size))
-        except (RuntimeError, TypeError, ValueError, IndexError, KeyError) as error:
-            raise UserError(f"model yaml: its layers do not fit together ({(str(error) or type(error).__name__).splitlines()[0][:120]})") from None
+        except BUILD_ERRORS as error:
+            raise UserError(f"model yaml: its layers do not fit together ({first_line(error, 120)})") from None
         self.train()
         head = self.detect
         head.stride.copy_(torch.tensor([size / y.shape[-2] for y in outputs]))
@@ -258,7 +230,7 @@ def with_classes(model: Model, names: dict[int, str]) -> Model:
     if len(names) != head.nc:
         head.nc, head.no = len(names), len(names) + 5
         head.m = nn.ModuleList(nn.Conv2d(conv.in_channels, head.no * head.na, 1) for conv in head.m)  # type: ignore[arg-type]
-        head.start_biases()
+        head.init_biases()
         model.yaml["nc"] = len(names)
     model.names = dict(names)
     return model

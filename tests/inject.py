@@ -49,7 +49,7 @@ def full_disk_log() -> None:
 
 def in_dataset(harm: Any) -> None:
     """Call harm(data set, index) when a training sample of the second epoch is made, in a worker where there are any."""
-    from utils.dataloaders import DetectionDataset
+    from utils.data.dataset import DetectionDataset
 
     get = DetectionDataset.__getitem__
 
@@ -80,7 +80,7 @@ def out_of_memory() -> None:
 
 def nan_loss() -> None:
     """The loss of a batch is not a number."""
-    from utils.loss import DetectionLoss
+    from utils.training.loss import DetectionLoss
 
     call, calls = DetectionLoss.__call__, []
 

@@ -8,11 +8,11 @@ import torch
 
 from models.yolo import FOLDER, Model, read_yaml
 from tests.blocks import randomised
-from utils.loss import DetectionLoss, scale_gains
+from utils.training.loss import DetectionLoss, scale_gains
 from utils.options import read_hyp
 from utils.slimming.cost import CostModel, profile
 from utils.slimming.graph import trace
-from utils.slimming.selection import select
+from utils.slimming.ranking import select
 from utils.slimming.sparsity import TargetSparsity
 from utils.slimming.surgery import keep_ids, largest_difference, masked, slim
 

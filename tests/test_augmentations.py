@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 import pytest
 
-from utils.augmentations import (
+from utils.data.augmentations import (
     FILL,
     Labelled,
     augment_hsv,

@@ -17,8 +17,8 @@ from models.yolo import Model
 from tests.blocks import randomised
 from utils.errors import UserError
 from utils.slimming.graph import trace
-from utils.slimming.selection import select
-from utils.slimming.surgery import compose, largest_difference, slim
+from utils.slimming.ranking import select
+from utils.slimming.surgery import compose_masks, largest_difference, slim
 
 
 def small() -> Model:
@@ -29,7 +29,7 @@ def test_slim_model_round_trip(tmp_path):
     model = small()
     masks = select(trace(model), model, 0.5)
     narrow = slim(model, masks)
-    narrow.masks = compose(model.masks, masks)
+    narrow.masks = compose_masks(model.masks, masks)
     checkpoint.save(tmp_path / "slim.pt", narrow, data="x.yaml", imgsz=64)
     again = checkpoint.load(tmp_path / "slim.pt")
     assert again.names == {0: "a", 1: "ü"} and not again.training
@@ -143,7 +143,7 @@ def test_what_a_model_is_survives_the_cut_and_the_file(tmp_path):
     for round_ in range(3):
         masks = select(trace(model), model, 0.3)
         small = slim(model, masks)
-        small.masks = compose(model.masks, masks)
+        small.masks = compose_masks(model.masks, masks)
         path = tmp_path / f"{round_}.pt"
         checkpoint.save(path, small, hyp={"lr0": 0.02}, imgsz=96, data="x.yaml")
         model = checkpoint.load(path)

@@ -11,7 +11,7 @@ import torch
 from models import checkpoint
 from models.yolo import Model
 from utils.errors import UserError
-from utils.sources import files, frames
+from utils.data.sources import files, frames
 
 pytestmark = pytest.mark.slow
 

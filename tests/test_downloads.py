@@ -14,7 +14,7 @@ import torch
 import utils.downloads as downloads
 from models import checkpoint
 from models.yolo import Model
-from utils.data_config import read_data
+from utils.data.config import read_data
 from utils.errors import UserError
 
 
@@ -66,8 +66,10 @@ def test_weights_by_name_are_fetched_once(server, official, tmp_path, monkeypatc
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values()))
 
 
-BAD = {"missing": ((404, b"", None, 0.0), "Not Found"), "cut off": ((200, b"x" * 1000, 500, 0.0), "cut off|fetched"),
-       "wrong content": ((200, b"<html>sign in</html>", None, 0.0), "something else"), "silent": ((200, b"x" * 9, None, 3.0), "timed out")}
+BAD = {"missing": ((404, b"", None, 0.0), "Not Found"),
+       "cut off": ((200, b"x" * 1000, 500, 0.0), "cut off|fetched"),
+       "wrong content": ((200, b"<html>sign in</html>", None, 0.0), "something else"),
+       "silent": ((200, b"x" * 9, None, 3.0), "timed out")}
 
 
 @pytest.mark.parametrize("case", BAD)
@@ -78,7 +80,8 @@ def test_what_goes_wrong_is_one_line_with_the_address_and_leaves_nothing(server,
     monkeypatch.setattr(downloads, "TIMEOUT", 1)
     with pytest.raises(UserError, match=words) as caught:
         checkpoint.read(tmp_path / "yolov5s.pt")
-    assert f"{url}/yolov5s.pt" in str(caught.value) and "models/yolov5s.yaml" in str(caught.value) and "\n" not in str(caught.value)
+    message = str(caught.value)
+    assert f"{url}/yolov5s.pt" in message and "models/yolov5s.yaml" in message and "\n" not in message
     assert not list(tmp_path.iterdir())
 
 

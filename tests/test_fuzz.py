@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from models import checkpoint
 from models.yolo import Model
-from utils.data_config import read_data
+from utils.data.config import read_data
 from utils.errors import UserError
-from utils.image_files import parse_labels
+from utils.data.image_files import parse_labels
 from utils.options import read_hyp
 
 pytestmark = pytest.mark.slow

@@ -15,9 +15,9 @@ from models import checkpoint
 from models.yolo import Model, on_device
 from tests import crash, trajectory
 from tests.conftest import ROOT
-from utils.data_config import read_data
+from utils.data.config import read_data
 from utils.slimming.graph import trace
-from utils.slimming.selection import select
+from utils.slimming.ranking import select
 from utils.slimming.surgery import slim
 from val import evaluate, validation_loader
 
@@ -66,7 +66,7 @@ def tiny_run(tiny: Path, cfg: Path) -> list[str]:
     return ["--data", str(tiny), "--weights", "", "--cfg", str(cfg), "--imgsz", "64", "--workers", "0", "--device", "cpu", "--noplots"]
 
 
-@pytest.mark.parametrize("batch_size", [4, 10], ids=["even", "uneven"])
+@pytest.mark.parametrize("batch_size", [4, 10], ids=["even", "misaligned_channels"])
 def test_validation_is_shared_and_gives_the_same_map(tiny, cfg, tmp_path, batch_size):
     """With 10 images a batch the last batch has one image a process, and the second process has nothing to validate."""
     done = torchrun(tmp_path, ROOT / "train_sparsity.py", *tiny_run(tiny, cfg), "--epochs", 1, "--batch-size", batch_size, "--masked-val", 1)

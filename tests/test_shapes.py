@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import yaml
 
-from utils import shapes
-from utils.data_config import read_data
+from utils.data import shapes
+from utils.data.config import read_data
 from utils.errors import UserError
 
 COUNTS = {"train": 6, "val": 3}
@@ -197,7 +197,7 @@ def test_data_yaml_names_the_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     (tmp_path / "shapes.yaml").write_text(yaml.safe_dump({**raw, "path": "drawn here"}))
     monkeypatch.setattr(shapes.generate, "__defaults__", ({"train": 1, "val": 1, "test": 1}, 0))
     data = read_data(tmp_path / "shapes.yaml")
-    assert data.root == tmp_path / "drawn here"
+    assert data.train == (tmp_path / "drawn here/images/train",)
     assert data.defaults["imgsz"] == 160
     assert all(list(folder.iterdir()) for folder in (*data.train, *data.val, *data.test))
 

@@ -13,9 +13,9 @@ from models.yolo import Model
 from tests.blocks import random_masks, randomised
 from utils.slimming.cost import CostModel, latency, profile
 from utils.slimming.graph import trace
-from utils.slimming.report import uneven
-from utils.slimming.selection import SCORES, Rules, Selection, knee, limit, select
-from utils.slimming.surgery import absorb, compose, keep_ids, largest_difference, masked, recalibrate, resize_like, slim
+from utils.slimming.report import misaligned_channels
+from utils.slimming.ranking import SCORES, Rules, Selection, knee, limit, select
+from utils.slimming.surgery import absorb, compose_masks, keep_ids, largest_difference, masked, recalibrate, resize_like, slim
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,7 @@ def test_two_rounds_compose(model):
     first = select(trace(model), model, 0.4)
     once = slim(model, first)
     second = select(trace(once), once, 0.4)
-    twice, both = slim(once, second), compose(first, second)
+    twice, both = slim(once, second), compose_masks(first, second)
     direct = slim(model, both)
     assert all(torch.equal(a, b) for a, b in zip(twice.state_dict().values(), direct.state_dict().values()))
 
@@ -176,7 +176,7 @@ def test_medians_take_few_turns_where_they_are_long():
 @pytest.mark.parametrize("name", ["model.0.bn", "model.2.m.0.cv1.bn", "model.9.cv1.bn", "model.17.cv3.bn"])
 def test_freed_flops_are_what_a_cut_frees(model, name):
     graph = trace(model)
-    freed = CostModel(model, graph, 64).freed()[name]
+    freed = CostModel(model, graph, 64).flops_per_channel()[name]
     masks = {n: torch.ones(len(ids), dtype=torch.bool) for n, ids in graph.norms.items()}
     masks[name][3] = False
     assert profile(model, 64).flops - profile(slim(model, masks), 64).flops == freed[3] == freed[0]
@@ -194,7 +194,7 @@ def test_predicted_cost_is_the_slim_models(model, seed):
 @pytest.mark.parametrize("score", SCORES)
 def test_every_rule_is_kept_and_every_cut_exact(model, rules, score):
     graph = trace(model)
-    ranked = Selection(graph, model, rules, score, CostModel(model, graph, 64).freed() if score == "l1" else None)
+    ranked = Selection(graph, model, rules, score, CostModel(model, graph, 64).flops_per_channel() if score == "l1" else None)
     masks = ranked.percent(0.5)
     for name, mask in masks.items():
         left = int(mask.sum())
@@ -211,10 +211,10 @@ def test_a_target_is_met_by_the_smallest_cut(model, share):
     graph = trace(model)
     costs, ranked = CostModel(model, graph, 64), Selection(graph, model, Rules(joint=True))
     full = profile(model, 64).flops
-    groups, reached = ranked.until(lambda n: costs.remaining(keep_ids(graph, ranked.cut(n)))[1] <= share * full)
+    groups, reached = ranked.smallest_cut(lambda n: costs.remaining(keep_ids(graph, ranked.cut(n)))[1] <= share * full)
     left = [profile(slim(model, ranked.cut(n)), 64).flops / full for n in (groups - 1, groups)]
     assert reached and left[0] > share >= left[1] > share - 0.01
-    assert ranked.until(lambda n: False) == (len(ranked.roots), False) and ranked.until(lambda n: True) == (0, True)
+    assert ranked.smallest_cut(lambda n: False) == (len(ranked.roots), False) and ranked.smallest_cut(lambda n: True) == (0, True)
 
 
 def test_layers_by_pattern_stay_whole(model):
@@ -289,5 +289,5 @@ def test_a_layer_keeps_its_share_but_no_zeros(model):
 
 def test_convolutions_that_fall_out_of_blocked_kernels_are_counted():
     network = nn.Sequential(nn.Conv2d(3, 37, 1), nn.Conv2d(37, 40, 1), nn.Conv2d(40, 13, 1), nn.Conv2d(13, 18, 1), nn.Conv2d(18, 18, 1, groups=18))
-    assert uneven(network)[0].startswith("1 of 4 convolutions read")  # 40 divides, 3 and 13 are less than a block, the last is depthwise
-    assert uneven(network[2:]) == []
+    assert misaligned_channels(network)[0].startswith("1 of 4 convolutions read")  # 40 divides, 3 and 13 are less than a block, the last is depthwise
+    assert misaligned_channels(network[2:]) == []

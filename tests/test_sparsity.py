@@ -14,9 +14,9 @@ from models.yolo import Model, read_yaml
 from train import Hook, check_finite, complete_gradients, optimizer_step
 from train_sparsity import SparsityHook
 from utils.errors import NonFiniteError
-from utils.optim import ModelEMA
+from utils.training.optimizer import ModelEMA
 from utils.slimming.graph import trace
-from utils.slimming.sparsity import GammaL1, TargetSparsity, gauge, travel
+from utils.slimming.sparsity import GammaL1, TargetSparsity, gamma_stats, travel
 
 
 def norm(values=(0.5, -0.2, 0.0)) -> nn.BatchNorm2d:
@@ -45,7 +45,7 @@ def test_share_of_a_step_and_frozen_layers():
 
 
 def test_gauge():
-    shares = gauge([torch.tensor([0.0, 0.005, -0.05, 0.5]), torch.tensor([1.0])])
+    shares = gamma_stats([torch.tensor([0.0, 0.005, -0.05, 0.5]), torch.tensor([1.0])])
     assert shares == pytest.approx({"zero": 0.2, "below_1e-3": 0.2, "below_1e-2": 0.4, "below_1e-1": 0.6})
 
 
@@ -96,7 +96,7 @@ def test_travel_is_what_the_optimizers_do():
             m.weight.grad, m.bias.grad = torch.zeros(2), torch.zeros(2)
             penalty.add_to_gradients(step // 100)
             optimizer.step()
-        most = travel([0.01] * steps, [penalty.coefficient(i // 100) for i in range(steps)], 0.9 if name == "SGD" else None)
+        most = l1_reach([0.01] * steps, [penalty.coefficient(i // 100) for i in range(steps)], 0.9 if name == "SGD" else None)
         moved = 5 - float(m.weight.detach()[0])
         assert 0.94 * most < moved <= most if name == "SGD" else 0.7 * most < moved <= most  # Adam: while sr falls, sqrt(v) lags
 

@@ -44,6 +44,20 @@ def xyxy2xywh(b: Boxes) -> Boxes:
     return _join([(low + high) / 2, high - low, b[..., 4:]])
 
 
+def label_rows(found: Tensor, shape: Sequence[int], confidence: bool) -> str:
+    """Detections (n, 6: xyxy in pixels, confidence, class) in an image of `shape` (h, w) as a label file's text.
+
+    A row is class, x, y, w, h as shares of the image, and the confidence where it is asked for.
+    """
+    height, width = shape[:2]
+    boxes = xyxy2xywh(found[:, :4].double()) / torch.tensor([width, height, width, height], dtype=torch.float64)
+    rows = []
+    for box, score, cls in zip(boxes.tolist(), found[:, 4].tolist(), found[:, 5].tolist()):
+        numbers = [*box, score] if confidence else box
+        rows.append(" ".join([f"{int(cls)}", *(f"{v:.6g}" for v in numbers)]) + "\n")
+    return "".join(rows)
+
+
 # Overlap --------------------------------------------------------------------------------------------------------------
 
 def box_iou(a: Tensor, b: Tensor) -> Tensor:
@@ -93,13 +107,6 @@ class LetterboxGeometry(NamedTuple):
     size: tuple[int, int]               # (h, w) of the resized image without its border
     pad: tuple[float, float]            # (w, h) border at each side, before rounding
     border: tuple[int, int, int, int]   # top, bottom, left, right border, whole pixels
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(h, w) of the whole."""
-        top, bottom, left, right = self.border
-        return self.size[0] + top + bottom, self.size[1] + left + right
-
 
 def letterbox_geometry(shape: tuple[int, int], new_shape: int | tuple[int, int], auto: bool = False,
                        scale_up: bool = True, stride: int = 32) -> LetterboxGeometry:

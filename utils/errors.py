@@ -53,20 +53,28 @@ def _end(line: str, code: int) -> None:
 def _innermost(error: UserError) -> str:
     """The message itself: one that comes from a loader's worker carries the worker's traceback."""
     text = str(error)
-    return text.strip().splitlines()[-1].partition("UserError: ")[2] or text if text.startswith("Caught UserError") else text
+    if not text.startswith("Caught UserError"):
+        return text
+    return text.strip().splitlines()[-1].partition("UserError: ")[2] or text
+
+
+def first_line(error: Exception, length: int = 160) -> str:
+    """The first line of an error's message, as far as it fits; its type where there is no message."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:length]
 
 
 def _environment(error: Exception) -> str:
     """What the machine, not this program, ran out of, and the mend; empty for anything else."""
-    first = (str(error).strip().splitlines() or [""])[0]
-    going_on = "; a training goes on with --resume"
+    first, going_on = first_line(error, 120), "; a training goes on with --resume"
     if isinstance(error, MemoryError) or "out of memory" in first or "can't allocate memory" in first:
-        return f"out of memory ({first[:120]}); go on with --resume and fewer --workers, or start again with a smaller --batch-size or --imgsz"
+        return (f"out of memory ({first}); go on with --resume and fewer --workers, "
+                "or start again with a smaller --batch-size or --imgsz")
     if "DataLoader worker" in str(error):
-        return (f"a loader process died ({first[:120]}): out of memory, or /dev/shm is too small (docker run --shm-size 8g); "
-                f"give fewer --workers, or 0{going_on}")
-    if re.search(r"unable to (open|allocate|write|resize|mmap).*(shm|shared memory|/torch_)|No space left on device", str(error)):
-        return f"no space left, on the disk or in /dev/shm ({first[:120]}); free some, or give --workers 0{going_on}"
+        return (f"a loader process died ({first}): out of memory, or /dev/shm is too small "
+                f"(docker run --shm-size 8g); give fewer --workers, or 0{going_on}")
+    shared_memory = r"unable to (open|allocate|write|resize|mmap).*(shm|shared memory|/torch_)"
+    if re.search(rf"{shared_memory}|No space left on device", str(error)):
+        return f"no space left, on the disk or in /dev/shm ({first}); free some, or give --workers 0{going_on}"
     if isinstance(error, OSError) and error.errno is not None:
         return f"{error.filename or 'the system'}: {error.strerror}{going_on}"
     return ""

@@ -34,15 +34,12 @@ def match(dets: Tensor, labels: Tensor, iou_thresholds: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class APResult:
-    """Per class, in the order of .classes (those that have labels); P, R and F1 at the confidence of the best mean F1."""
+    """Per class, in the order of .classes (those that have labels); P and R at the confidence of the best mean F1."""
 
     p: np.ndarray                    # (classes,)
     r: np.ndarray
-    f1: np.ndarray
     ap: np.ndarray                   # (classes, thresholds)
     classes: np.ndarray              # (classes,) int
-    tp: np.ndarray
-    fp: np.ndarray
     px: np.ndarray                   # (1000,) confidence
     p_curve: np.ndarray              # (classes, 1000) over px
     r_curve: np.ndarray
@@ -81,7 +78,11 @@ def compute_ap(recall: np.ndarray, precision: np.ndarray) -> tuple[float, np.nda
 
 
 def ap_per_class(tp: np.ndarray, conf: np.ndarray, pred_cls: np.ndarray, target_cls: np.ndarray) -> APResult:
-    """tp (n, t) hits of n detections of all images, their confidence (n,) and class (n,); target_cls (m,) all labels."""
+    """AP of every class that has labels.
+
+    tp (n, t): hits of n detections of all images at t IoU thresholds; conf (n,), pred_cls (n,): their confidence and
+    class; target_cls (m,): the classes of all labels.
+    """
     eps = 1e-16
     order = np.argsort(-conf, kind="stable")
     tp, conf, pred_cls = tp[order], conf[order], pred_cls[order]
@@ -103,9 +104,7 @@ def ap_per_class(tp: np.ndarray, conf: np.ndarray, pred_cls: np.ndarray, target_
                 pr[i] = np.interp(AXIS, x, envelope)
     f1 = 2 * p * r / (p + r + eps)
     best = int(smooth(f1.mean(0), 0.1).argmax()) if n else 0
-    true = (r[:, best] * counts).round()
-    false = (true / (p[:, best] + eps) - true).round()
-    return APResult(p[:, best], r[:, best], f1[:, best], ap, classes.astype(int), true, false, AXIS, p, r, f1, pr)
+    return APResult(p[:, best], r[:, best], ap, classes.astype(int), AXIS, p, r, f1, pr)
 
 
 def smooth(y: np.ndarray, fraction: float) -> np.ndarray:
@@ -115,7 +114,7 @@ def smooth(y: np.ndarray, fraction: float) -> np.ndarray:
     return np.convolve(padded, np.ones(window) / window, mode="valid")
 
 
-def fitness(p: float, r: float, map50: float, map50_95: float) -> float:
+def fitness(map50: float, map50_95: float) -> float:
     """What decides which epoch is best: 0.1 mAP50 + 0.9 mAP50-95."""
     return 0.1 * map50 + 0.9 * map50_95
 
@@ -127,9 +126,9 @@ class ConfusionMatrix:
         self.nc, self.conf, self.iou = nc, conf, iou
         self.matrix = np.zeros((nc + 1, nc + 1))
 
-    def update(self, dets: Tensor | None, labels: Tensor) -> None:
-        """Add an image: dets (n, 6) or None, labels (m, 5: class, xyxy). Pairs are made greedily, the best overlap first."""
-        dets = dets[dets[:, 4] > self.conf] if dets is not None else torch.zeros(0, 6)
+    def update(self, dets: Tensor, labels: Tensor) -> None:
+        """Add an image: dets (n, 6), labels (m, 5: class, xyxy). Pairs are made greedily, the best overlap first."""
+        dets = dets[dets[:, 4] > self.conf]
         true, predicted = labels[:, 0].int().tolist(), dets[:, 5].int().tolist()
         iou = box_iou(labels[:, 1:], dets[:, :4])
         pairs = (iou > self.iou).nonzero().tolist()

@@ -4,26 +4,41 @@ A flag beats the data yaml's `defaults:` section (the built-in set carries its o
 """
 from __future__ import annotations
 
-from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
+import math
+import re
+from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter, ArgumentParser, ArgumentTypeError, Namespace
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
+from utils.data.config import read_data
 from utils.errors import UserError
-from utils.files import ROOT, newest, read_yaml_mapping
-from utils.optim import OPTIMIZERS
+from utils.files import ROOT, read_yaml_mapping
 
 BUILT_IN_DATA = "data/shapes.yaml"
 # What holds when neither a flag nor the data yaml says otherwise: YOLOv5's defaults.
-DEFAULTS: dict[str, Any] = {"weights": "yolov5s.pt", "cfg": "", "imgsz": 640, "epochs": 100, "batch_size": 16, "nbs": 64,
-                            "optimizer": "SGD", "cache": None, "hyp": None}
-HYP_FOR = {"SGD": "data/hyps/hyp.scratch-low.yaml", "Adam": "data/hyps/hyp.adamw.yaml", "AdamW": "data/hyps/hyp.adamw.yaml"}
+DEFAULTS: dict[str, Any] = {"weights": "yolov5s.pt", "cfg": "", "imgsz": 640, "epochs": 100, "batch_size": 16,
+                            "nbs": 64, "optimizer": "SGD", "cache": None, "hyp": None}
+LEAST = {"imgsz": 32, "epochs": 1, "batch_size": 1, "nbs": 1}
+# Optimizer -> its hyper-parameters.
+HYP_FOR = {"SGD": "data/hyps/hyp.scratch-low.yaml", "Adam": "data/hyps/hyp.adamw.yaml",
+           "AdamW": "data/hyps/hyp.adamw.yaml"}
+# They stand in YOLOv5's files, old or new, and have no effect here.
+IGNORED_HYP = {"anchors", "label_smoothing", "iou_t", "giou"}
 
 
 class HelpfulParser(ArgumentParser):
-    """An ArgumentParser that shows defaults, and shows none where the default is 'not given'."""
+    """An ArgumentParser that shows defaults, and refuses a value in one line that names the flag."""
 
     def __init__(self, description: str | None):
         super().__init__(description=description, formatter_class=_Formatter, allow_abbrev=False)
+
+    def error(self, message: str) -> Any:
+        """Raise UserError for what a validator below refuses; anything else is said in argparse's way."""
+        refused = re.fullmatch(r"argument (--[\w-]+)\S*: (.*: (?:must|give) .*)", message)
+        if refused:
+            raise UserError(f"{refused[1]} {refused[2]}")
+        super().error(message)
 
 
 class _Formatter(ArgumentDefaultsHelpFormatter):
@@ -31,17 +46,93 @@ class _Formatter(ArgumentDefaultsHelpFormatter):
         return action.help if action.default in (None, False, SUPPRESS, "") else super()._get_help_string(action)
 
 
+# Validators: argparse's type= -----------------------------------------------------------------------------------------
+
+def at_least(least: float, kind: Callable[[str], Any] = int) -> Callable[[str], Any]:
+    """Numbers from `least` on, whole ones unless `kind` is float."""
+    def parse(text: str) -> Any:
+        if not (value := kind(text)) >= least:
+            raise ArgumentTypeError(f"{text}: must be at least {least}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse names it where the text is no number
+    return parse
+
+
+def fraction(zero: bool = True, one: bool = True, hint: str = "") -> Callable[[str], float]:
+    """Numbers between 0 and 1; whether 0 and 1 themselves are among them."""
+    def parse(text: str) -> float:
+        value = float(text)
+        if not 0 <= value <= 1 or (value == 0 and not zero) or (value == 1 and not one):
+            limits = f"{'at least' if zero else 'above'} 0 and {'at most' if one else 'below'} 1"
+            raise ArgumentTypeError(f"{text}: must be {limits}{f' ({hint})' if hint else ''}")
+        return value
+
+    parse.__name__ = "float"
+    return parse
+
+
+def fractions(text: str) -> list[float]:
+    """'0.1:0.8:0.1', first:last:step, -> [0.1, 0.2, ... 0.8]."""
+    try:
+        first, last, step = map(float, text.split(":"))
+    except ValueError:
+        first = last = step = 0.0
+    if not 0 < first <= last < 1 or step <= 0:
+        raise ArgumentTypeError(f"{text}: give first:last:step between 0 and 1, such as 0.1:0.8:0.1")
+    return [round(first + i * step, 6) for i in range(int((last - first) / step + 1e-6) + 1)]
+
+
+def named_fraction(names: Collection[str], hint: str) -> Callable[[str], tuple[str, float]]:
+    """'flops=0.5' -> ("flops", 0.5), for these names and numbers between 0 and 1."""
+    def parse(text: str) -> tuple[str, float]:
+        name, _, number = text.partition("=")
+        try:
+            value = float(number)
+        except ValueError:
+            value = -1.0
+        if name not in names or not 0 < value < 1:
+            raise ArgumentTypeError(f"{text}: give {hint}, a number between 0 and 1")
+        return name, value
+
+    return parse
+
+
+# Flags ----------------------------------------------------------------------------------------------------------------
+
+def add_run_flags(parser: ArgumentParser, project: str) -> None:
+    """Flags of every script that writes a run's folder."""
+    add = parser.add_argument
+    add("--device", default="", help="cpu, or the number of a GPU (the first GPU if there is one)")
+    add("--project", default=project, help="folder of the runs")
+    add("--name", default="exp", help="name of this run")
+    add("--exist-ok", action="store_true", help="write into an existing run folder")
+
+
+def add_imgsz_flag(parser: ArgumentParser, help: str = "image size in pixels (640)", **options: Any) -> None:
+    """--imgsz under all names that YOLOv5 has for it."""
+    parser.add_argument("--imgsz", "--img", "--img-size", type=at_least(LEAST["imgsz"]), help=help, **options)
+
+
 def add_common(parser: ArgumentParser, project: str) -> None:
-    """Flags of every script: data, image size, batch, device, where to write."""
-    parser.add_argument("--data", help=f"data yaml (not given: the built-in set, {BUILT_IN_DATA}, or the checkpoint's)")
-    parser.add_argument("--imgsz", "--img", "--img-size", type=int, help="image size in pixels (640)")
-    parser.add_argument("--batch-size", type=int, help="images a batch, over all processes (16)")
-    parser.add_argument("--device", default="", help="cpu, or the number of a GPU (the first GPU if there is one)")
-    parser.add_argument("--workers", type=int, default=8, help="most loader processes; never more than there are cores")
-    parser.add_argument("--single-cls", action="store_true", help="treat all classes as one")
-    parser.add_argument("--project", default=project, help="folder of the runs")
-    parser.add_argument("--name", default="exp", help="name of this run")
-    parser.add_argument("--exist-ok", action="store_true", help="write into an existing run folder")
+    """Flags of every script that reads a data set."""
+    add = parser.add_argument
+    add("--data", help=f"data yaml (not given: the built-in set, {BUILT_IN_DATA}, or the checkpoint's)")
+    add_imgsz_flag(parser)
+    add("--batch-size", type=at_least(LEAST["batch_size"]), help="images a batch, over all processes (16)")
+    add("--workers", type=at_least(0), default=8, help="most loader processes; never more than there are cores")
+    add("--single-cls", action="store_true", help="treat all classes as one")
+    add_run_flags(parser, project)
+
+
+def add_detection_flags(parser: ArgumentParser, conf: float, iou: float, max_det: int) -> None:
+    """Flags of the scripts that detect: val.py and detect.py."""
+    add = parser.add_argument
+    add("--conf-thres", type=fraction(), default=conf, help="least confidence of a detection")
+    add("--iou-thres", type=fraction(), default=iou, help="IoU above which NMS takes two boxes for one")
+    add("--max-det", type=int, default=max_det, help="most detections an image")
+    add("--half", action="store_true", help="fp16 inference (GPU)")
+    add("--augment", action="store_true", help="test-time augmentation: three sizes, one of them mirrored")
 
 
 def training_parser(description: str | None, project: str = "runs/train") -> HelpfulParser:
@@ -52,62 +143,79 @@ def training_parser(description: str | None, project: str = "runs/train") -> Hel
     add("--cfg", help="model yaml; not needed with --weights, a checkpoint knows its own")
     add_common(parser, project)
     add("--hyp", help="hyper-parameter yaml (data/hyps/hyp.scratch-low.yaml; hyp.adamw.yaml with Adam and AdamW)")
-    add("--epochs", type=int, help="epochs in all (100)")
-    add("--nbs", type=int, help="nominal batch: gradients are gathered until a step has seen about so many images (64)")
+    add("--epochs", type=at_least(LEAST["epochs"]), help="epochs in all (100)")
+    add("--nbs", type=at_least(LEAST["nbs"]),
+        help="nominal batch: gradients are gathered until a step has seen about so many images (64)")
     add("--rect", action="store_true", help="rectangular batches, no mosaic, no shuffling")
-    add("--resume", nargs="?", const=True, default=False, help="go on with an interrupted run: its last.pt, or the newest")
+    add("--resume", nargs="?", const=True, default=False,
+        help="go on with an interrupted run: its last.pt, or the newest")
     add("--nosave", action="store_true", help="keep only the last epoch's checkpoint")
     add("--noval", action="store_true", help="validate only after the last epoch")
     add("--noautoanchor", action="store_true", help="keep the anchors as they are")
     add("--noplots", action="store_true", help="make no pictures")
-    add("--cache", nargs="?", const="ram", choices=["ram", "disk"], help="keep decoded images in ram, or on disk away from the data")
+    add("--cache", nargs="?", const="ram", choices=["ram", "disk"],
+        help="keep decoded images in ram, or on disk away from the data")
     add("--amp", choices=["off", "bf16", "fp16"], help="mixed precision (fp16 on a GPU, off on a CPU)")
-    add("--optimizer", choices=OPTIMIZERS, help="optimizer (SGD)")
-    add("--adam", action="store_true", help="short for --optimizer AdamW; its first rate is 0.001 (data/hyps/hyp.adamw.yaml)")
+    add("--optimizer", choices=list(HYP_FOR), help="optimizer (SGD)")
+    add("--adam", action="store_true",
+        help="short for --optimizer AdamW; its first rate is 0.001 (data/hyps/hyp.adamw.yaml)")
     add("--multi-scale", action="store_true", help="every batch at another size, 0.5 to 1.5 times --imgsz")
     add("--image-weights", action="store_true", help="draw images with rare and badly detected classes more often")
     add("--sync-bn", action="store_true", help="BatchNorm statistics over all processes (several GPUs)")
     add("--cos-lr", action="store_true", help="cosine learning-rate schedule instead of a linear one")
-    add("--label-smoothing", type=float, default=0.0, help="epsilon of label smoothing")
-    add("--patience", type=int, default=100, help="epochs without a better fitness before stopping (0 = never stop)")
-    add("--freeze", nargs="+", type=int, default=[0], help="layers to freeze: a count (10 = backbone) or a list (0 1 2)")
+    add("--label-smoothing", type=fraction(one=False), default=0.0, help="epsilon of label smoothing")
+    add("--patience", type=at_least(0), default=100,
+        help="epochs without a better fitness before stopping (0 = never stop)")
+    add("--freeze", nargs="+", type=int, default=[0],
+        help="layers to freeze: a count (10 = backbone) or a list (0 1 2)")
     add("--save-period", type=int, default=-1, help="also keep a checkpoint every so many epochs")
     add("--seed", type=int, default=0, help="seed of weights and augmentation")
     return parser
 
 
 def resolve(opt: Namespace, checkpoint: dict[str, Any] | None = None) -> Namespace:
-    """Fill in what was not given. `checkpoint` (read()'s dict) supplies data, image size, optimizer and hyper-parameters
-    to the scripts that go on with somebody's training. Returns a new Namespace with plain values only.
+    """Fill in what was not given; returns a new Namespace of plain values, in which .hyp is a dict.
 
-    .data is then a DataConfig's file as text, .hyp a dict.
+    `checkpoint` (read()'s dict) supplies data, image size, optimizer and hyper-parameters to the scripts that go on
+    with somebody's training. Raises UserError for settings that can't be.
     """
-    from utils.data_config import read_data
-
     opt = Namespace(**vars(opt))
     if getattr(opt, "adam", False):
         opt.optimizer = opt.optimizer or "AdamW"
-    earlier = (checkpoint or {}).get("opt") or {}
-    if earlier:
-        opt.data = opt.data or earlier.get("data")
-        opt.imgsz = opt.imgsz or earlier.get("imgsz")
-        opt.single_cls = opt.single_cls or earlier.get("single_cls", False)
-        if hasattr(opt, "hyp") and not opt.hyp and not opt.optimizer:  # a rate belongs to its optimizer: both or neither
-            opt.hyp, opt.optimizer = earlier.get("hyp"), earlier.get("optimizer")
+    _take_from_training(opt, (checkpoint or {}).get("opt") or {})
     opt.data = str(opt.data or ROOT / BUILT_IN_DATA)
-    suits = read_data(opt.data).defaults
-    unknown = suits.keys() - DEFAULTS.keys()
-    if unknown:
-        raise UserError(f"{opt.data}: defaults has unknown keys {', '.join(sorted(unknown))}; known are {', '.join(DEFAULTS)}")
-    for key, value in {**DEFAULTS, **suits}.items():
+    suited = read_data(opt.data).defaults
+    _check_defaults(opt.data, suited)
+    for key, value in {**DEFAULTS, **suited}.items():
         if hasattr(opt, key) and getattr(opt, key) is None:
             # The architecture is one setting in two flags: who names one does not want the other's default.
-            if key in ("weights", "cfg") and getattr(opt, "weights" if key == "cfg" else "cfg", None) and key in suits:
+            if key in ("weights", "cfg") and getattr(opt, "weights" if key == "cfg" else "cfg", None) and key in suited:
                 value = ""
             setattr(opt, key, value)
     if hasattr(opt, "hyp"):
         opt.hyp = read_hyp(opt.hyp or HYP_FOR[opt.optimizer])
-    return check_ranges(opt)
+    return opt
+
+
+def _take_from_training(opt: Namespace, earlier: dict[str, Any]) -> None:
+    """Data, image size, optimizer and hyper-parameters of the training that made the checkpoint, where not given."""
+    opt.data = opt.data or earlier.get("data")
+    opt.imgsz = opt.imgsz or earlier.get("imgsz")
+    opt.single_cls = opt.single_cls or earlier.get("single_cls", False)
+    if hasattr(opt, "hyp") and not opt.hyp and not opt.optimizer:  # a rate belongs to its optimizer: both or neither
+        opt.hyp, opt.optimizer = earlier.get("hyp"), earlier.get("optimizer")
+
+
+def _check_defaults(data: str, suited: dict[str, Any]) -> None:
+    """Refuse settings of a data yaml's `defaults:` that can't be."""
+    if unknown := suited.keys() - DEFAULTS.keys():
+        raise UserError(f"{data}: defaults has unknown keys {', '.join(sorted(unknown))}; "
+                        f"known are {', '.join(DEFAULTS)}")
+    for key, least in LEAST.items():
+        if key in suited and not (isinstance(suited[key], int) and suited[key] >= least):
+            raise UserError(f"{data}: defaults: {key} must be a whole number from {least} on, not {suited[key]}")
+    if suited.get("optimizer", "SGD") not in HYP_FOR:
+        raise UserError(f"{data}: defaults: optimizer must be one of {', '.join(HYP_FOR)}, not {suited['optimizer']}")
 
 
 def read_hyp(hyp: str | Path | dict) -> dict[str, float]:
@@ -116,36 +224,13 @@ def read_hyp(hyp: str | Path | dict) -> dict[str, float]:
     if not isinstance(hyp, dict):
         path = next((p for p in (Path(hyp), ROOT / hyp, ROOT / "data/hyps" / hyp) if p.is_file()), Path(hyp))
         hyp = read_yaml_mapping(path, "--hyp")
-    for key, value in hyp.items():
-        if key in reference and (isinstance(value, bool) or not isinstance(value, (int, float))):
-            raise UserError(f"--hyp: '{key}' must be a number, not {value!r}")
-    unknown = hyp.keys() - reference.keys() - {"anchors", "label_smoothing", "iou_t", "giou"}  # stand in YOLOv5's files, old or new, without effect here
-    if unknown:
-        raise UserError(f"--hyp: unknown '{sorted(map(str, unknown))[0]}'; known are {', '.join(reference)}")
-    values = {**reference, **{k: float(v) for k, v in hyp.items() if k in reference}}
-    for key, value in values.items():
-        if not 0 <= value < float("inf"):
-            raise UserError(f"--hyp: '{key}' must not be negative nor infinite, but is {value:g}")
+    if unknown := hyp.keys() - reference.keys() - IGNORED_HYP:
+        raise UserError(f"--hyp: unknown '{min(map(str, unknown))}'; known are {', '.join(reference)}")
+    values = dict(reference)
+    for key in hyp.keys() & reference.keys():
+        if isinstance(hyp[key], bool) or not isinstance(hyp[key], (int, float)):
+            raise UserError(f"--hyp: '{key}' must be a number, not {hyp[key]!r}")
+        if not 0 <= hyp[key] < math.inf:
+            raise UserError(f"--hyp: '{key}' must not be negative nor infinite, but is {hyp[key]:g}")
+        values[key] = float(hyp[key])
     return values
-
-
-def check_ranges(opt: Namespace) -> Namespace:
-    """Refuse numbers that can't work, by the flag's name."""
-    for name, least in (("imgsz", 32), ("epochs", 1), ("batch_size", 1), ("nbs", 1), ("workers", 0), ("patience", 0)):
-        value = getattr(opt, name, None)
-        if value is not None and value < least:
-            raise UserError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
-    if not 0 <= getattr(opt, "label_smoothing", 0) < 1:
-        raise UserError(f"--label-smoothing {opt.label_smoothing}: must be at least 0 and below 1")
-    return opt
-
-
-def resume_file(opt: Namespace) -> Path:
-    """The last.pt that --resume means."""
-    if isinstance(opt.resume, str):
-        path = Path(opt.resume)
-        return path / "weights" / "last.pt" if path.is_dir() else path
-    path_or_none = newest(f"{opt.project}/*/weights/last.pt")
-    if path_or_none is None:
-        raise UserError(f"--resume: no run under {opt.project}; give the file: --resume path/to/last.pt")
-    return path_or_none

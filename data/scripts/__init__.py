@@ -1,1 +1,1 @@
-"""Converters into YOLO layout."""
+"""Converters to the YOLO layout."""

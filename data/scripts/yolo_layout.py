@@ -1,109 +1,199 @@
-"""What the converters share: the plan of what goes where, the writing of it in YOLO layout, the report.
+"""What the converters share: common flags, the plan of what is converted, writing it in YOLO layout, the report.
 
-A converter fills a list of Items and a Tally of what it mended and left out. Only files that an earlier call made are
-ever replaced, and the input is only read.
+A converter fills a Plan, and write() does what it says. Only files that an earlier call has made are ever replaced, and
+the input is only read.
 """
 from __future__ import annotations
 
+import argparse
+import itertools
 import json
+import math
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import yaml
 from PIL import Image
 from tqdm import tqdm
 
+from utils.data.image_files import read_header
 from utils.errors import UserError
-from utils.image_files import read_header
+from utils.files import write_json, write_text
+from utils.tables import text_table
 
-MARKER = ".converted.json"     # in the output folder: the files that a converter has put there
+SPLITS = ("train", "val", "trainval", "test")
+MARKER = ".converted.json"     # in the output folder: lists the files that a converter has written
 YAML_TITLE = "# Written by data/scripts/"
-MOST_NAMED = 10                # files named for each reason to leave them out
+MOST_NAMED = 10                # files that the report names for each reason to leave them out
 
 Corners = tuple[float, float, float, float]
-
-
-@dataclass
-class Tally:
-    """What was mended and what was left out, by reason, and the files that were left out."""
-
-    repaired: Counter[str] = field(default_factory=Counter)
-    dropped: Counter[str] = field(default_factory=Counter)
-    files: dict[str, list[str]] = field(default_factory=dict)
-
-    def drop_file(self, reason: str, file: str | Path) -> None:
-        self.dropped[reason] += 1
-        self.files.setdefault(reason, []).append(str(file))
-
-
-@dataclass(frozen=True)
-class Item:
-    """One picture to convert."""
-
-    split: str
-    source: Path                              # the image
-    name: str                                 # its name in the output, without suffix
-    boxes: tuple[tuple[str, Corners], ...]    # class name, x1 y1 x2 y2 in 0..1
+Box = tuple[str, Corners]      # class name and x1, y1, x2, y2, normalised
 
 
 class Skipped(Exception):
-    """A file can't be used; the message is the reason."""
+    """A file or a box can't be used; the message is the reason."""
+
+
+class Item(NamedTuple):
+    """One image to convert."""
+
+    split: str
+    source: Path       # the image in the input
+    image: str         # its path in the output folder
+    label: str         # and that of its label file
+    boxes: list[Box]
+
+
+@dataclass
+class Plan:
+    """The images to convert and their boxes, and what was repaired or left out, counted by reason."""
+
+    items: list[Item] = field(default_factory=list)
+    found: set[str] = field(default_factory=set)                # names of the classes in the input
+    repaired: Counter[str] = field(default_factory=Counter)
+    dropped: Counter[str] = field(default_factory=Counter)
+    files: dict[str, list[str]] = field(default_factory=dict)   # reason -> files that were left out
+    taken: set[str] = field(default_factory=set)                # label paths of `items`, in lower case
+
+    @contextmanager
+    def skipping(self, file: Path | None = None) -> Iterator[None]:
+        """Go on where the block raises Skipped; count it, and remember the file for the report."""
+        try:
+            yield
+        except Skipped as reason:
+            self.dropped[str(reason)] += 1
+            if file:
+                self.files.setdefault(str(reason), []).append(str(file))
+
+    def add(self, split: str, source: Path, stem: str, folder: str, boxes: Sequence[Box]) -> None:
+        """Add an image with its boxes, without duplicates.
+
+        Its name is `stem`; if another image of the split has that, `folder`_`stem`, or else `stem` and a number.
+        """
+        unique = list(dict.fromkeys(boxes))
+        self.dropped["box given twice"] += len(boxes) - len(unique)
+        self.found.update(name for name, _ in unique)
+        names = itertools.chain([stem, f"{folder}_{stem}"], (f"{stem}_{n}" for n in itertools.count(2)))
+        name = next(name for name in names if f"labels/{split}/{name}.txt".casefold() not in self.taken)
+        self.repaired["image renamed, its name was taken"] += name != stem
+        item = Item(split, source, f"images/{split}/{name}{source.suffix}", f"labels/{split}/{name}.txt", unique)
+        self.taken.add(item.label.casefold())
+        self.items.append(item)
+
+    def clip(self, pixels: Corners, size: tuple[int, int], slack: tuple[float, float]) -> Corners:
+        """A box in pixels, cut at the edges of an image of `size` (w, h) and normalised. Skipped if it lies outside.
+
+        slack: how many pixels beyond the left or top, and beyond the right or bottom edge, are not counted as repairs.
+        """
+        x1, y1, x2, y2 = pixels
+        width, height = size
+        inside = (max(x1, 0) / width, max(y1, 0) / height, min(x2, width) / width, min(y2, height) / height)
+        if inside[0] >= inside[2] or inside[1] >= inside[3]:
+            raise Skipped("box outside the image")
+        low, high = slack
+        self.repaired["box cut at the image's edge"] += min(x1, y1) < -low or max(x2 - width, y2 - height) > high
+        return inside
+
+    def require_items(self, flag: str) -> None:
+        """UserError, with the reasons, if no image is left to convert."""
+        if not self.items:
+            reasons = ", ".join(f"{reason}: {count}" for reason, count in self.dropped.items() if count)
+            raise UserError(f"{flag}: no usable image ({reasons})")
+
+
+def four_numbers(values: Any) -> Corners:
+    """Four finite numbers. Skipped if `values` are anything else."""
+    try:
+        a, b, c, d = (float(value) for value in values)
+        if not all(map(math.isfinite, (a, b, c, d))):
+            raise ValueError
+    except (TypeError, ValueError, OverflowError):
+        raise Skipped("box missing or not numeric") from None
+    return a, b, c, d
 
 
 def displayed_size(path: Path) -> tuple[int, int]:
     """(w, h) of an image as the training will see it, after the EXIF rotation. Skipped if it is no image."""
+    if not path.is_file():
+        raise Skipped("image missing")
     try:
         return read_header(path)[0]
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         raise Skipped("image unreadable") from None
 
 
-def free_name(stem: str, folder: Path, split: str, taken: set[tuple[str, str]], tally: Tally) -> str:
-    """`stem`, with the folder's name before it, and then a number, as long as another picture of the split has it."""
-    candidates = [stem, f"{folder.resolve().name}_{stem}", *(f"{stem}_{n}" for n in range(2, len(taken) + 3))]
-    name = next(c for c in candidates if (split, c.casefold()) not in taken)
-    tally.repaired["image renamed, its name was taken"] += name != stem
-    taken.add((split, name.casefold()))
-    return name
+# Command line ---------------------------------------------------------------------------------------------------------
+
+def converter_parser(description: str | None, *place: str) -> argparse.ArgumentParser:
+    """A parser with the flags of every converter. `place`: older names of --place."""
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--out", type=Path, required=True, metavar="DIR", help="where images/ and labels/ go")
+    add("--yaml", type=Path, metavar="FILE", help="the data yaml to write (OUT/data.yaml)")
+    add("--place", *place, dest="place", choices=("copy", "link", "hardlink"), default="copy",
+        help="how images get into OUT (copy)")
+    add("--exist-ok", action="store_true", help="write into a folder, and over a yaml, that no converter made")
+    return parser
 
 
-def check_output(out: Path, yaml_file: Path, sources: Iterable[Path], exist_ok: bool, given: str) -> None:
-    """Refuse to write into what is not ours: the input, somebody's folder, somebody's yaml."""
+def check_output(opt: argparse.Namespace, sources: Iterable[Path], flag: str) -> None:
+    """Fill in --yaml. UserError where the output would overwrite the input, given by `flag`, or a user's own files."""
+    opt.yaml = opt.yaml or opt.out / "data.yaml"
+    out, yaml_file = opt.out, opt.yaml
     for source in sources:
         for target in (out, out / "images", out / "labels", yaml_file):
             ours, theirs = target.resolve(), source.resolve()
             if ours.is_relative_to(theirs) or theirs.is_relative_to(ours):
-                flag = "--yaml" if target == yaml_file else "--out"
-                raise UserError(f"{flag} {target}: overlaps with {given} {source}, which stays as it is; choose another")
+                own = "--yaml" if target == yaml_file else "--out"
+                raise UserError(f"{own} {target}: overlaps with {flag} {source}, which stays as it is; choose another")
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out}: is a file; choose another name")
-    if not exist_ok and out.is_dir() and any(out.iterdir()) and not (out / MARKER).is_file():
+    if opt.exist_ok:
+        return
+    if out.is_dir() and any(out.iterdir()) and not (out / MARKER).is_file():
         raise UserError(f"--out {out}: is not empty and not made by this program; choose another, or add --exist-ok")
-    if not exist_ok and yaml_file.is_file() and not yaml_file.read_text("utf-8", "replace").startswith(YAML_TITLE):
+    if yaml_file.is_file() and not yaml_file.read_text("utf-8", "replace").startswith(YAML_TITLE):
         raise UserError(f"--yaml {yaml_file}: exists and is not by this program; choose another, or add --exist-ok")
 
 
-def write(items: Sequence[Item], names: Sequence[str], out: Path, how: str) -> None:
-    """Images and labels. What an earlier call put into `out` is removed first; what anybody else put there stays."""
+# Output ---------------------------------------------------------------------------------------------------------------
+
+def write(plan: Plan, names: Sequence[str], opt: argparse.Namespace, script: str) -> str:
+    """Write images, labels and the data yaml; return the report. Boxes of classes that are not in `names` are left out.
+
+    UserError where something can't be written.
+    """
+    try:
+        _write_files(plan.items, names, opt.out, opt.place)
+    except OSError as error:
+        where = error.filename or opt.out
+        raise UserError(f"{where}: can't be written ({error.strerror}); choose another --out") from None
+    splits = [split for split in SPLITS if any(item.split == split for item in plan.items)]
+    write_text(opt.yaml, _yaml_text(opt.yaml, opt.out, splits, names, script))
+    return f"{_report(plan, splits, names)}\nnow: python train.py --data {opt.yaml}"
+
+
+def _write_files(items: Sequence[Item], names: Sequence[str], out: Path, how: str) -> None:
+    """Write images and labels. The files of an earlier call are removed first, and no others."""
     number = {name: i for i, name in enumerate(names)}
-    files = {item: (f"images/{item.split}/{item.name}{item.source.suffix}", f"labels/{item.split}/{item.name}.txt")
-             for item in items}
     _remove_earlier(out)
-    out.mkdir(parents=True, exist_ok=True)
-    # Before the first file: so a call that was interrupted can be repeated.
-    (out / MARKER).write_text(json.dumps({"files": [f for pair in files.values() for f in pair]}), encoding="utf-8")
-    for kind in ("images", "labels"):
-        for split in {item.split for item in items}:
-            (out / kind / split).mkdir(parents=True, exist_ok=True)
-    for item, (image, label) in tqdm(files.items(), "writing", delay=1.0, leave=False, disable=None):
-        _place(item.source, out / image, how)
+    # The list of files comes first, so that an interrupted call can be repeated.
+    files = [path for item in items for path in (item.image, item.label)]
+    write_json(out / MARKER, {"files": files})
+    for folder in {(out / path).parent for path in files}:
+        folder.mkdir(parents=True, exist_ok=True)
+    for item in tqdm(items, "writing", delay=1.0, leave=False, disable=None):
+        _place(item.source, out / item.image, how)
         rows = [_row(number[name], box) for name, box in item.boxes if name in number]
-        (out / label).unlink(missing_ok=True)
-        (out / label).write_bytes("".join(rows).encode())  # bytes: \n on every system
+        (out / item.label).unlink(missing_ok=True)
+        (out / item.label).write_bytes("".join(rows).encode())  # bytes: \n on every system
 
 
 def _row(number: int, box: Corners) -> str:
@@ -112,6 +202,7 @@ def _row(number: int, box: Corners) -> str:
 
 
 def _remove_earlier(out: Path) -> None:
+    """Remove the files that MARKER lists."""
     try:
         files = json.loads((out / MARKER).read_text(encoding="utf-8"))["files"]
     except FileNotFoundError:
@@ -124,7 +215,7 @@ def _remove_earlier(out: Path) -> None:
 
 
 def _place(source: Path, target: Path, how: str) -> None:
-    target.unlink(missing_ok=True)  # it may be a link to the input, which must not be written through
+    target.unlink(missing_ok=True)  # it may be a link to the input, and a copy would write through it
     try:
         if how == "copy":
             shutil.copyfile(source, target)
@@ -133,44 +224,38 @@ def _place(source: Path, target: Path, how: str) -> None:
         else:
             os.link(source.resolve(), target)
     except OSError as error:
-        mend = "free some space" if how == "copy" else "use --images copy"
+        mend = "free some space" if how == "copy" else "use --place copy"
         raise UserError(f"{target}: can't be written ({error.strerror}); {mend}") from None
 
 
-def write_yaml(path: Path, out: Path, splits: Sequence[str], names: Sequence[str], by: str) -> None:
-    """The data yaml; the data folder stands in it relative to the yaml, so that both can be moved together."""
+def _yaml_text(path: Path, out: Path, splits: Sequence[str], names: Sequence[str], script: str) -> str:
+    """The data yaml at `path`; it names `out` relative to itself, so that both can be moved together."""
     try:
         root = Path(os.path.relpath(out.resolve(), path.parent.resolve())).as_posix()
     except ValueError:  # another drive of a Windows machine
         root = out.resolve().as_posix()
-    roles = {"train": next((s for s in ("train", "trainval") if s in splits), None),
-             "val": next((s for s in ("val", "test", "train", "trainval") if s in splits), None),
-             "test": "test" if "test" in splits else None}
-    lines = [f"{YAML_TITLE}{by}", yaml.safe_dump({"path": root}, allow_unicode=True).rstrip()]
-    for role, split in roles.items():
+    lines = [f"{YAML_TITLE}{script}", yaml.safe_dump({"path": root}, allow_unicode=True).rstrip()]
+    preferred = {"train": ("train", "trainval"), "val": ("val", "test", "train", "trainval"), "test": ("test",)}
+    for role, candidates in preferred.items():
+        split = next((s for s in candidates if s in splits), None)
         if split:
             note = f"   # there is no val split: this is {split}" if role == "val" and split != "val" else ""
             lines.append(f"{role}: images/{split}{note}")
-    body = yaml.safe_dump({"names": dict(enumerate(names))}, allow_unicode=True, sort_keys=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(lines) + "\n" + body, encoding="utf-8")
+    lines.append(yaml.safe_dump({"names": dict(enumerate(names))}, allow_unicode=True, sort_keys=False))
+    return "\n".join(lines)
 
 
-def report(items: Sequence[Item], splits: Sequence[str], names: Sequence[str], found: Sequence[str],
-           tally: Tally) -> str:
-    """The table at the end, as text."""
-    wanted = set(names)
-    per_class = Counter(name for item in items for name, _ in item.boxes if name in wanted)
-    lines = [f"{'split':<10} | {'images':>7} | {'boxes':>8}", f"{'-' * 10}-|-{'-' * 7}-|-{'-' * 8}"]
-    for split in splits:
-        chosen = [item for item in items if item.split == split]
-        boxes = sum(name in wanted for item in chosen for name, _ in item.boxes)
-        lines.append(f"{split:<10} | {len(chosen):>7} | {boxes:>8}")
-    lines.append("classes: " + ", ".join(f"{name} {per_class[name]}" for name in names))
-    for title, counter in (("repaired", tally.repaired), ("left out", tally.dropped)):
+def _report(plan: Plan, splits: Sequence[str], names: Sequence[str]) -> str:
+    """What was converted, repaired and left out, as text."""
+    images = Counter(item.split for item in plan.items)
+    boxes = Counter((item.split, name) for item in plan.items for name, _ in item.boxes)
+    rows = [(split, images[split], sum(boxes[split, name] for name in names)) for split in splits]
+    lines = [text_table(rows, ("split", "images", "boxes"))]
+    lines.append("classes: " + ", ".join(f"{name} {sum(boxes[split, name] for split in splits)}" for name in names))
+    for title, counter in (("repaired", plan.repaired), ("left out", plan.dropped)):
         lines += [f"{title}: {count} x {reason}" for reason, count in counter.most_common() if count]
-    for reason, files in tally.files.items():
+    for reason, files in plan.files.items():
         rest = f" and {len(files) - MOST_NAMED} more" if len(files) > MOST_NAMED else ""
         lines.append(f"{reason}: {', '.join(files[:MOST_NAMED])}{rest}")
-    lines += [f"note: no object of class '{name}' was found" for name in names if name not in found]
+    lines += [f"note: no object of class '{name}' was found" for name in names if name not in plan.found]
     return "\n".join(lines)

@@ -1,8 +1,7 @@
-"""What a model costs: parameters, FLOPs, bytes of weights, milliseconds an image."""
+"""What a model costs: parameters, FLOPs, bytes of weights; and what is left of that after any cut."""
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable
 from copy import deepcopy
 from dataclasses import dataclass
 
@@ -11,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from utils.slimming.graph import ChannelGraph
+from utils.slimming.graph import ChannelGraph, convolutions
 
 
 @dataclass(frozen=True)
 class Cost:
-    """parameters: count; flops: 2 x multiply-adds for one image; bytes: inference weights (buffers included) in fp32."""
+    """parameters: count; flops: 2 x multiply-adds for one image; bytes: inference weights (with buffers) in fp32."""
 
     parameters: int
     flops: int
@@ -31,121 +30,86 @@ class Cost:
         return self.bytes / 1e6
 
 
-def profile(model: nn.Module, imgsz: int | tuple[int, int] = 640, channels: int = 3) -> Cost:
-    """Cost of one image of `imgsz` pixels (square, or (h, w)). Nothing is computed: the pass runs on the meta device."""
-    height, width = (imgsz, imgsz) if isinstance(imgsz, int) else imgsz
-    ghost = deepcopy(model).to("meta").eval()
+def profile(model: nn.Module, imgsz: int = 640, channels: int = 3) -> Cost:
+    """Cost of one square image of `imgsz` pixels. Nothing is computed: the pass runs on the meta device."""
+    _, flops = _meta_pass(model, (), imgsz, channels)
+    floats = [t for t in model.state_dict().values() if t.is_floating_point()]
+    return Cost(parameters=sum(p.numel() for p in model.parameters()), flops=flops,
+                bytes=sum(4 * t.numel() for t in floats))
+
+
+def _meta_pass(model: nn.Module, names: Iterable[str], imgsz: int, channels: int) -> tuple[dict[str, int], int]:
+    """(name of a convolution -> pixels of its output maps over all calls, FLOPs of the whole model)."""
+    meta_model = deepcopy(model).to("meta").eval()
+    pixels = dict.fromkeys(names, 0)
+
+    def count(name: str, y: Tensor) -> None:
+        pixels[name] += y.shape[2] * y.shape[3]  # of every call: a layer may be shared
+
+    for name in pixels:
+        meta_model.get_submodule(name).register_forward_hook(lambda _, __, y, name=name: count(name, y))
+    image = torch.empty(1, channels, imgsz, imgsz, device="meta", dtype=next(meta_model.parameters()).dtype)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        ghost(torch.empty(1, channels, height, width, device="meta", dtype=next(ghost.parameters()).dtype))
-    state = model.state_dict()
-    return Cost(parameters=sum(p.numel() for p in model.parameters()),
-                flops=counter.get_total_flops(),
-                bytes=sum(4 * t.numel() for t in state.values() if t.is_floating_point()))
+        meta_model(image)
+    return pixels, counter.get_total_flops()
+
+
+@dataclass(frozen=True)
+class _ConvolutionCost:
+    """What one pair of an output and an input channel of a convolution costs, and one output channel's bias."""
+
+    name: str
+    weights: float
+    flops: float
+    bias: int
+    depthwise: bool
 
 
 class CostModel:
     """What is left of a model after any cut, counted from its channel graph without making the cut.
 
-    A convolution with r output channels, c input channels and k x k taps on a map of p pixels has r * c * k^2 weights (a
-    group's share of them where it is grouped) and takes 2 * r * c * k^2 * p FLOPs.
+    A convolution with r output channels, c input channels and k x k taps on a map of p pixels has r * c * k^2 weights
+    (a group's share of them where it is grouped) and takes 2 * r * c * k^2 * p FLOPs.
     """
 
     def __init__(self, model: nn.Module, graph: ChannelGraph, imgsz: int = 640, channels: int = 3):
         self.graph = graph
-        modules = dict(model.named_modules())
-        pixels, total = _map_sizes(model, graph, imgsz, channels)
-        self.parts: list[tuple[str, float, float, int]] = []  # name, weights and FLOPs of one output x input channel, biases
-        counted = 0
-        for name in graph.outputs:
-            conv = modules[name]
-            assert isinstance(conv, nn.Conv2d)
+        pixels, total = _meta_pass(model, graph.outputs, imgsz, channels)
+        self.parts: list[_ConvolutionCost] = []
+        counted = sum(2 * len(ids) for ids in graph.norms.values())
+        for name, conv in convolutions(model, graph.outputs).items():
             weights = conv.kernel_size[0] * conv.kernel_size[1] / conv.groups
-            self.parts.append((name, weights, 2 * weights * pixels[name], int(conv.bias is not None)))
-            counted += conv.weight.numel() + (0 if conv.bias is None else conv.bias.numel())
-        counted += sum(2 * len(ids) for ids in graph.norms.values())
-        self.rest = sum(p.numel() for p in model.parameters()) - counted  # what no cut changes
+            depthwise = graph.outputs[name] is graph.inputs[name]
+            self.parts.append(_ConvolutionCost(name, weights, 2 * weights * pixels[name], int(conv.bias is not None),
+                                               depthwise))
+            counted += sum(p.numel() for p in conv.parameters(recurse=False))
+        # What no cut changes: attention, say.
+        self.rest = sum(p.numel() for p in model.parameters()) - counted
         self.rest_flops = total - round(sum(
-            work * len(graph.inputs[name]) * len(graph.outputs[name]) for name, _, work, _ in self.parts))  # attention, say
-        self._depthwise = {name for name in graph.outputs if graph.outputs[name] is graph.inputs[name]}
+            part.flops * len(graph.inputs[part.name]) * len(graph.outputs[part.name]) for part in self.parts))
 
-    def remaining(self, keep: np.ndarray) -> tuple[int, int]:
-        """(parameters, FLOPs) when only the ids with keep (bool, (ids,)) are left."""
+    def remaining(self, keep: np.ndarray | None = None) -> tuple[int, int]:
+        """(parameters, FLOPs) when only the ids with keep (bool, (ids,)) are left; of the whole model without it."""
+        graph = self.graph
+        if keep is None:
+            keep = np.ones(len(graph.group), bool)
         parameters, flops = float(self.rest), float(self.rest_flops)
-        for name, weights, work, bias in self.parts:
-            rows, columns = int(keep[self.graph.outputs[name]].sum()), int(keep[self.graph.inputs[name]].sum())
-            pairs = rows * (len(self.graph.inputs[name]) if name in self._depthwise else columns)
-            parameters += pairs * weights + rows * bias
-            flops += pairs * work
-        parameters += sum(2 * int(keep[ids].sum()) for ids in self.graph.norms.values())
+        for part in self.parts:
+            inputs = graph.inputs[part.name]
+            rows = int(keep[graph.outputs[part.name]].sum())
+            columns = len(inputs) if part.depthwise else int(keep[inputs].sum())
+            parameters += rows * columns * part.weights + rows * part.bias
+            flops += rows * columns * part.flops
+        parameters += sum(2 * int(keep[ids].sum()) for ids in graph.norms.values())
         return round(parameters), round(flops)
 
-    def freed(self) -> dict[str, np.ndarray]:
+    def flops_per_channel(self) -> dict[str, np.ndarray]:
         """BatchNorm name -> float (channels,): the FLOPs that go when only this channel (and its group) goes."""
-        total = np.zeros(len(self.graph.group))
-        for name, _, work, _ in self.parts:
-            outputs, inputs = (self.graph.group[ids[name]] for ids in (self.graph.outputs, self.graph.inputs))
-            np.add.at(total, outputs, work * len(inputs))
-            if name not in self._depthwise:
-                np.add.at(total, inputs, work * len(outputs))
-        return {name: total[self.graph.group[ids]] for name, ids in self.graph.norms.items()}
-
-
-def _map_sizes(model: nn.Module, graph: ChannelGraph, imgsz: int, channels: int) -> tuple[dict[str, int], int]:
-    """(convolution name -> pixels of its output maps, FLOPs of the whole model), from one pass on the meta device."""
-    ghost = deepcopy(model).to("meta").eval()
-    pixels: dict[str, int] = {}
-
-    def note(name: str, y: Tensor) -> None:
-        pixels[name] = pixels.get(name, 0) + y.shape[2] * y.shape[3]  # of every call: a layer may be shared
-
-    for name, module in ghost.named_modules():
-        if name in graph.outputs:
-            module.register_forward_hook(lambda _, __, y, name=name: note(name, y))
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        ghost(torch.empty(1, channels, imgsz, imgsz, device="meta", dtype=next(ghost.parameters()).dtype))
-    return pixels, counter.get_total_flops()
-
-
-def latency(models: list[nn.Module], imgsz: int = 640, batch: int = 1, runs: int = 20, channels: int = 3) -> list[float]:
-    """Median milliseconds an image of each model in eval mode, measured in turn so that drift hits all alike.
-
-    Pass models that are ready to run (fused, on their device).
-    """
-    def prepared(model: nn.Module) -> Callable[[], object]:
-        parameter = next(model.parameters())
-        x = torch.rand(batch, channels, imgsz, imgsz, device=parameter.device, dtype=parameter.dtype).to(memory_format=torch.channels_last)
-
-        def call() -> None:
-            model(x)
-            _wait(parameter.device)
-
-        return call
-
-    with torch.inference_mode():
-        return [ms / batch for ms in medians([prepared(model) for model in models], runs)]
-
-
-def medians(calls: Sequence[Callable[[], object]], runs: int = 20, seconds: float = 20.0) -> list[float]:
-    """Median milliseconds of each call, over `runs` turns in which each is called once, after up to three turns of warm-up.
-
-    Where that would take much more than `seconds` there are fewer turns, three at least.
-    """
-    samples: list[list[float]] = [[] for _ in calls]
-    begun, turns, warm = time.perf_counter(), runs, 3
-    for turn in range(runs + warm):
-        if turn == 1:
-            one = time.perf_counter() - begun
-            turns, warm = max(min(runs, int(seconds / one)), 3), 3 if one < seconds / 20 else 1
-        if turn >= turns + warm:
-            break
-        for i, call in enumerate(calls):
-            start = time.perf_counter()
-            call()
-            if turn >= warm:
-                samples[i].append((time.perf_counter() - start) * 1000)
-    return [float(np.median(s)) for s in samples]
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        graph = self.graph
+        total = np.zeros(len(graph.group))
+        for part in self.parts:
+            outputs, inputs = graph.group[graph.outputs[part.name]], graph.group[graph.inputs[part.name]]
+            np.add.at(total, outputs, part.flops * len(inputs))
+            if not part.depthwise:
+                np.add.at(total, inputs, part.flops * len(outputs))
+        return {name: total[graph.group[ids]] for name, ids in graph.norms.items()}

@@ -11,18 +11,15 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from utils.errors import UserError
-
 AnyModel = TypeVar("AnyModel", bound=nn.Module)
-OPTIMIZERS = ("SGD", "Adam", "AdamW")
 
 
 def build_optimizer(model: nn.Module, name: str, lr: float, momentum: float, decay: float) -> torch.optim.Optimizer:
-    """An optimizer with three groups: biases, weights (the only ones that decay), norm weights.
+    """An optimizer (SGD, Adam or AdamW) with three groups: biases, weights (the only ones that decay), norm weights.
 
     Frozen parameters are left out. Fused kernels where there are any: one pass over memory a step.
     """
-    norms = tuple(m for m in vars(nn).values() if isinstance(m, type) and issubclass(m, (_NormBase, nn.LayerNorm, nn.GroupNorm)))
+    norms = (_NormBase, nn.LayerNorm, nn.GroupNorm)
     groups: dict[str, list[nn.Parameter]] = {"bias": [], "weight": [], "norm": []}
     for module in model.modules():
         for key, parameter in module.named_parameters(recurse=False):
@@ -33,15 +30,13 @@ def build_optimizer(model: nn.Module, name: str, lr: float, momentum: float, dec
     fused = next(model.parameters()).device.type in ("cpu", "cuda")
     if name == "SGD":
         return torch.optim.SGD(settings, lr=lr, momentum=momentum, nesterov=True, fused=fused)
-    if name in ("Adam", "AdamW"):
-        cls = torch.optim.Adam if name == "Adam" else torch.optim.AdamW
-        return cls(settings, lr=lr, betas=(momentum, 0.999), fused=fused)
-    raise UserError(f"--optimizer {name}: choose one of {', '.join(OPTIMIZERS)}")
+    cls = {"Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW}[name]
+    return cls(settings, lr=lr, betas=(momentum, 0.999), fused=fused)
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Learning rate, momentum and accumulation as pure functions of the iteration, so that a resumed run needs no state.
+    """Learning rate, momentum and accumulation as pure functions of the iteration: a resumed run needs no state.
 
     The factor falls over the epochs from 1 to lrf, linearly or as a cosine. Warm-up: max(3 epochs, 100 iterations), but
     never more than a quarter of the run; in it the bias rate comes down from warmup_bias_lr, the others rise from 0.

@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class World:
-    """This process's place among all (one process: rank 0 of 1) and its device."""
+    """This process's rank among all processes (alone: rank 0 of 1) and its device."""
 
     rank: int
     size: int
@@ -30,8 +30,18 @@ class World:
         return self.rank == 0
 
 
-def select_device(name: str, batch_size: int | None = None) -> torch.device:
-    """"" (the first GPU if there is one), "cpu", "0", "cuda:1" or "mps" -> device. Several GPUs are torchrun's business."""
+def select_device(name: str, half: bool = False) -> torch.device:
+    """"" (the first GPU if there is one), "cpu", "0", "cuda:1" or "mps" -> device.
+
+    half: it will compute in fp16. UserError for a device that is not there, or can't.
+    """
+    device = _named_device(name)
+    if half and device.type == "cpu":
+        raise UserError("--half: fp16 needs a GPU; leave it out on a CPU")
+    return device
+
+
+def _named_device(name: str) -> torch.device:
     name = str(name or "").strip().lower().removeprefix("cuda:")
     if name in ("", "cuda"):
         return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
@@ -39,16 +49,18 @@ def select_device(name: str, batch_size: int | None = None) -> torch.device:
         return torch.device(name)
     if "," in name:
         count = len(name.split(","))
-        raise UserError(f"--device {name}: several GPUs are started with: torchrun --nproc_per_node {count} train.py ... (without --device)")
+        raise UserError(f"--device {name}: several GPUs are started with: "
+                        f"torchrun --nproc_per_node {count} train.py ... (without --device)")
     if not name.isdigit():
         raise UserError(f"--device {name}: give cpu, mps or the number of a GPU")
     if not torch.cuda.is_available() or int(name) >= torch.cuda.device_count():
-        raise UserError(f"--device {name}: this PyTorch sees {torch.cuda.device_count()} GPUs; use --device cpu or another number")
+        raise UserError(f"--device {name}: this PyTorch sees {torch.cuda.device_count()} GPUs; "
+                        "use --device cpu or another number")
     return torch.device(f"cuda:{name}")
 
 
 @contextmanager
-def world(device_name: str = "") -> Iterator[World]:
+def process_group(device_name: str = "") -> Iterator[World]:
     """Join the process group that torchrun describes in the environment, and leave it at the end."""
     size = int(os.environ.get("WORLD_SIZE", 1))
     if size == 1:
@@ -87,9 +99,15 @@ def broadcast(value: object, size: int) -> object:
 
 
 def share_buffers(models: Iterable[nn.Module], size: int) -> None:
-    """The main process's BatchNorm statistics (and other buffers), on every process: each has seen other images since the last sync."""
-    for buffer in (b for model in models for b in model.buffers()) if size > 1 else ():
-        dist.broadcast(buffer, src=0)
+    """The main process's BatchNorm statistics (and other buffers), on every process.
+
+    Each process has seen other images since the last synchronisation.
+    """
+    if size == 1:
+        return
+    for model in models:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, src=0)
 
 
 def gather(value: T, size: int) -> list[T]:

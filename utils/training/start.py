@@ -1,4 +1,4 @@
-"""The model that a training starts from: a checkpoint, a yaml or both; its anchors, frozen layers, kind of BatchNorm."""
+"""The model that a training starts from, its anchors, its frozen layers and its kind of BatchNorm."""
 from __future__ import annotations
 
 from argparse import Namespace
@@ -11,19 +11,20 @@ from torch import nn
 
 from models import checkpoint
 from models.yolo import Model, set_anchors, with_classes
-from utils.autoanchor import fit_anchors
-from utils.distributed import World
 from utils.errors import UserError
+from utils.training.autoanchor import fit_anchors
+from utils.training.distributed import World
 
 
-def start_model(opt: Namespace, names: dict[int, str], resumed: dict[str, Any], place: World) -> Model:
-    """From a resumed run, from a checkpoint (slim ones stay slim), from a yaml, or from a yaml with a checkpoint's weights."""
+def start_model(opt: Namespace, names: dict[int, str], resumed: dict[str, Any], world: World) -> Model:
+    """From a resumed run, a checkpoint (slim ones stay slim), a yaml, or a yaml with a checkpoint's weights."""
     if resumed:
         return checkpoint.build(resumed, ema=False)
     if opt.weights and not opt.cfg:
         model = with_classes(checkpoint.load(opt.weights), names)
         if not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()):
-            raise UserError(f"{opt.weights}: BatchNorm is fused into the convolutions; train the file from before fusing or exporting")
+            raise UserError(f"{opt.weights}: BatchNorm is fused into the convolutions; "
+                            "train the file from before fusing or exporting")
         return model
     if not opt.cfg:
         raise UserError("--weights '' needs --cfg, a model yaml such as models/yolov5s.yaml")
@@ -32,12 +33,12 @@ def start_model(opt: Namespace, names: dict[int, str], resumed: dict[str, Any], 
         theirs, mine = checkpoint.load(opt.weights).state_dict(), model.state_dict()
         same = {k: v for k, v in theirs.items() if k in mine and v.shape == mine[k].shape and not k.endswith("anchors")}
         model.load_state_dict(same, strict=False)
-        if place.main:
+        if world.main:
             print(f"{len(same)} of {len(mine)} tensors taken from {opt.weights}")
     return model
 
 
-def adapt_anchors(opt: Namespace, model: Model, dataset: Any, place: World) -> None:
+def adapt_anchors(opt: Namespace, model: Model, dataset: Any, world: World) -> None:
     """Autoanchor: fit the anchors to the data set's boxes unless they fit already."""
     if opt.noautoanchor:
         return
@@ -46,15 +47,15 @@ def adapt_anchors(opt: Namespace, model: Model, dataset: Any, place: World) -> N
     wh = np.concatenate([labels[:, 3:5] * size for labels, size in zip(dataset.labels, sizes)])
     pixels = (model.detect.anchors * model.stride.view(-1, 1, 1)).cpu().numpy()
     better, message = fit_anchors(wh, pixels, opt.imgsz, opt.hyp["anchor_t"], opt.seed)
-    if place.main:
+    if world.main:
         print(message)
     if better is not None:
         set_anchors(model, torch.as_tensor(better, dtype=torch.float32).view(pixels.shape))
 
 
-def synchronised(model: Model, place: World) -> Model:
+def synchronised(model: Model, world: World) -> Model:
     """--sync-bn: BatchNorms that take their statistics over the images of all processes."""
-    if place.device.type != "cuda":
+    if world.device.type != "cuda":
         raise UserError("--sync-bn: PyTorch synchronises BatchNorm on GPUs only; leave it out here")
     return nn.SyncBatchNorm.convert_sync_batchnorm(model)
 

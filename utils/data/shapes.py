@@ -1,15 +1,15 @@
-"""The built-in detection set: circles, squares, triangles and stars, drawn by code so that nothing need be downloaded.
+"""The built-in detection set: images of circles, squares, triangles and stars, drawn here, so nothing is downloaded.
 
-A picture is a pure function of (seed, split, index). The objects differ in size, proportions, angle, colour and
-texture, hide one another and lie under clutter that belongs to no class. As with things in photographs, a class has
-colours that it likes, but not all of its objects keep to them: a detector has to learn outlines as well.
+An image is a pure function of (seed, split, index). The objects vary in size, proportions, angle, colour and texture;
+they cover one another, and clutter that belongs to no class covers them. As in photographs, a class has typical
+colours, but not all of its objects have them: a detector has to learn outlines as well.
 """
 from __future__ import annotations
 
 import shutil
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import MappingProxyType
@@ -18,26 +18,27 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
+from utils.boxes import xyxy2xywh
 from utils.errors import UserError
 
-NAMES = ("circle", "square", "triangle", "star")
+HUES: Mapping[str, float] = MappingProxyType({"circle": 0, "square": 120, "triangle": 240, "star": 60})  # degrees
+NAMES = tuple(HUES)
 COUNTS: Mapping[str, int] = MappingProxyType({"train": 400, "val": 120, "test": 120})
-VERSION = 2            # of the pictures: raise it with every change that draws them differently
-MARKER = "complete"    # the file that tells a finished set; it holds VERSION
+VERSION = 2            # of the images: raise it with every change that draws them differently
+MARKER = "complete"    # the file that marks a finished set; it holds VERSION
 
 WIDTH = (160, 224)     # pixels
 HEIGHT = (120, 200)
 SIZE = (0.18, 0.60)    # longer side of an object's box : shorter side of the image
 EMPTY = 0.05           # share of images without objects
 MOST_OBJECTS = 5
-LEAST_VISIBLE = 0.4    # of an object's area; one that shows less has no label
-HUES: Mapping[str, float] = MappingProxyType({"circle": 0, "square": 120, "triangle": 240, "star": 60})  # degrees
-TYPICAL = 0.85         # share of objects in a colour that their class likes: within HUE_SPREAD of its hue
+LEAST_VISIBLE = 0.4    # share of an object's area; an object that is covered more has no label
+TYPICAL = 0.85         # share of objects in a colour typical of their class: within HUE_SPREAD of its hue
 HUE_SPREAD = 35        # degrees
 LEAST_CONTRAST = 70    # grey levels between an object and the background's mean, in the channel that differs most
-FINER = 4              # sub-pixels a pixel, each way
+FINER = 4              # sub-pixels per pixel and axis
 JPEG_QUALITY = 95
-STALE = 3600           # seconds after which an unfinished folder must belong to a killed process
+STALE = 3600           # seconds; an unfinished folder older than this belongs to a killed process
 
 Rng = np.random.Generator
 
@@ -45,15 +46,15 @@ Rng = np.random.Generator
 def generate(root: Path, counts: Mapping[str, int] = COUNTS, seed: int = 0) -> None:
     """Draw the set into root/images/<split>/000001.jpg and root/labels/<split>/000001.txt, unless it is there already.
 
-    All is written beside `root` and then moved there in one step: a set is whole or absent, and processes that do this
-    at the same time end with one set. UserError where `root` holds anything else; OSError where it can't be written.
+    The set is written beside `root` and then renamed, so it is whole or absent, and processes that do this at the same
+    time end with one set. UserError where `root` holds anything else; OSError where it can't be written.
     """
     root = Path(root).resolve()
     if _is_complete(root):
         return
     root.parent.mkdir(parents=True, exist_ok=True)
     for leftover in root.parent.glob(f".{root.name}.*.tmp"):
-        with suppress(FileNotFoundError):  # another process may be tidying up as well
+        with suppress(FileNotFoundError):  # another process may have removed it
             if time.time() - leftover.stat().st_mtime > STALE:
                 shutil.rmtree(leftover, ignore_errors=True)
     building = root.with_name(f".{root.name}.{uuid.uuid4().hex}.tmp")
@@ -61,13 +62,18 @@ def generate(root: Path, counts: Mapping[str, int] = COUNTS, seed: int = 0) -> N
         building.mkdir()
         _write_splits(building, counts, seed)
         (building / MARKER).write_text(f"{VERSION}\n", encoding="utf-8")
-        _move(building, root)
+        if root.is_dir():
+            root.rmdir()  # Windows can't rename onto an existing folder, not even an empty one
+        building.rename(root)
+    except OSError:
+        if not _is_complete(root):  # if it is, another process was faster
+            raise
     finally:
         shutil.rmtree(building, ignore_errors=True)
 
 
 def _is_complete(root: Path) -> bool:
-    """Is the set there? False if nothing is; UserError for anything in between."""
+    """Whether the set is at `root`: False where there is nothing yet, UserError where there is something else."""
     marker = root / MARKER
     if marker.is_file():
         found = marker.read_text(encoding="utf-8", errors="replace").strip()
@@ -80,18 +86,8 @@ def _is_complete(root: Path) -> bool:
     return False
 
 
-def _move(building: Path, root: Path) -> None:
-    """Give the finished folder its name, unless another process was faster."""
-    try:
-        if root.is_dir():
-            root.rmdir()  # Windows renames onto nothing, not even onto an empty folder
-        building.rename(root)
-    except OSError:
-        if not _is_complete(root):
-            raise
-
-
 def _write_splits(folder: Path, counts: Mapping[str, int], seed: int) -> None:
+    """Draw and write all images and labels."""
     jobs = [(split, index) for split, count in counts.items() for index in range(count)]
     for kind in ("images", "labels"):
         for split in counts:
@@ -104,11 +100,10 @@ def _write_splits(folder: Path, counts: Mapping[str, int], seed: int) -> None:
         (folder / "labels" / split / f"{index + 1:06d}.txt").write_bytes(rows.encode())  # bytes: \n on every system
 
 
-# ---------------------------------------------------------------------------------------------------------- one picture
-
+# One image ------------------------------------------------------------------------------------------------------------
 
 def draw(seed: int, split: str, index: int) -> tuple[np.ndarray, np.ndarray]:
-    """One picture: uint8 (h, w, 3) BGR and its labels, float32 (m, 5) class, x, y, w, h in 0..1, m from 0 to 6.
+    """One image, uint8 (h, w, 3) BGR, and its labels, float32 (m, 5): class, xywh normalised; m <= MOST_OBJECTS.
 
     A box surrounds the part of the shape that lies in the image, whether something covers it or not.
     """
@@ -116,36 +111,28 @@ def draw(seed: int, split: str, index: int) -> tuple[np.ndarray, np.ndarray]:
     width, height = int(rng.integers(*WIDTH, endpoint=True)), int(rng.integers(*HEIGHT, endpoint=True))
     image = _background(rng, height, width)
     mean = image.mean((0, 1))
-    owner = np.full((height, width), -1, np.int16)  # which object a pixel shows; -1 = none
+    owner = np.full((height, width), -1, np.int16)  # which object each pixel shows; -1 = none
     count = 0 if rng.random() < EMPTY else int(rng.integers(1, MOST_OBJECTS, endpoint=True))
     for _ in range(rng.integers(0, 4)):
         _clutter(rng, image, owner, mean)
-    kinds, boxes, areas = [], [], []
+    objects = []  # class, x1, y1, x2, y2, area
     for number in range(count):
         kind = int(rng.integers(len(NAMES)))
         points = _place(rng, outline(rng, kind), height, width)
         mask = mask_of(points, height, width)
         paint(rng, image, mask, mean, HUES[NAMES[kind]] if rng.random() < TYPICAL else None)
         owner[mask >= 128] = number
-        kinds.append(kind)
-        boxes.append(extent(mask))
-        areas.append(cv2.contourArea(points.astype(np.float32)))
+        objects.append((kind, *extent(mask), cv2.contourArea(points.astype(np.float32))))
     for _ in range(rng.integers(0, 3)):
         _clutter(rng, image, owner, mean)
-    shown = [number for number in range(count) if (owner == number).sum() >= LEAST_VISIBLE * areas[number]]
-    return _expose(rng, image), _labels(kinds, boxes, shown, height, width)
-
-
-def _labels(kinds: Sequence[int], boxes: Sequence[tuple[int, int, int, int]], shown: Sequence[int], height: int,
-            width: int) -> np.ndarray:
-    corners = np.array([boxes[i] for i in shown], np.float64).reshape(-1, 4) / (width, height, width, height)
-    centres, sizes = (corners[:, :2] + corners[:, 2:]) / 2, corners[:, 2:] - corners[:, :2]
-    classes = np.array([kinds[i] for i in shown], np.float64)
-    return np.column_stack((classes, centres, sizes)).astype(np.float32)
+    shown = [row[:5] for number, row in enumerate(objects) if (owner == number).sum() >= LEAST_VISIBLE * row[5]]
+    labels = np.array(shown, np.float64).reshape(-1, 5)
+    labels[:, 1:] = xyxy2xywh(labels[:, 1:] / (width, height, width, height))
+    return _expose(rng, image), labels.astype(np.float32)
 
 
 def outline(rng: Rng, kind: int) -> np.ndarray:
-    """A shape of class `kind` turned by a random angle: float (n, 2) corners, box centred on 0, longer side 1."""
+    """A shape of class `kind` at a random angle: float (n, 2) corners, box centred on 0, longer side 1."""
     if NAMES[kind] == "circle":
         angles, radii = np.arange(72) * (2 * np.pi / 72), np.ones(72)
     elif NAMES[kind] == "square":
@@ -155,7 +142,7 @@ def outline(rng: Rng, kind: int) -> np.ndarray:
     else:
         angles, radii = np.arange(10) * (np.pi / 5), np.tile((1, rng.uniform(0.36, 0.48)), 5)
     points = np.column_stack((np.cos(angles), np.sin(angles))) * radii[:, None]
-    # A view from the side: one direction shrinks. It may be any for these shapes, but a square is to stay a rectangle.
+    # A view from the side: one direction shrinks. For a square it is parallel to two sides, so it stays a rectangle.
     lean = np.pi / 4 if NAMES[kind] == "square" else rng.uniform(0, np.pi)
     points = points @ _rotation(lean) * (1, rng.uniform(0.78, 1)) @ _rotation(rng.uniform(0, 2 * np.pi))
     low, high = points.min(0), points.max(0)
@@ -167,38 +154,37 @@ def _rotation(angle: float) -> np.ndarray:
 
 
 def _place(rng: Rng, points: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Scale a unit outline and put it somewhere, at most a fifth of its box beyond the edge: float (n, 2) pixels."""
+    """Scale a unit outline and place it, with at most a fifth of its box outside the image: float (n, 2) pixels."""
     low, high = np.log(SIZE)
-    points = points * (np.exp(rng.uniform(low, high)) * min(height, width))  # small ones are as frequent as large ones
+    points = points * (np.exp(rng.uniform(low, high)) * min(height, width))  # log-uniform: no size is preferred
     margin = 0.3 * np.ptp(points, axis=0)
     return points + rng.uniform(margin, (width, height) - margin)
 
 
 def mask_of(points: np.ndarray, height: int, width: int) -> np.ndarray:
-    """How far a polygon (n, 2), in pixels, covers each pixel: uint8 (height, width), 0..255, smooth edges."""
-    # Drawn larger and shrunk: OpenCV's own smooth edges spread by half a pixel and now and then by two.
+    """How much of each pixel a polygon (n, 2), in pixels, covers: uint8 (height, width), 0..255, anti-aliased."""
+    # Drawn larger and shrunk: OpenCV's own anti-aliasing spreads edges by half a pixel and sometimes by two.
     fine = np.zeros((height * FINER, width * FINER), np.uint8)
-    # OpenCV's whole numbers are centres of pixels, ours are their edges; 4 bits of fraction.
+    # For OpenCV integers are pixel centres, here they are pixel edges. 4 bits of fraction.
     fixed = np.round((points * FINER - 0.5) * 16).astype(np.int32)
     cv2.fillPoly(fine, [fixed], 255, cv2.LINE_8, 4)
     return cv2.resize(fine, (width, height), interpolation=cv2.INTER_AREA)
 
 
 def extent(mask: np.ndarray) -> tuple[int, int, int, int]:
-    """The box x1, y1, x2, y2 of the pixels that a mask covers at least by half; zeros if there are none."""
+    """The box x1, y1, x2, y2 of the pixels that are at least half covered; zeros if there are none."""
     ys, xs = np.nonzero(mask >= 128)
     return (int(xs.min()), int(ys.min()), int(xs.max()) + 1, int(ys.max()) + 1) if len(xs) else (0, 0, 0, 0)
 
 
-# ------------------------------------------------------------------------------------------------------ paint and paper
-
+# Colour and texture ---------------------------------------------------------------------------------------------------
 
 def paint(rng: Rng, image: np.ndarray, mask: np.ndarray, mean: np.ndarray, hue: float | None = None) -> None:
-    """Fill the masked part of a float (h, w, 3) image, in place, plain or textured in two colours unlike `mean`.
+    """Fill the masked part of a float (h, w, 3) image in place, plain or textured, in two colours unlike `mean`.
 
-    The colours lie within HUE_SPREAD of `hue` (degrees); None: anywhere.
+    The colours' hues are within HUE_SPREAD of `hue` (degrees), or any if that is None.
     """
-    x, y, w, h = cv2.boundingRect(mask)  # of every pixel above 0: the soft rim too
+    x, y, w, h = cv2.boundingRect(mask)  # of all pixels above 0, the anti-aliased rim included
     part, alpha = image[y:y + h, x:x + w], mask[y:y + h, x:x + w, None] / np.float32(255)
     first, second = _colour(rng, mean, hue), _colour(rng, mean, hue)
     blend = _texture(rng, h, w)[..., None]
@@ -206,7 +192,7 @@ def paint(rng: Rng, image: np.ndarray, mask: np.ndarray, mean: np.ndarray, hue: 
 
 
 def _colour(rng: Rng, mean: np.ndarray, hue: float | None) -> np.ndarray:
-    """A random colour that stands out from `mean`: BGR, float32 (3,), 0..255."""
+    """A random colour that contrasts with `mean`: BGR, float32 (3,), 0..255."""
     if hue is None:
         colours = rng.uniform(15, 240, (16, 3)).astype(np.float32)
     else:
@@ -233,13 +219,13 @@ def _texture(rng: Rng, height: int, width: int) -> np.ndarray:
 
 
 def _smooth_noise(rng: Rng, height: int, width: int, cell: float, channels: int) -> np.ndarray:
-    """Normal noise whose spots are about `cell` pixels wide: float32 (height, width, channels)."""
+    """Normal noise with spots about `cell` pixels wide: float32 (height, width, channels)."""
     coarse = rng.standard_normal((int(height / cell) + 2, int(width / cell) + 2, channels), np.float32)
     return cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC).reshape(height, width, channels)
 
 
 def _background(rng: Rng, height: int, width: int) -> np.ndarray:
-    """Cloudy, grainy paper of a random colour: float32 (height, width, 3)."""
+    """A cloudy, grainy background of a random colour: float32 (height, width, 3)."""
     image = np.broadcast_to(rng.uniform(30, 225, 3).astype(np.float32), (height, width, 3)).copy()
     image += rng.uniform(4, 22) * _smooth_noise(rng, height, width, rng.uniform(25, 70), 3)
     image += rng.uniform(0, 14) * _smooth_noise(rng, height, width, rng.uniform(3, 9), 1)
@@ -247,7 +233,7 @@ def _background(rng: Rng, height: int, width: int) -> np.ndarray:
 
 
 def _clutter(rng: Rng, image: np.ndarray, owner: np.ndarray, mean: np.ndarray) -> None:
-    """A bent line or a ragged blob, which belongs to no class and hides what is under it; in place."""
+    """Draw a bent line or an irregular blob in place. It belongs to no class and covers what is under it."""
     height, width = owner.shape
     side = min(height, width)
     centre = rng.uniform((0, 0), (width, height))
@@ -268,7 +254,7 @@ def _clutter(rng: Rng, image: np.ndarray, owner: np.ndarray, mean: np.ndarray) -
 
 
 def _expose(rng: Rng, image: np.ndarray) -> np.ndarray:
-    """What a camera makes of it: a little blur, more or less light, noise: uint8 (h, w, 3)."""
+    """Blur, brightness and noise as of a camera: uint8 (h, w, 3)."""
     blurred = cv2.GaussianBlur(image, (0, 0), rng.uniform(0.3, 0.9))
     lit = rng.uniform(0.55, 1.15) * blurred
     noisy = lit + rng.uniform(1, 7) * rng.standard_normal(image.shape, np.float32)

@@ -1,4 +1,4 @@
-"""Image and label files: what is found, what it holds, what is wrong with it. The user's files are only ever read."""
+"""Image and label files: which there are, what they hold, what is wrong with them. Files are only ever read."""
 from __future__ import annotations
 
 import math
@@ -16,33 +16,37 @@ from utils.errors import UserError
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".mpo", ".png", ".tif", ".tiff", ".webp"})
 LEAST_SIDE = 10          # pixels; smaller images are left out
-EXIF_ORIENTATION = 274
+EXIF_ORIENTATION = 274   # the tag's number
 
 
 class Record(NamedTuple):
-    """What the scan learns about one image."""
+    """What the scan finds out about one image."""
 
     path: Path
-    size: tuple[int, int]          # w, h as seen, after the EXIF rotation
+    size: tuple[int, int]          # w, h as displayed, after the EXIF rotation
     orientation: int               # EXIF, 1..8
-    labels: np.ndarray             # (m, 5)
-    problems: Counter[str]
+    labels: np.ndarray             # float32 (m, 5): class, xywh normalised
+    problems: Counter[str]         # what was repaired or left out
     refused: str = ""              # why the image can't be used
 
 
 def find_images(source: Path) -> list[Path]:
-    """Images of a folder and all below it, of a txt list, or the one that `source` is. UserError if it is missing."""
+    """The images in a folder and its subfolders or in a txt list, or `source` itself. UserError if it is missing."""
     if source.is_dir():
-        return [Path(folder, name) for folder, _, names in os.walk(source, followlinks=True) for name in names
-                if Path(name).suffix.lower() in IMAGE_SUFFIXES]
+        paths = (Path(folder, name) for folder, _, names in os.walk(source, followlinks=True) for name in names)
+        return [path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES]
     if not source.is_file():
         raise UserError(f"{source}: no such folder, list or image; correct the data yaml")
     if source.suffix.lower() != ".txt":
         return [source] if source.suffix.lower() in IMAGE_SUFFIXES else []
     lines = source.read_text(encoding="utf-8-sig", errors="replace").splitlines()
-    beside = [(source.parent / line.strip(), Path(line.strip())) for line in lines if line.strip()]
-    # './x' is relative to the list; other relative paths may also be meant from the working directory.
-    return [here if here.exists() or not there.exists() else there.absolute() for here, there in beside]
+    return [listed_path(source.parent, line.strip()) for line in lines if line.strip()]
+
+
+def listed_path(folder: Path, line: str) -> Path:
+    """A path in a list in `folder`: relative to the folder, or to the working directory if only that file exists."""
+    beside = folder / line
+    return beside if beside.exists() or not Path(line).exists() else Path(line).absolute()
 
 
 def label_path(image: Path) -> Path:
@@ -54,20 +58,23 @@ def label_path(image: Path) -> Path:
 
 
 def read_header(path: Path) -> tuple[tuple[int, int], int]:
-    """((w, h) as seen, EXIF orientation) without decoding; OSError, SyntaxError or ValueError for no whole image."""
+    """((w, h) as displayed, EXIF orientation), mostly without decoding.
+
+    OSError, SyntaxError or ValueError for a file that is not a whole image.
+    """
     with Image.open(path) as image:
         size, kind = image.size, image.format
         orientation = 1
-        # PNG's EXIF may follow the pixels: asking for it would decode the image. TIFF decoders turn by themselves.
+        # A PNG's EXIF may follow its pixels, and reading it would decode them. TIFF decoders rotate by themselves.
         if kind not in ("PNG", "TIFF") or (kind == "PNG" and "exif" in image.info):
             try:
                 orientation = int(image.getexif().get(EXIF_ORIENTATION, 1))
-            except Exception:  # damaged EXIF fails in many ways, and the picture is good all the same
+            except Exception:  # damaged EXIF raises many kinds of exceptions, but the pixels may be intact
                 orientation = 1
         if kind == "PNG":
-            image.verify()  # check sums
+            image.verify()  # checksums
         elif kind == "JPEG" and not _ends_with(path, b"\xff\xd9"):
-            image.load()    # cut off, or something follows the picture: only decoding can tell
+            image.load()    # truncated, or data follows the image: only decoding tells which
         elif kind != "JPEG" and not cv2.haveImageReader(str(path)):
             raise ValueError(f"OpenCV reads no {kind}")
     orientation = orientation if 1 <= orientation <= 8 else 1
@@ -81,33 +88,33 @@ def _ends_with(path: Path, mark: bytes) -> bool:
 
 
 def decode(path: Path, orientation: int = 1) -> np.ndarray:
-    """uint8 (h, w, 3) BGR of any kind of image, turned by its EXIF orientation. UserError if that fails.
+    """uint8 (h, w, 3) BGR of an image of any format, rotated by its EXIF orientation. UserError if that fails.
 
     The orientation is applied here and not by OpenCV, so that sizes and pixels agree in every format and version.
     """
     image = None
     try:
-        data = np.fromfile(path, np.uint8)  # imread would stumble over some file names on Windows
+        data = np.fromfile(path, np.uint8)  # on Windows, cv2.imread can't open some file names
         if data.size:
             image = cv2.imdecode(data, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
     except OSError as error:
         raise UserError(f"{path}: can't be read ({error.strerror}); put it back or start again without it") from None
     except cv2.error:
-        pass  # OpenCV raises for some damages and returns None for the others
+        pass  # for some damaged files OpenCV raises, for others it returns None
     if image is None:
         raise UserError(f"{path}: can't be decoded; replace it or remove it from the data set")
-    if orientation in (5, 6, 7, 8):  # mirrored along a diagonal; 6 to 8 need one mirroring more
+    if orientation in (5, 6, 7, 8):  # mirrored along a diagonal; 6 to 8 need a flip as well
         image = cv2.transpose(image)
-    code = {2: 1, 3: -1, 4: 0, 6: 1, 7: -1, 8: 0}.get(orientation)
-    return image if code is None else cv2.flip(image, code)
+    flip = {2: 1, 3: -1, 4: 0, 6: 1, 7: -1, 8: 0}.get(orientation)
+    return image if flip is None else cv2.flip(image, flip)
 
 
-def parse_labels(text: str, file: Path, nc: int | None = None,
+def parse_labels(text: str, path: Path, nc: int | None = None,
                  single_cls: bool = False) -> tuple[np.ndarray, Counter[str]]:
-    """Text of a label file -> float32 (m, 5) class, xywh normalised, and what was wrong with it, counted.
+    """Text of the label file `path` -> float32 (m, 5) class, xywh normalised, and the number of each problem in it.
 
-    A row is `class x y w h`, or `class x1 y1 x2 y2 x3 y3 ...`, a polygon of which the box is taken. UserError for a
-    class that does not exist (nc given): no repair could guess what was meant.
+    A row is `class x y w h`, or `class x1 y1 x2 y2 x3 y3 ...`: a polygon, which is replaced by its bounding box.
+    UserError for a class that is not below `nc`: there is no way to tell which class was meant.
     """
     problems: Counter[str] = Counter()
     rows = []
@@ -120,20 +127,23 @@ def parse_labels(text: str, file: Path, nc: int | None = None,
         elif single_cls:
             rows.append([0.0, *row[1:]])
         elif nc is not None and row[0] >= nc:
-            raise UserError(f"{file}: line {number}: class {row[0]:.0f}, but the data yaml names {nc} (0 to {nc - 1}); "
+            raise UserError(f"{path}: line {number}: class {row[0]:.0f}, but the data yaml names {nc} (0 to {nc - 1}); "
                             "correct the label or add the name")
         else:
             rows.append(row)
-    return _repair(np.array(rows, np.float32).reshape(-1, 5), problems), problems
+    labels = _repair(np.array(rows, np.float32).reshape(-1, 5), problems)
+    return labels, +problems  # without zeros
 
 
 def _parse_row(line: str) -> list[float] | None:
-    """[class, x, y, w, h] or None if the row makes no sense."""
+    """[class, x, y, w, h], or None for a malformed row."""
     try:
         values = [float(token) for token in line.split()]
     except ValueError:
         return None
-    if len(values) < 5 or len(values) % 2 == 0 or not all(map(math.isfinite, values)) or values[0] < 0 or values[0] % 1:
+    if len(values) < 5 or len(values) % 2 == 0 or not all(map(math.isfinite, values)):
+        return None
+    if values[0] < 0 or values[0] % 1:
         return None
     if len(values) == 5:
         return values
@@ -143,39 +153,34 @@ def _parse_row(line: str) -> list[float] | None:
 
 
 def _repair(labels: np.ndarray, problems: Counter[str]) -> np.ndarray:
-    """Drop boxes without area in the image and duplicates, cut at the image's edge what reaches over it; count each."""
+    """Cut boxes at the image's edge; drop duplicates and boxes without area inside the image. Count each."""
     corners = xywh2xyxy(labels[:, 1:])
     inside = corners.clip(0, 1)
     excess = np.abs(corners - inside).max(1, initial=0)
     keep = (labels[:, 3:] > 0).all(1) & (inside[:, 2:] > inside[:, :2]).all(1)
-    # Rounding to a few digits puts many a box a hair outside: cut as well, but no reason to alarm anybody.
-    _count(problems, "boxes cut at the edge", int((keep & (excess > 1e-4)).sum()))
-    _count(problems, "boxes dropped (no area in the image)", int((~keep).sum()))
     repaired = labels.copy()
     repaired[excess > 0, 1:] = xyxy2xywh(inside[excess > 0])
     repaired = repaired[keep]
     first = np.sort(np.unique(repaired, axis=0, return_index=True)[1])
-    _count(problems, "duplicate rows removed", len(repaired) - len(first))
+    # Coordinates rounded to a few digits often exceed the edge slightly: such boxes are cut, but not counted.
+    problems["boxes cut at the edge"] = int((keep & (excess > 1e-4)).sum())
+    problems["boxes dropped (no area in the image)"] = int((~keep).sum())
+    problems["duplicate rows removed"] = len(repaired) - len(first)
     return repaired[first]
 
 
-def _count(problems: Counter[str], what: str, number: int) -> None:
-    if number:
-        problems[what] += number
-
-
 def scan_image(path: Path, nc: int | None = None, single_cls: bool = False) -> Record:
-    """Header and labels of one image."""
-    none = np.zeros((0, 5), np.float32)
+    """Read an image's header and labels. UserError for a class not below `nc`, or a label file that can't be read."""
+    no_labels = np.zeros((0, 5), np.float32)
     try:
         size, orientation = read_header(path)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         unknown = isinstance(error, UnidentifiedImageError)
         reason = "not an image" if unknown else str(getattr(error, "strerror", None) or error)
-        return Record(path, (0, 0), 1, none, Counter({"unreadable images skipped": 1}), reason)
+        return Record(path, (0, 0), 1, no_labels, Counter({"unreadable images skipped": 1}), reason)
     if min(size) < LEAST_SIDE:
-        tiny = Counter({f"images under {LEAST_SIDE} px skipped": 1})
-        return Record(path, size, 1, none, tiny, f"{size[0]} x {size[1]} px")
+        problems = Counter({f"images under {LEAST_SIDE} px skipped": 1})
+        return Record(path, size, 1, no_labels, problems, f"{size[0]} x {size[1]} px")
     file = label_path(path)
     try:
         text = file.read_text(encoding="utf-8-sig", errors="replace")

@@ -4,6 +4,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -11,19 +12,15 @@ import pytest
 import torch
 from PIL import Image
 
-import utils.dataloaders as dataloaders
 from utils.boxes import xywh2xyxy
-from utils.data_config import read_data
-from utils.dataloaders import (
-    Batch,
-    DetectionDataset,
-    EpochBatchSampler,
-    build_loader,
-    image_weights,
-    rect_shapes,
-)
+from utils.data import dataset as dataset_module
+from utils.data import loader as loader_module
+from utils.data.config import read_data
+from utils.data.dataset import DetectionDataset, rect_shapes
+from utils.data.image_files import Record, decode, label_path, parse_labels
+from utils.data.loader import Batch, EpochBatchSampler, build_loader
 from utils.errors import UserError
-from utils.image_files import decode, label_path, parse_labels
+from utils.training.image_weights import image_weights
 
 HYP = {"mosaic": 0.7, "mixup": 0.5, "degrees": 5.0, "translate": 0.1, "scale": 0.5, "shear": 2.0, "perspective": 0.0,
        "hsv_h": 0.015, "hsv_s": 0.7, "hsv_v": 0.4, "flipud": 0.5, "fliplr": 0.5}
@@ -88,9 +85,10 @@ def test_sample_is_a_function_of_seed_epoch_and_index(images: Path) -> None:
 
 @pytest.mark.parametrize("context", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_workers_change_nothing(images: Path, monkeypatch: pytest.MonkeyPatch, context: str) -> None:
-    monkeypatch.setattr(dataloaders, "usable_workers", lambda wanted, *_: wanted)
+    monkeypatch.setattr(loader_module, "usable_workers", lambda wanted, *_: wanted)
     dataset = DetectionDataset([images], 64, HYP, augment=True, cache="ram")
-    alone, two = (build_loader(dataset, 2, n, shuffle=True, context=context) for n in (0, 2))
+    alone, two = (build_loader(dataset, 2, n, shuffle=True) for n in (0, 2))
+    two.multiprocessing_context = context
     state = torch.get_rng_state()
     for epoch in (0, 3):
         assert samples(alone, epoch) == samples(two, epoch)
@@ -129,7 +127,7 @@ def test_disk_cache_is_remade_when_cut_off_or_outdated(images: Path, tmp_path: P
 
 def test_too_little_memory_or_disk_is_noted_and_survived(images: Path, tmp_path: Path,
                                                          monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dataloaders, "available_memory", lambda: 1000)
+    monkeypatch.setattr(dataset_module, "available_memory", lambda: 1000)
     dataset = DetectionDataset([images], 64, cache="ram")
     assert "going on without" in dataset.notes[0] and dataset[0, 0].image.shape == (3, 64, 64)
     (tmp_path / "file").write_text("")
@@ -342,7 +340,7 @@ def test_mosaic_targets_are_inside_and_numbered(images: Path) -> None:
         corners = xywh2xyxy(batch.targets[:, 2:])
         assert batch.targets.dtype == torch.float32 and (corners > -1e-6).all() and (corners < 1 + 1e-6).all()
         assert set(batch.targets[:, 0].tolist()) <= set(range(len(batch.images)))
-        assert len(batch.to("cpu").paths) == len(batch.images)
+        assert len(batch.paths) == len(batch.images)
 
 
 # ----------------------------------------------------------------------------------------------------------- sampler
@@ -350,16 +348,13 @@ def test_mosaic_targets_are_inside_and_numbered(images: Path) -> None:
 
 @pytest.mark.parametrize("size, batch, world", [(10, 3, 1), (10, 3, 2), (7, 4, 3), (2, 4, 3), (12, 4, 3)])
 @pytest.mark.parametrize("shuffle", [True, False])
-@pytest.mark.parametrize("drop_last", [True, False])
 @pytest.mark.parametrize("even", [True, False])
-def test_sampler_covers_everything(size: int, batch: int, world: int, shuffle: bool, drop_last: bool,
-                                   even: bool) -> None:
-    ranks = [EpochBatchSampler(size, batch, shuffle, 5, r, world, drop_last, even) for r in range(world)]
+def test_sampler_covers_everything(size: int, batch: int, world: int, shuffle: bool, even: bool) -> None:
+    ranks = [EpochBatchSampler(size, batch, shuffle, 5, r, world, even) for r in range(world)]
     lists = [list(s) for s in ranks]
     assert [len(s) for s in ranks] == [len(x) for x in lists]
     seen = [i for rank in lists for b in rank for _, i in b]
-    if not drop_last:
-        assert set(seen) == set(range(size))
+    assert set(seen) == set(range(size))
     if shuffle:
         assert len({sum(map(len, rank)) for rank in lists}) == 1
     elif even:
@@ -394,7 +389,7 @@ def test_read_data(images: Path, tmp_path: Path) -> None:
     config = read_data(path)
     assert (config.train, config.val, config.test) == ((images,), (images.parent,), ())
     assert list(config.names.items()) == [(0, "a"), (1, "b")] and config.nc == 2 and config.defaults == {"imgsz": 64}
-    assert config.root == tmp_path / "set" and config.file == path and config.raw["nc"] == 2
+    assert config.file == path
 
 
 def test_a_linked_folder_keeps_its_labels(images: Path, tmp_path: Path) -> None:
@@ -452,8 +447,13 @@ def test_image_weights_prefer_rare_and_badly_detected_classes() -> None:
 def test_label_cache_is_used_and_notices_changes(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("YOLO_CACHE", str(tmp_path / "cache"))
     scanned: list[Path] = []
-    plain = dataloaders.scan_image
-    monkeypatch.setattr(dataloaders, "scan_image", lambda path, **options: (scanned.append(path), plain(path, **options))[1])
+    plain = dataset_module.scan_image
+
+    def scan_image(path: Path, **options: Any) -> Record:
+        scanned.append(path)
+        return plain(path, **options)
+
+    monkeypatch.setattr(dataset_module, "scan_image", scan_image)
     before = tree_hash(images.parent.parent)
     first = DetectionDataset([images], 64, nc=2)
     again = DetectionDataset([images], 64, nc=2)
@@ -469,13 +469,15 @@ def test_label_cache_is_used_and_notices_changes(images: Path, tmp_path: Path, m
         DetectionDataset([images], 64, nc=1)
 
 
-@pytest.mark.parametrize("content", [b"", b"nothing", b"\x93NUMPY\x01\x00"])
-def test_a_damaged_label_cache_is_made_anew(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
+@pytest.mark.parametrize("content", [b"", b"nothing", b"\x93NUMPY\x01\x00", b"[1]", b'[["a", [1], 1, [], {}, ""]]'])
+def test_a_damaged_label_cache_is_made_anew(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                            content: bytes) -> None:
     monkeypatch.setenv("YOLO_CACHE", str(tmp_path / "cache"))
     first = DetectionDataset([images], 64)
     file, = (tmp_path / "cache" / "labels").iterdir()
     file.write_bytes(content)
-    assert all(map(np.array_equal, first.labels, DetectionDataset([images], 64).labels)) and len(file.read_bytes()) > 100
+    again = DetectionDataset([images], 64)
+    assert all(map(np.array_equal, first.labels, again.labels)) and len(file.read_bytes()) > 100
 
 
 @pytest.mark.parametrize("suffix", ["bmp", "webp", "tiff", "jpeg"])

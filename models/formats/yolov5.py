@@ -6,7 +6,6 @@ know their own channels.
 """
 from __future__ import annotations
 
-import os
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -15,34 +14,30 @@ import torch
 from torch import nn
 
 from models.common import TransformerBlock
+from models.formats.format import ExportOptions, Format
 from models.yolo import Model
 from utils.errors import UserError
+from utils.files import atomic
 
 # What models/common.py and models/yolo.py of YOLOv5 v6.0 have, with the same parts as the blocks of the same name here.
 SHARED = {"models.yolo": {"Model", "Detect"}, "models.common": {
-    "Conv", "DWConv", "Bottleneck", "C3", "SPP", "SPPF", "Focus", "Concat", "GhostConv", "GhostBottleneck", "C3Ghost", "TransformerLayer",
-    "TransformerBlock", "C3TR"}}
+    "Conv", "DWConv", "Bottleneck", "C3", "SPP", "SPPF", "Focus", "Concat", "GhostConv", "GhostBottleneck", "C3Ghost",
+    "TransformerLayer", "TransformerBlock", "C3TR"}}
 
 
-def save(path: str | Path, model: Model) -> None:
+def write(model: Model, path: Path, options: ExportOptions) -> None:
     """Write `model` as YOLOv5 writes a finished training: fp16, no optimizer. The file is there whole or not at all."""
-    strangers = sorted({type(m).__name__ for m in model.modules()
-                        if not type(m).__module__.startswith("torch.") and type(m).__name__ not in SHARED.get(type(m).__module__, ())})
-    if strangers:
-        raise UserError(f"--include yolov5: YOLOv5 has no block {', '.join(strangers)}; export onnx or torchscript instead")
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        torch.save({"epoch": -1, "best_fitness": None, "model": dressed(model).half(), "ema": None, "updates": None, "optimizer": None,
-                    "wandb_id": None, "opt": None, "git": None, "date": None}, temporary)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"{path}: can't be written ({error.strerror})") from None
-    finally:
-        temporary.unlink(missing_ok=True)
+    classes = {type(m) for m in model.modules() if not type(m).__module__.startswith("torch.")}
+    if unsupported := sorted(c.__name__ for c in classes if c.__name__ not in SHARED.get(c.__module__, ())):
+        raise UserError(f"--include yolov5: YOLOv5 has no block {', '.join(unsupported)}; "
+                        "export onnx or torchscript instead")
+    content = {"epoch": -1, "best_fitness": None, "model": to_yolov5(model).half(), "ema": None, "updates": None,
+               "optimizer": None, "wandb_id": None, "opt": None, "git": None, "date": None}
+    with atomic(path) as temporary:
+        torch.save(content, temporary)
 
 
-def dressed(model: Model) -> Model:
+def to_yolov5(model: Model) -> Model:
     """A copy that carries the attributes that YOLOv5's code reads, and none of those that only ours does."""
     new = deepcopy(model).float().eval()
     for parameter in new.parameters():
@@ -67,3 +62,6 @@ def dressed(model: Model) -> Model:
         if isinstance(module, TransformerBlock):
             module.__dict__["c2"] = module.linear.out_features
     return new
+
+
+FORMAT = Format("yolov5", ".yolov5.pt", write)

@@ -1,0 +1,48 @@
+"""Test-time augmentation: three views of an image, the boxes of all of them."""
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from models.yolo import Model
+
+
+class TestTimeAugmentation:
+    """The image, its mirror image at 0.83 and itself at 0.67 of the size. A Detector."""
+
+    VIEWS = ((1.0, False), (0.83, True), (0.67, False))  # scale, mirrored
+
+    def __init__(self, model: Model):
+        self.model, self.names, self.stride = model, model.names, model.stride
+        self.dtype, self.input_shape = model.dtype, model.input_shape
+
+    def __call__(self, images: Tensor) -> tuple[Tensor, None]:
+        """(B, 3, h, w) -> (decoded (B, N, nc + 5), None)."""
+        strides = self.stride.tolist()
+        width, found = images.shape[3], []
+        for scale, mirrored in self.VIEWS:
+            view = images.flip(3) if mirrored else images
+            boxes = self.model(_scaled(view, scale, int(max(strides))))[0].clone()
+            boxes[..., :4] /= scale
+            if mirrored:
+                boxes[..., 0] = width - boxes[..., 0]
+            found.append(boxes)
+        # The level that a view is too large or too small for is left out: the coarsest of the first, the finest of
+        # the last.
+        shares = [1 / s ** 2 for s in strides]
+        coarsest = round(shares[-1] / sum(shares) * found[0].shape[1])
+        finest = round(shares[0] / sum(shares) * found[-1].shape[1])
+        return torch.cat((found[0][:, :-coarsest], *found[1:-1], found[-1][:, finest:]), 1), None
+
+
+def _scaled(images: Tensor, scale: float, stride: int) -> Tensor:
+    """Images of `scale` times the size, padded at the right and below to whole strides with ImageNet's mean."""
+    if scale == 1:
+        return images
+    sides = [int(s * scale) for s in images.shape[2:]]
+    smaller = F.interpolate(images, size=sides, mode="bilinear", align_corners=False)
+    height, width = (math.ceil(s * scale / stride) * stride for s in images.shape[2:])
+    return F.pad(smaller, (0, width - sides[1], 0, height - sides[0]), value=0.447)

@@ -1,0 +1,36 @@
+"""Models in other formats: one file per format, with its writer and the runtime that reads the file back.
+
+A file of this folder that defines FORMAT is found by itself; register() adds a format that lives elsewhere.
+"""
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from models import checkpoint
+from models.augmented import TestTimeAugmentation
+from models.formats.format import Detector, ExportOptions, Format, format_of, formats, register
+from models.yolo import fused, on_device
+from utils.errors import UserError
+
+__all__ = ["Detector", "ExportOptions", "Format", "format_of", "formats", "load", "register"]
+
+
+def load(path: str | Path, device: torch.device, half: bool = False,
+         augment: bool = False) -> tuple[Detector, dict[str, Any]]:
+    """(detector ready to run, what its file says: imgsz, opt, data ... as far as it does)."""
+    path = Path(path)
+    found = format_of(path)
+    if found is not None and found.load is not None:
+        if augment:
+            raise UserError(f"--augment: not with {found.name.upper()}, whose size is fixed; give the .pt")
+        if not path.exists():
+            raise UserError(f"{path}: no such file")
+        detector = found.load(path, device)
+        return detector, {"imgsz": detector.input_shape[2] or None}
+    data = checkpoint.read(path)
+    model = on_device(fused(checkpoint.build(data, path=path)), device)
+    model = model.half() if half else model
+    return TestTimeAugmentation(model) if augment else model, data

@@ -1,0 +1,134 @@
+"""From a data set to batches: the order of samples, collation, worker processes."""
+from __future__ import annotations
+
+import math
+import os
+import signal
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing.synchronize import Event
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
+
+from utils.data.dataset import DetectionDataset, Geometry, Sample
+
+
+@dataclass
+class Batch:
+    """What the loader yields."""
+
+    images: Tensor     # uint8 (B, 3, h, w), RGB
+    targets: Tensor    # float32 (n, 6): image in the batch, class, x, y, w, h normalised
+    paths: list[str]
+    shapes: list[Geometry]
+
+    def pin_memory(self) -> Batch:
+        """The same batch in page-locked memory (DataLoader calls this)."""
+        return Batch(self.images.pin_memory(), self.targets.pin_memory(), self.paths, self.shapes)
+
+
+class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
+    """Batches of (epoch, index) for one process of `world_size`; the order is a pure function of (seed, epoch).
+
+    Shuffled, every process gets the same number of samples; a few are repeated where world_size does not divide `size`.
+    Unshuffled, the processes take whole batches in turn and nothing is repeated. even=True repeats the first batches
+    until every process has the same number, which training in several processes needs.
+    """
+
+    def __init__(self, size: int, batch_size: int, shuffle: bool, seed: int = 0, rank: int = 0, world_size: int = 1,
+                 even: bool = False):
+        self.size, self.batch_size, self.shuffle, self.seed = size, batch_size, shuffle, seed % 2**63
+        self.rank, self.world_size, self.even = rank, world_size, even
+        self.epoch = self.skip = 0
+        self.weights: np.ndarray | None = None  # (size,) sampling weights, with replacement; None = each sample once
+
+    def set_epoch(self, epoch: int, skip: int = 0) -> None:
+        """Choose the epoch of the next iteration, which leaves out the first `skip` batches."""
+        self.epoch, self.skip = epoch, skip
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        batches = self._shuffled() if self.shuffle else self._in_order()
+        for batch in batches[self.skip:]:
+            yield [(self.epoch, int(i)) for i in batch]
+
+    def _shuffled(self) -> list[np.ndarray]:
+        rng = np.random.default_rng([self.seed, self.epoch])
+        if self.weights is None:
+            order = rng.permutation(self.size)
+        else:
+            order = rng.choice(self.size, self.size, p=self.weights / self.weights.sum())
+        share = math.ceil(self.size / self.world_size)
+        mine = np.resize(order, share * self.world_size)[self.rank::self.world_size]
+        return [mine[i:i + self.batch_size] for i in range(0, share, self.batch_size)]
+
+    def _in_order(self) -> list[np.ndarray]:
+        indices = np.arange(self.size)
+        batches = [indices[i:i + self.batch_size] for i in range(0, self.size, self.batch_size)]
+        if self.even and batches:
+            missing = -len(batches) % self.world_size
+            batches += [batches[i % len(batches)] for i in range(missing)]
+        return batches[self.rank::self.world_size]
+
+    def __len__(self) -> int:
+        if self.shuffle:
+            return math.ceil(math.ceil(self.size / self.world_size) / self.batch_size)
+        batches = math.ceil(self.size / self.batch_size)
+        return math.ceil((batches if self.even else max(batches - self.rank, 0)) / self.world_size)
+
+
+class DetectionLoader(DataLoader):
+    """A DataLoader of Batch; its types are narrower than DataLoader's, and nothing else differs."""
+
+    dataset: DetectionDataset
+    batch_sampler: EpochBatchSampler
+
+
+def collate(samples: Sequence[Sample]) -> Batch:
+    """Samples of one shape -> Batch."""
+    targets = torch.cat([s.targets for s in samples])
+    counts = torch.tensor([len(s.targets) for s in samples])
+    targets[:, 0] = torch.repeat_interleave(torch.arange(len(samples)), counts).to(targets.dtype)
+    images = torch.stack([s.image for s in samples])
+    return Batch(images, targets, [s.path for s in samples], [s.shapes for s in samples])
+
+
+def usable_workers(wanted: int, world_size: int, batches: int) -> int:
+    """The number of worker processes: `wanted`, at most this process's share of the cores, at most one per batch."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(min(wanted, cores // world_size, batches), 0)
+
+
+def _start_worker(shutdown: Event | None, _: int) -> None:
+    """Set up a worker: one thread, because the workers are the parallelism, and no end before the main process's.
+
+    Ctrl-C and a scheduler's SIGTERM reach every process of a training, but the main process decides when to end. It
+    sets `shutdown` first, and only from then on SIGTERM ends a worker.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if shutdown is not None:
+        signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0) if shutdown.is_set() else None)
+    cv2.setNumThreads(0)
+    torch.set_num_threads(1)
+
+
+def build_loader(dataset: DetectionDataset, batch_size: int, workers: int, shuffle: bool, seed: int = 0, rank: int = 0,
+                 world_size: int = 1, shutdown: Event | None = None) -> DetectionLoader:
+    """A loader of Batch; call loader.batch_sampler.set_epoch(e) before each epoch.
+
+    shutdown: set before the main process ends; until then workers ignore SIGTERM. ValueError where a rectangular data
+    set is to be shuffled or cut into batches of another size: the images of a batch would differ in shape.
+    """
+    if dataset.rect and (shuffle or batch_size != dataset.batch_size):
+        raise ValueError("a rectangular data set keeps its order and its batch size")
+    sampler = EpochBatchSampler(len(dataset), batch_size, shuffle, seed, rank, world_size, even=dataset.augment)
+    workers = usable_workers(workers, world_size, len(sampler))
+    # The loader draws a number in every epoch. A generator of its own leaves the global one unchanged.
+    generator = torch.Generator().manual_seed(sampler.seed)
+    return DetectionLoader(dataset, batch_sampler=sampler, num_workers=workers, collate_fn=collate, generator=generator,
+                           pin_memory=torch.cuda.is_available(), worker_init_fn=partial(_start_worker, shutdown),
+                           persistent_workers=workers > 0, prefetch_factor=4 if workers else None)

@@ -1,0 +1,228 @@
+"""Plots of slimming: BatchNorm scales, the channels of each layer, accuracy against cost. They take plain arrays."""
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from utils.plots.style import (
+    BLUE,
+    GREEN,
+    GREY,
+    INK,
+    ORANGE,
+    PALE,
+    PINK,
+    SKY,
+    VERMILION,
+    legend_below,
+    new_chart,
+    new_figure,
+    readable,
+    save_figure,
+    short_number,
+    style_axes,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+STAGES = (GREY, SKY, ORANGE, BLUE, GREEN, PINK)  # in the order of a run; a seventh stage is grey again
+
+
+def plot_gammas(gammas: np.ndarray, path: str | Path, threshold: float | None = None, percent: float | None = None,
+                title: str = "BatchNorm scales of the prunable channels", compare: np.ndarray | None = None,
+                labels: tuple[str, str] = ("before", "after")) -> Path:
+    """Histogram of the |gamma| of all prunable channels.
+
+    The counts have a logarithmic axis, so that both a peak at 0 and a flat bell are visible.
+
+    gammas: (channels,) |gamma|. threshold: draws a line and states the share of channels below it. percent: the share
+    of channels (0..1) that is cut, stated beside the line. compare: (channels,) |gamma| of a second model, drawn as an
+    outline. labels: names of `gammas` and `compare` for the legend.
+    """
+    figure, ax = new_chart(9, 4.2, title, "|gamma|", "channels (log scale)")
+    high = _upper_end([gammas] if compare is None else [gammas, compare])
+    if threshold is not None:
+        high = max(high, 1.04 * threshold)
+    bins = np.linspace(0, high, 101).tolist()
+    ax.hist(np.minimum(gammas, high, dtype=float), bins, color=BLUE if compare is None else SKY,
+            label=f"{readable(labels[0])} ({len(gammas):,} channels)")
+    if compare is not None:
+        ax.hist(np.minimum(compare, high, dtype=float), bins, histtype="step", color=INK, linewidth=1.5,
+                label=f"{readable(labels[1])} ({len(compare):,} channels)")
+        ax.legend(loc="upper right", frameon=False, fontsize=9)
+    ax.set_yscale("log")
+    # The axis starts at one half, so that the bar of a single channel has a height.
+    ax.set_ylim(0.5, max(10.0, 4.0 * ax.dataLim.y1))
+    ax.set_xlim(-0.01 * high, high)
+    if threshold is not None:
+        _mark_threshold(ax, threshold, float(np.mean(gammas < threshold)), percent)
+    return save_figure(figure, path)
+
+
+def _mark_threshold(ax: Axes, threshold: float, below: float, percent: float | None) -> None:
+    """Mark the threshold by a line, shade the side below it, and state the shares (0..1) of channels below and cut."""
+    low, high = ax.get_xlim()
+    ax.axvspan(low, threshold, color=VERMILION, alpha=0.10, linewidth=0, zorder=0)
+    ax.axvline(threshold, color=VERMILION, linewidth=1.6, linestyle="--")
+    lines = [f"threshold {threshold:.3g}", f"{below:.1%} of the channels are below it"]
+    if percent is not None:
+        lines.append(f"{percent:.1%} of the channels are cut")
+    offset, side = (6, "left") if threshold < high / 2 else (-6, "right")
+    ax.annotate("\n".join(lines), (threshold, 0.97), xycoords=("data", "axes fraction"), xytext=(offset, 0),
+                textcoords="offset points", ha=side, va="top", fontsize=9, color=VERMILION)
+
+
+def plot_gamma_history(histories: Mapping[str, Sequence[np.ndarray]], path: str | Path) -> Path:
+    """Heat maps of |gamma| (x) over the epochs (y), one per run, side by side. A line shows the median.
+
+    Bins without a channel stay white.
+
+    histories: for each run's name one array (channels,) of |gamma| per epoch. The axes and colours are shared, so that
+    the runs can be compared.
+    """
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import LogNorm
+    from matplotlib.ticker import MaxNLocator
+
+    figure = new_figure(max(3.1 * len(histories) + 1, 6), 3.6)
+    axes = figure.subplots(1, len(histories), sharex=True, sharey=True, squeeze=False)[0]
+    high = _upper_end([gammas for epochs in histories.values() for gammas in epochs])
+    bins = np.linspace(0, high, 61)
+    norm = LogNorm(1e-3, 1)
+    for ax, (name, epochs) in zip(axes, histories.items(), strict=True):
+        style_axes(ax, readable(name, limit=36), "|gamma|", grid=None)
+        shares = [np.histogram(np.minimum(gammas, high, dtype=float), bins)[0] / len(gammas) for gammas in epochs]
+        ax.pcolormesh(bins, np.arange(len(epochs) + 1) - 0.5, np.stack(shares), norm=norm, cmap="YlGnBu")
+        ax.plot([np.median(gammas) for gammas in epochs], range(len(epochs)), color=VERMILION, linewidth=1.5,
+                marker="o" if len(epochs) == 1 else None, label="median")
+    axes[0].set_ylabel("epoch", fontsize=10, color=INK)
+    axes[0].yaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    legend_below(figure, handles=axes[0].lines)
+    bar = figure.colorbar(ScalarMappable(norm, "YlGnBu"), ax=axes, label="share of the channels", shrink=0.9, aspect=30,
+                          pad=0.02)
+    bar.set_ticks([1e-3, 1e-2, 1e-1, 1], labels=["0.1%", "1%", "10%", "100%"])
+    bar.ax.tick_params(labelsize=9, colors=INK)
+    return save_figure(figure, path)
+
+
+def _upper_end(arrays: Sequence[np.ndarray]) -> float:
+    """The upper end of a |gamma| axis: the largest value, or less if a few outliers are far above all others."""
+    values = np.concatenate(arrays)
+    common, largest = float(np.quantile(values, 0.999)), float(values.max())
+    if common > 0:
+        largest = min(largest, 1.5 * common)
+    return 1.04 * largest if largest > 0 else 1.0
+
+
+def plot_kept(layers: Sequence[str], original: Sequence[int], kept: Sequence[int], path: str | Path,
+              prunable: Sequence[bool]) -> Path:
+    """One bar per layer: the number of its channels before and after the cut. Layers that may not be pruned are grey.
+
+    The four sequences have one entry per layer.
+    """
+    before, after = sum(original), sum(kept)
+    title = f"Channels by layer: {after:,} of {before:,} kept ({after / before:.0%})"
+    figure, ax = _layer_chart(layers, title, "channels")
+    y, left, free = np.arange(len(layers)), np.array(kept), np.array(prunable, bool)
+    whole = ax.barh(y, original, height=0.74, color=PALE, label="cut")
+    ax.barh(y[free], left[free], height=0.74, color=BLUE, label="kept")
+    if not free.all():
+        ax.barh(y[~free], left[~free], height=0.74, color=GREY, label="may not be pruned")
+    counts = [f"{b / a:.0%}  ({b}/{a})" for a, b in zip(original, kept, strict=True)]
+    ax.bar_label(whole, counts, padding=4, fontsize=7.5, color=INK)
+    ax.set_xlim(0, 1.14 * max(original))
+    legend_below(figure)
+    return save_figure(figure, path)
+
+
+def plot_sensitivity(rows: Sequence[Mapping[str, Any]], path: str | Path, share: float) -> Path:
+    """The effect of cutting `share` (0..1) of the channels of one layer at a time.
+
+    A bar per layer shows the loss of mAP50-95. A dot shows the share of the model's FLOPs that the cut saves.
+    rows: the first is the whole model, the others are a layer each; all have layer, mAP50-95 and GFLOPs.
+    """
+    whole, cuts = rows[0], rows[1:]
+    title = f"{share:.0%} of one layer's channels cut, nothing else"
+    figure, ax = _layer_chart([row["layer"] for row in cuts], title, "mAP50-95 lost")
+    y = range(len(cuts))
+    lost = [whole["mAP50-95"] - row["mAP50-95"] for row in cuts]
+    saved = [1 - row["GFLOPs"] / whole["GFLOPs"] for row in cuts]
+    ax.barh(y, lost, height=0.74, color=BLUE, label="mAP50-95 lost")
+    other = ax.twiny()
+    style_axes(other, xlabel="FLOPs saved, share of the model's", grid=None)
+    other.plot(saved, y, color=ORANGE, marker="o", markersize=4, linestyle="", label="FLOPs saved")
+    other.set_xlim(left=0)
+    other.xaxis.set_major_formatter("{x:.0%}")
+    legend_below(figure)
+    return save_figure(figure, path)
+
+
+def _layer_chart(layers: Sequence[str], title: str, xlabel: str) -> tuple[Figure, Axes]:
+    """A figure for one horizontal bar per layer, the first layer on top. It grows with the number of layers."""
+    figure, ax = new_chart(9, 0.185 * len(layers) + 1.6, title, xlabel, grid="x")
+    ax.set_yticks(range(len(layers)), [readable(name, limit=40) for name in layers], fontsize=7.5)
+    ax.set_ylim(len(layers) - 0.4, -0.6)
+    return figure, ax
+
+
+def plot_sweep(rows: Sequence[Mapping[str, float]], path: str | Path, knee: int) -> Path:
+    """mAP (left axis) and cost as a share of the first row's cost (right axis) over the percentage of channels cut.
+
+    Each row has percent (0..1), mAP50, mAP50-95, parameters, GFLOPs and ms. `knee` is the row that is marked.
+    """
+    title = "Right after the cut, before any fine-tuning"
+    figure, ax = new_chart(8, 4.4, title, "% of the prunable channels cut", "mAP")
+    x = [100 * row["percent"] for row in rows]
+    for key, colour in (("mAP50", SKY), ("mAP50-95", BLUE)):
+        ax.plot(x, [row[key] for row in rows], color=colour, marker="o", markersize=4, label=key)
+    ax.axvline(x[knee], color=VERMILION, linestyle="--", linewidth=1.4, label=f"knee: {x[knee]:.0f}%")
+    ax.set_ylim(bottom=0)
+    other = ax.twinx()
+    style_axes(other, ylabel="cost, share of the first", grid=None)
+    for key, colour in (("parameters", GREY), ("GFLOPs", ORANGE), ("ms", GREEN)):
+        shares = [row[key] / rows[0][key] for row in rows]
+        other.plot(x, shares, color=colour, linestyle=":", marker="s", markersize=3, label=key)
+    other.set_ylim(0, 1.1)
+    other.yaxis.set_major_formatter("{x:.0%}")
+    legend_below(figure)
+    return save_figure(figure, path)
+
+
+def plot_stages(rows: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
+    """The stages of a slimming run: accuracy on the left, cost as a share of the first stage's cost on the right.
+
+    Each row has stage (its name), map50 and map (mAP50 and mAP50-95, 0..1), parameters, flops and ms (per image).
+    """
+    figure = new_figure(12, 4.3)
+    left, right = figure.subplots(1, 2, width_ratios=(2, 3.4))
+    stages = [readable(row["stage"]) for row in rows]
+    accuracy = np.array([[row["map"], row["map50"]] for row in rows], float)
+    cost = np.array([[row["parameters"], row["flops"], row["ms"]] for row in rows], float)
+    shares = cost / cost[0]
+    style_axes(left, "Accuracy", grid="y")
+    _draw_stages(left, stages, accuracy, ["mAP50-95", "mAP50"], [[f"{v:.3f}" for v in row] for row in accuracy])
+    style_axes(right, f"Cost, share of {stages[0]}", grid="y")
+    texts = [[f"{share:.0%}\n{short_number(value)}" for share, value in zip(*pair, strict=True)]
+             for pair in zip(shares, cost, strict=True)]
+    _draw_stages(right, stages, shares, ["parameters", "FLOPs", "ms per image"], texts)
+    right.yaxis.set_major_formatter("{x:.0%}")
+    legend_below(figure, handles=left.containers)
+    return save_figure(figure, path)
+
+
+def _draw_stages(ax: Axes, stages: Sequence[str], values: np.ndarray, groups: Sequence[str],
+                 texts: Sequence[Sequence[str]]) -> None:
+    """Bars of values (stages, groups) with their texts on top. The bars of a group stand side by side."""
+    width = min(0.86 / len(stages), 0.3)
+    fontsize = max(4.0, min(8.5, 34 / len(stages)))
+    for i, stage in enumerate(stages):
+        x = np.arange(len(groups)) + (i - (len(stages) - 1) / 2) * width
+        bars = ax.bar(x, values[i], 0.92 * width, color=STAGES[i % len(STAGES)], label=stage)
+        ax.bar_label(bars, texts[i], padding=2, fontsize=fontsize, color=INK)
+    ax.set_xticks(range(len(groups)), groups, fontsize=10)
+    ax.set_ylim(0, 1.18 * values.max() or 1)  # an mAP may be 0 in every stage

@@ -1,0 +1,156 @@
+"""The pruning engine: rank the channels of a model, choose a cut, make it, check it.
+
+    pruner = Pruner(model, imgsz=640)
+    result = pruner.rank("gamma", Rules(min_share=0.25)).cut(percent=0.5)
+    result.slim, result.masked, result.masks, result.report
+
+It works on any nn.Module that torch.fx can trace, and knows no YOLO, no files and no command line.
+"""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Generic
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from utils.slimming.equivalence import EQUIVALENCE_BOUND, largest_difference
+from utils.slimming.graph import Masks
+from utils.slimming.ranking import NOTHING_TO_CUT, Ranking, Rules, SafeThreshold, TracedModel
+from utils.slimming.report import layer_rows, misaligned_channels
+from utils.slimming.surgery import M, masked, slim
+from utils.slimming.targets import TARGETS
+
+
+@dataclass(frozen=True)
+class TargetOutcome:
+    """What became of a target."""
+
+    name: str
+    wanted: float
+    value: float    # the target's figure for the cut that was made
+    reached: bool   # False: there is no cut that reaches it
+
+
+@dataclass
+class PruneResult(Generic[M]):
+    """A cut that was made and checked."""
+
+    model: M                     # before
+    slim: M
+    masked: M                    # of the old shape, gamma = beta = 0 on the cut channels
+    masks: Masks
+    gammas: Tensor               # |gamma| of all prunable channels
+    safe: SafeThreshold
+    threshold: float             # the largest |gamma| that was cut
+    achieved: float              # share of the prunable channels that was cut, 0..1
+    difference: float            # of the equivalence check: largest relative |slim - masked|
+    target: TargetOutcome | None
+    layers: list[dict[str, Any]]
+    notes: list[str]             # what the user should know of the graph and of the slim model
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """The figures as plain data."""
+        return {"achieved": self.achieved, "threshold": self.threshold,
+                "limit": {"gamma": self.safe.gamma, "percent": self.safe.percent}, "proof": self.difference,
+                "layers": self.layers, "notes": self.notes}
+
+
+class Pruner(TracedModel[M]):
+    """A model whose channels can be ranked and cut. See TracedModel for the arguments.
+
+    stride: the sides of the images of the equivalence check are multiples of it.
+    """
+
+    stride = 32
+
+    def rank(self, score: str = "gamma", rules: Rules = Rules(), per_flop: bool = False) -> Pruner[M]:  # noqa: B008
+        """Rank the channels by one of SCORES, per FLOP or not, as the weights are now. Returns this pruner.
+
+        Raises ValueError where no channel may go, and for a pattern in rules.keep that no BatchNorm fits.
+        """
+        self.ranking = Ranking(self, rules, score, per_flop)
+        if not self.ranking.total:
+            raise ValueError(NOTHING_TO_CUT)
+        return self
+
+    def cut(self, percent: float | None = None, target: tuple[str, float] | None = None) -> PruneResult[M]:
+        """Cut a share (0..1) of the prunable channels, or as many as a target (a name of TARGETS, number) takes.
+
+        The model itself is not changed. Raises ValueError where the slim model does not compute what the masked one
+        does, which means that the channel graph misreads a block.
+        """
+        if (percent is None) == (target is None):
+            raise ValueError("give either percent or target")
+        keep, outcome = (self.ranking.keep_percent(percent or 0.0), None) if target is None else self._reach(*target)
+        masks = self.graph.masks(keep)
+        zeroed, narrow = masked(self.model, masks), slim(self.model, masks, self.graph)
+        side = max(self.stride, 32)
+        sizes = ((1, 2 * side, 2 * side), (3, 2 * side, 3 * side))
+        difference = largest_difference(zeroed, narrow, self.channels, sizes)
+        if not difference < EQUIVALENCE_BOUND:
+            raise ValueError(f"the slim model differs from the masked one by {difference:.1e} (relative; rounding is "
+                             f"below {EQUIVALENCE_BOUND:.0e}): it holds a block that the channel graph misreads")
+        gone = torch.cat([self.norms[name].weight.detach().abs()[~mask] for name, mask in masks.items()])
+        prunable = self.ranking.prunable
+        return PruneResult(self.model, narrow, zeroed, masks, torch.cat(list(self.gammas(prunable).values())),
+                           self.safe_threshold(prunable), float(gone.max()) if len(gone) else 0.0,
+                           len(gone) / self.ranking.total, difference, outcome, layer_rows(masks, prunable),
+                           [*self.graph.notes, *misaligned_channels(narrow)])
+
+    def _reach(self, name: str, wanted: float) -> tuple[np.ndarray, TargetOutcome]:
+        """What the cut keeps that just reaches a target, and the outcome."""
+        target, ranking = TARGETS[name], self.ranking
+
+        @cache
+        def value(groups: int) -> float:
+            return target.value(self, ranking.keep_groups(groups))
+
+        if target.limit:  # one group less than the first cut that loses more
+            groups, exceeded = ranking.smallest_cut(lambda groups: value(groups) < -wanted)
+            groups -= int(exceeded and groups > 0)
+            reached = True
+        else:
+            groups, reached = ranking.smallest_cut(lambda groups: value(groups) <= wanted)
+        return ranking.keep_groups(groups), TargetOutcome(name, wanted, value(groups), reached)
+
+    def preview(self, percent: float) -> tuple[Masks, int, int]:
+        """(masks, parameters, FLOPs) that cut(percent) would leave. Nothing is cut."""
+        keep = self.ranking.keep_percent(percent)
+        return self.graph.masks(keep), *self.costs.remaining(keep)
+
+    def sweep(self, percents: Sequence[float]) -> tuple[list[dict[str, Any]], list[M]]:
+        """A row per share (0..1) of the prunable channels: percent, accuracy and cost; and the slim models."""
+        rows, models = [], []
+        for percent in tqdm(percents, desc="sweep", leave=False, disable=None):
+            keep = self.ranking.keep_percent(percent)
+            models.append(slim(self.model, self.graph.masks(keep), self.graph))
+            rows.append({"percent": percent, **self.evaluate(models[-1]), **self._cost(keep)})
+        return rows, models
+
+    def sensitivity(self, share: float) -> list[dict[str, Any]]:
+        """A row per layer: accuracy and cost when `share` of its channels goes and all others stay.
+
+        The first row is the whole model. Layers that share their channels have one row, under the name of the first.
+        """
+        whole = self.ranking.keep_groups(0)
+        rows: list[dict[str, Any]] = [{"layer": "(none)", "cut": 0, **self.accuracy, **self._cost(whole)}]
+        seen: set[bytes] = set()
+        for name, ids in tqdm(self.graph.norms.items(), desc="layers", leave=False, disable=None):
+            keep = self.ranking.keep_layer(name, share)
+            channels = self.graph.group[ids].tobytes()
+            if keep[ids].all() or channels in seen:
+                continue
+            seen.add(channels)
+            narrow = slim(self.model, self.graph.masks(keep), self.graph)
+            rows.append({"layer": name, "cut": int((~keep[ids]).sum()), **self.evaluate(narrow), **self._cost(keep)})
+        return rows
+
+    def _cost(self, keep: np.ndarray) -> dict[str, float]:
+        parameters, flops = self.costs.remaining(keep)
+        return {"parameters": parameters, "GFLOPs": flops / 1e9}

@@ -1,0 +1,166 @@
+"""--target-sparsity: take a share of the channels to exactly 0 while the network trains."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from utils.slimming.blocks import ChannelBlocks, append, membership_table
+
+
+class TargetSparsity:
+    """Takes `share` (0..1) of the channels of the given BatchNorms to exactly 0, the least important ones.
+
+    (As many as fill up blocks, to be precise: less than `share` by less than a block, see `round_to`.)
+
+    A channel's importance is the running mean of (gamma * dL/dgamma + beta * dL/dbeta)^2, the first-order estimate of
+    what the loss would lose with it (Molchanov et al. 2019, arXiv 1906.10771, eq. 8). Every step multiplies gamma and
+    beta of the channels that rank lowest at the moment by SHRINK. A channel that ranks higher again recovers by
+    training; one whose |gamma| falls below DEAD is 0 for good. The number of channels that shrink grows between BEGIN
+    and END of the run, fast first, when there is most to choose from; the rest of the run heals. At LAST the channels
+    that still shrink are set to 0, and no channel is given up after that.
+
+    Every layer keeps its best max(LEAST, FLOOR of it) channels.
+
+    copies: BatchNorms of the same shape that follow these, such as a moving average's. They are 0 where these are.
+    costs: float (channels,) per BatchNorm, such as CostModel.flops_per_channel gives. Channels then rank by importance
+        per cost, and the same share frees more of it.
+    groups: int (channels,) per BatchNorm. Channels of one number, such as those that a shortcut adds up, are one
+        channel: they go at once, ranked by the sum of their importances.
+    round_to: channels of a layer go in blocks of so many, those that rank next to each other, by the block's mean.
+        What is left of the layer is a multiple, which is what fast kernels compute anyway. (In a layer whose channels
+        are coupled to different layers, as by a concatenation and a sum, each part of it is a multiple.)
+
+    All processes must rank alike, so no sum here depends on an order that a GPU may choose (atomics): tables, not
+    scatters.
+    """
+
+    SHRINK, DEAD = 0.85, 0.02
+    BEGIN, END, LAST = 0.08, 0.6, 0.8  # of the run
+    MEMORY = 0.98                      # of the running mean, per step
+    FLOOR, LEAST = 0.1, 4
+
+    def __init__(self, norms: Sequence[_BatchNorm], share: float, copies: Sequence[_BatchNorm] = (),
+                 costs: Sequence[np.ndarray] | None = None, groups: Sequence[np.ndarray] | None = None,
+                 round_to: int = 1):
+        if not 0 < share < 1 or round_to < 1:
+            raise ValueError(f"share must be between 0 and 1, not {share}, and round_to at least 1, not {round_to}")
+        self.share = share
+        trained = [i for i, norm in enumerate(norms) if norm.weight.requires_grad]
+        self.gammas: list[Tensor] = [norms[i].weight for i in trained]
+        self.betas: list[Tensor] = [norms[i].bias for i in trained]
+        followers = [copies[i] for i in trained] if copies else []
+        self.copies: list[Tensor] = [tensor for copy in followers for tensor in (copy.weight, copy.bias)]
+        self.sizes = [len(gamma) for gamma in self.gammas]
+        self.total = sum(self.sizes)  # channels
+        device = self.gammas[0].device if self.gammas else None
+
+        def on_device(array: np.ndarray) -> Tensor:
+            return torch.as_tensor(array, device=device)
+
+        sizes = np.asarray(self.sizes, int)
+        layers = np.repeat(np.arange(len(sizes)), sizes)
+        starts = sizes.cumsum() - sizes
+        floors = np.maximum(np.ceil(sizes * self.FLOOR).astype(int), np.minimum(sizes, self.LEAST))
+        self.layer, self.start, self.floor = map(on_device, (layers, starts[layers], floors[layers]))  # (channels,)
+        numbers = np.arange(self.total) if groups is None else np.concatenate([groups[i] for i in trained])
+        _, first, index, counts = np.unique(numbers, return_index=True, return_inverse=True, return_counts=True)
+        self.group, self.channels = on_device(index), on_device(counts)  # group of a channel, channels of a group
+        self.members = on_device(membership_table(index))  # (groups, most): their channels
+        cost = np.ones(self.total) if costs is None else np.concatenate([costs[i] for i in trained])
+        self.cost = on_device(cost[first].astype(np.float32))
+        in_layer = np.zeros((len(counts), len(sizes)), int)  # (groups, layers) channels
+        np.add.at(in_layer, (index, layers), 1)
+        self.blocks = ChannelBlocks(in_layer, round_to, device)
+        self.most = 1 - self.blocks.min_remaining(floors) / max(self.total, 1)  # share of the channels that can go
+        self.settled = False  # the run is past LAST
+        self.score = torch.zeros(len(counts), device=device)  # (groups,)
+        self.dead = torch.zeros(len(counts), dtype=torch.bool, device=device)  # (groups,)
+
+    def wanted(self, progress: float) -> int:
+        """Channels that should be 0, or on their way there, at this point (0..1) of the run."""
+        u = min(max((progress - self.BEGIN) / (self.END - self.BEGIN), 0.0), 1.0)
+        return round(self.share * (1 - (1 - u) ** 3) * self.total)
+
+    @torch.no_grad()
+    def observe(self) -> None:
+        """Update the importances from complete, unscaled gradients. Call it before the optimizer's step."""
+        square = (_times_gradient(self.gammas) + _times_gradient(self.betas)).float().square()
+        # Not finite in a step that the loss scaler is about to skip: such a step does not count.
+        finite = square.isfinite().all()
+        summed = append(square.nan_to_num(0, 0), 0)[self.members].sum(1)
+        self.score.lerp_(summed / self.cost, (1 - self.MEMORY) * finite)
+
+    @torch.no_grad()
+    def shrink(self, progress: float) -> None:
+        """Shrink what ranks lowest now. Call it after the optimizer's step."""
+        if not (wanted := self.wanted(progress)):
+            return
+        ranking = self.score.masked_fill(self.dead, -1.0).argsort(stable=True)  # dead groups, then by importance
+        blocks = self.blocks.arrange(ranking)
+        dead = append(self.dead, False)[blocks].any(1)
+        protected = append(self._protected(ranking), False)[blocks].any(1)
+        mean = append(self.score, 0)[blocks].sum(1) / (blocks < len(self.score)).sum(1)
+        channels = append(self.channels, 0)[blocks].sum(1)
+        # The first to go are the dead, then the others by importance. The protected never go.
+        order = mean.masked_fill(dead, -1.0).masked_fill(protected, float("inf")).argsort(stable=True)
+        chosen = torch.zeros_like(dead)
+        chosen[order] = channels[order].cumsum(0) <= wanted
+        chosen &= dead if self.settled else ~protected
+        self.settled |= progress >= self.LAST
+        # A block dies as a whole, or the rest of its layer would not be a multiple.
+        dying = chosen if self.settled else chosen & (self._largest_gamma(blocks) < self.DEAD)
+        self.dead |= self._groups_of(dying, blocks)
+        self._multiply(self._groups_of(chosen, blocks).to(self.score.dtype))
+
+    def _multiply(self, shrinking: Tensor) -> None:
+        """SHRINK the gammas and betas of the shrinking groups (1 or 0 each), set those of dead groups to 0."""
+        alive = (~self.dead).to(self.score.dtype)[self.group]
+        factors = (1 - (1 - self.SHRINK) * shrinking)[self.group] * alive
+        torch._foreach_mul_(self.gammas, list(factors.split(self.sizes)))
+        torch._foreach_mul_(self.betas, list(factors.split(self.sizes)))
+        if self.copies:
+            torch._foreach_mul_(self.copies, [part for part in alive.split(self.sizes) for _ in range(2)])
+
+    def _largest_gamma(self, blocks: Tensor) -> Tensor:
+        """(blocks,) largest |gamma| of a block."""
+        per_channel = torch.cat(self.gammas).abs().to(self.score.dtype)
+        per_group = append(per_channel, 0)[self.members].amax(1)
+        return append(per_group, 0)[blocks].amax(1)
+
+    def _groups_of(self, flags: Tensor, blocks: Tensor) -> Tensor:
+        """Flags of blocks -> flags of their groups."""
+        found = append(torch.zeros_like(self.dead), False)
+        found[blocks] = flags[:, None].expand_as(blocks)
+        return found[:-1]
+
+    def _protected(self, ranking: Tensor) -> Tensor:
+        """bool (groups,): among the best of a layer, which stay."""
+        rank = torch.empty_like(ranking)
+        rank[ranking] = torch.arange(len(ranking), device=ranking.device)
+        order = rank[self.group].argsort(descending=True, stable=True)
+        order = order[self.layer[order].argsort(stable=True)]  # channels by layer, within a layer from best to worst
+        position = torch.arange(self.total, device=order.device) - self.start
+        protected = torch.zeros_like(self.dead)
+        protected[self.group[order[position < self.floor]]] = True
+        return protected
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs."""
+        return {"score": self.score, "dead": self.dead, "settled": self.settled}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take state_dict()'s values back."""
+        self.settled = state.get("settled", False)
+        self.score.copy_(state["score"])
+        self.dead.copy_(state["dead"])
+
+
+def _times_gradient(parameters: list[Tensor]) -> Tensor:
+    """(channels,) parameter * gradient, 0 where there is no gradient."""
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    return torch.cat(torch._foreach_mul(parameters, gradients))

@@ -1,0 +1,135 @@
+"""What is saved of a training run, when, and how a run goes on from it."""
+from __future__ import annotations
+
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from models import checkpoint
+from utils.errors import NonFiniteError, UserError
+from utils.files import command_line, newest, read_yaml_mapping
+from utils.training.run import Run
+
+
+def require_finite(run: Run) -> None:
+    """Raise NonFiniteError where a weight, an averaged weight or a statistic is NaN or infinite.
+
+    Such a model is neither validated nor saved.
+    """
+    for model in (run.model, run.ema.ema):
+        for key, value in model.state_dict().items():
+            if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+                epoch = run.iteration // len(run.loader) + 1
+                raise NonFiniteError(f"{key} is not finite after epoch {epoch}; nothing of it was saved, {whole(run)}")
+
+
+def whole(run: Run) -> str:
+    """The second half of a NonFiniteError's message."""
+    last = run.folder / "weights" / "last.pt"
+    return f"{last} is whole; try a smaller lr0 in --hyp, --amp off, or a smaller --sr"
+
+
+def save(run: Run, name: str) -> None:
+    """Write a checkpoint with the whole training state into the run's folder."""
+    require_finite(run)
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    training = {"epoch": run.epoch, "batches_done": run.batches_done, "mean": run.mean.cpu(),
+                "optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict(),
+                "updates": run.ema.updates,
+                "stopper": {"best": run.stopper.best, "best_epoch": run.stopper.best_epoch},
+                "rng": {"torch": torch.get_rng_state(), "cuda": cuda},
+                "hooks": {hook.name: hook.state_dict() for hook in run.hooks}}
+    checkpoint.save(run.folder / "weights" / name, run.model, run.ema.ema, training=training, **record(run))
+
+
+def save_epoch(run: Run, best: bool) -> None:
+    """best.pt (the averaged weights only), what --save-period asks for and last.pt, after an epoch.
+
+    last.pt comes last: a run that is killed in between goes on from the one before and writes the others again.
+    """
+    done, run.epoch = run.epoch, run.epoch + 1  # the files say which epoch comes next
+    if run.opt.save_period > 0 and run.epoch % run.opt.save_period == 0:
+        save(run, f"epoch{run.epoch}.pt")
+    if best:
+        checkpoint.save(run.folder / "weights" / "best.pt", run.ema.ema, **record(run))
+    save(run, "last.pt")
+    run.epoch = done
+
+
+def record(run: Run) -> dict[str, Any]:
+    """What every checkpoint tells about where it came from."""
+    from_hooks = {key: value for hook in run.hooks for key, value in hook.record().items()}
+    return {"opt": vars(run.opt), "folder": str(run.folder.resolve()), "data": run.opt.data, "imgsz": run.opt.imgsz,
+            "hyp": run.opt.hyp, "epochs_done": run.epoch, "command": command_line(), "metrics": dict(run.results),
+            **from_hooks}
+
+
+def resumed_options(opt: Namespace) -> tuple[Namespace, dict[str, Any]]:
+    """--resume: the options of the interrupted run, with this command's device, workers, --cache and --epochs."""
+    path = resume_file(opt)
+    data = checkpoint.read(path)
+    if not data.get("training"):
+        raise UserError(f"{path}: holds weights only, nothing to resume; start from it with --weights {path}")
+    before = Namespace(**{**vars(opt), **data["opt"]})  # a flag that is newer than the file has its default
+    if before.script != opt.script:
+        raise UserError(f"{path}: was made by {before.script}; resume it with: python {before.script} --resume {path}")
+    before.device, before.workers, before.cache = opt.device, opt.workers, opt.cache or before.cache
+    before.epochs, before.resume = opt.epochs or before.epochs, str(path)
+    if data["training"]["epoch"] >= before.epochs:
+        raise UserError(f"{path}: all {before.epochs} epochs are done; give more, "
+                        f"as in --resume {path} --epochs {before.epochs * 2}")
+    data["folder"] = str(path.resolve().parent.parent)
+    return before, data
+
+
+def resume_file(opt: Namespace) -> Path:
+    """The last.pt that --resume means."""
+    if isinstance(opt.resume, str):
+        path = Path(opt.resume)
+        return path / "weights" / "last.pt" if path.is_dir() else path
+    if found := newest(f"{opt.project}/*/weights/last.pt"):
+        return found
+    raise UserError(f"--resume: no run under {opt.project}; give the file: --resume path/to/last.pt")
+
+
+def newest_run(script: str) -> Path | None:
+    """last.pt of the newest run that `script` made, under runs/."""
+    def made_by_script(weights: Path) -> bool:
+        options = weights.parent.parent / "opt.yaml"
+        return options.is_file() and read_yaml_mapping(options, "").get("script") == script
+
+    found = [weights for weights in Path().glob("runs/*/*/weights/last.pt") if made_by_script(weights)]
+    return max(found, key=lambda weights: weights.stat().st_mtime, default=None)
+
+
+def restore(run: Run, data: dict[str, Any]) -> None:
+    """Put a resumed checkpoint's training state back."""
+    training = data["training"]
+    run.epoch, run.batches_done = training["epoch"], training.get("batches_done", 0)
+    run.mean = training.get("mean", run.mean)
+    run.optimizer.load_state_dict(training["optimizer"])
+    run.scaler.load_state_dict(training["scaler"])
+    run.ema.ema.load_state_dict(data["ema"])
+    run.ema.updates = training["updates"]
+    run.stopper.best, run.stopper.best_epoch = training["stopper"]["best"], training["stopper"]["best_epoch"]
+    torch.set_rng_state(training["rng"]["torch"])
+    if training["rng"]["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(training["rng"]["cuda"])
+
+
+def restore_hooks(run: Run, training: dict[str, Any]) -> None:
+    """Give every hook its state back; a hook without one, and a state without a hook, are said."""
+    states = training["hooks"]
+    if isinstance(states, list):  # files from before hooks had names: in the order of the script's own hooks
+        own = [hook.name for hook in run.hooks if hook.name != "ImageWeights"]
+        states = dict(zip(own, states)) | {"ImageWeights": {"class_map": training.get("class_map", [0.0])}}
+        states = {name: state for name, state in states.items() if name in {hook.name for hook in run.hooks}}
+    for hook in run.hooks:
+        if hook.name in states:
+            hook.load_state_dict(states[hook.name])
+        elif run.world.main:
+            print(f"note: the checkpoint has no state of {hook.name}; it starts anew")
+    if unused := states.keys() - {hook.name for hook in run.hooks}:
+        print(f"note: the checkpoint's state of {', '.join(sorted(unused))} is not used")

@@ -1,0 +1,128 @@
+"""Run, everything of a training run in one value, and Hook, the one extension point of the loop."""
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from models.yolo import Model
+from utils.data.config import DataConfig
+from utils.data.dataset import DetectionDataset
+from utils.data.loader import Batch, EpochBatchSampler
+from utils.metrics import APResult
+from utils.training.distributed import World
+from utils.training.interruption import Listener
+from utils.training.loggers import RunLog
+from utils.training.loss import DetectionLoss
+from utils.training.optimizer import EarlyStopping, ModelEMA, Schedule
+
+
+class Hook:
+    """Override what you need.
+
+    In a step the order is: backward of every micro-batch, unscale, clip, before_step, optimizer, EMA, after_step.
+    """
+
+    @property
+    def name(self) -> str:
+        """Under this name a checkpoint keeps the hook's state."""
+        return type(self).__name__
+
+    def start(self, run: Run) -> None:
+        """Everything is built, nothing has been trained."""
+
+    def extra_loss(self, batch: Batch, outputs: list[Tensor]) -> Tensor | None:
+        """A term to add to the loss of a micro-batch."""
+        return None
+
+    def before_step(self) -> None:
+        """Gradients are complete, unscaled and clipped; the optimizer has not used them yet."""
+
+    def after_step(self, skipped: bool) -> None:
+        """The weights have moved, unless the scaler skipped the step."""
+
+    def epoch_end(self, log: dict[str, float]) -> None:
+        """Add what results.csv and TensorBoard should carry for this epoch."""
+
+    def end(self) -> None:
+        """The last epoch is over. Called in the main process only: time for pictures."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs, as plain data and tensors."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take state_dict()'s data back."""
+
+    def record(self) -> dict[str, Any]:
+        """Plain data that every checkpoint of the run should tell whoever goes on with it, best.pt included."""
+        return {}
+
+
+@dataclass
+class Run:
+    """Everything of a training run; hooks may look at all of it."""
+
+    opt: Namespace
+    world: World
+    folder: Path
+    config: DataConfig
+    model: Model
+    wrapped: nn.Module            # the model, in DistributedDataParallel where there are several processes
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    schedule: Schedule
+    ema: ModelEMA[Model]
+    loss: DetectionLoss
+    loader: DataLoader
+    val_loader: DataLoader        # this process's share of the val images
+    hooks: Sequence[Hook]
+    stopper: EarlyStopping
+    signals: Listener             # SIGINT and SIGTERM
+    log: RunLog | None = None     # None on all processes but the main one
+    resumed: dict[str, Any] = field(default_factory=dict)  # the checkpoint that the run goes on from; empty if new
+    epoch: int = 0
+    iteration: int = 0            # batches since the beginning of epoch 0
+    batches_done: int = 0         # of this epoch, when it begins: not 0 only where an interrupted one goes on
+    mean: Tensor = field(default_factory=lambda: torch.zeros(3))  # of the losses over those
+    batch_fraction: float = 1.0   # images of this step / nominal batch: 1 for a whole step
+    ap: APResult | None = None    # of the last validation, over all processes' images
+    results: dict[str, float] = field(default_factory=dict)
+    _statistics: list[Tensor] | None = None
+
+    def statistics_norm(self) -> Tensor:
+        """A number that is finite exactly where all running means and variances of BatchNorm are."""
+        if self._statistics is None:  # collected once; the tensors stay the same objects
+            self._statistics = [buffer for name, buffer in self.model.named_buffers()
+                                if name.endswith((".running_mean", ".running_var"))]
+        if not self._statistics:
+            return torch.zeros((), device=self.world.device)
+        return torch.stack(torch._foreach_norm(self._statistics)).sum()
+
+    @property
+    def dataset(self) -> DetectionDataset:
+        """The training images."""
+        assert isinstance(self.loader.dataset, DetectionDataset)
+        return self.loader.dataset
+
+    @property
+    def sampler(self) -> EpochBatchSampler:
+        """The order of the training images."""
+        assert isinstance(self.loader.batch_sampler, EpochBatchSampler)
+        return self.loader.batch_sampler
+
+    @property
+    def progress(self) -> float:
+        """Share of the run that is done when this iteration is, 0..1."""
+        return (self.iteration + 1) / (self.opt.epochs * len(self.loader))
+
+    @property
+    def amp(self) -> torch.dtype | None:
+        """Type of autocast, or None."""
+        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.opt.amp)
