@@ -15,7 +15,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from models import checkpoint
@@ -25,15 +24,12 @@ from models.speed import milliseconds
 from models.yolo import Model, on_device
 from utils.errors import UserError, run_cli
 from utils.files import command_line, copy_file, new_run_folder, write_json
-from utils.options import HelpfulParser, add_common, at_least, fraction, fractions, named_fraction, resolve
+from utils.options import HelpfulParser, add_common, add_ranking_flags, fraction, fractions, named_fraction, resolve
 from utils.plots.slimming import plot_gammas, plot_kept, plot_sensitivity, plot_sweep
-from utils.slimming import SCORES, TARGETS, Pruner, PruneResult, Rules, slim
+from utils.slimming import TARGETS, Pruner, PruneResult, Rules, report, slim
 from utils.slimming.calibration import absorb, recalibrate
 from utils.slimming.cost import profile
-from utils.slimming.equivalence import EQUIVALENCE_BOUND
-from utils.slimming.ranking import MIN_SHARE, NOTHING_TO_CUT, knee
-from utils.slimming.report import cost_rows, cost_table, describe, layer_table, lineage_note, stage_table, target_note
-from utils.slimming.timing import latency
+from utils.slimming.ranking import NOTHING_TO_CUT, knee
 from utils.tables import write_csv
 from utils.training.distributed import select_device
 from utils.training.resume import newest_run
@@ -52,8 +48,7 @@ def rank(model: Model, opt: Namespace, device: torch.device) -> Pruner[Model]:
         return {key: found[key] for key in ("mAP50", "mAP50-95")}
 
     try:
-        pruner = model_pruner(model, opt.imgsz, device, evaluate)
-        return pruner.rank(opt.score, rules, opt.per_flop)
+        return model_pruner(model, opt.imgsz, device, evaluate).rank(opt.score, rules, opt.per_flop)
     except ValueError as error:
         if str(error) == NOTHING_TO_CUT:
             raise UserError(f"{error} (a fused or exported model? give the file from before fusing)") from None
@@ -69,19 +64,14 @@ def cut(pruner: Pruner[Model], opt: Namespace) -> PruneResult[Model]:
     asked, requested = opt.percent, f"{opt.percent:.1%} of the prunable channels"
     if found := result.target:
         asked, requested = result.achieved, f"{found.name}={found.wanted:g}"
-        timed = found.name == "latency"
-        again = TARGETS["latency"].value(pruner, pruner.graph.kept(result.masks)) if timed else None
-        print(target_note(found.name, found.wanted, found.value, found.reached, again))
-    if opt.strict and asked > result.safe.percent:
-        raise UserError(f"--strict: {asked:.3f} of the channels is above the limit of {result.safe.percent:.3f}; "
+        again = TARGETS[found.name].value(pruner, pruner.graph.kept(result.masks)) if found.name == "latency" else None
+        print(report.target_note(found, again))
+    if opt.strict and asked > (limit := result.safe.percent):
+        raise UserError(f"--strict: {asked:.3f} of the channels is above the limit of {limit:.3f}; "
                         "give less, or train to more sparsity")
     channels = "channels" if opt.min_channels > 1 else "channel"
     floors = f"at least {opt.min_channels} {channels} and {opt.min_share:.0%} of its own"
-    print(describe(result.safe, asked, result.achieved, result.threshold, result.gammas, requested, floors))
-    print("".join(f"note: {note}\n" for note in result.notes))
-    print(layer_table(result.layers) + "\n")
-    print(f"proof: largest relative |slim - masked| in float64 is {result.difference:.1e} "
-          f"(must be below {EQUIVALENCE_BOUND:.0e})\n")
+    print(report.describe(result, asked, requested, floors))
     return result
 
 
@@ -94,8 +84,8 @@ def repair(pruner: Pruner[Model], result: PruneResult[Model], opt: Namespace, de
         batches = zip(dataset_loader(dense, opt, "train"), range(-(-count // opt.batch_size)))
         images = [batch.images.to(device, torch.float32) / 255 for batch, _ in batches]
     if opt.absorb:
-        absorbed = absorb(dense, pruner.graph, result.masks, images)
-        stages["absorbed"] = result.slim = slim(absorbed, result.masks, pruner.graph)
+        result.slim = slim(absorb(dense, pruner.graph, result.masks, images), result.masks, pruner.graph)
+        stages["absorbed"] = result.slim
     if opt.recalibrate:
         stages["recalibrated"] = result.slim = recalibrate(on_device(result.slim, device), images)
     return stages
@@ -103,21 +93,17 @@ def repair(pruner: Pruner[Model], result: PruneResult[Model], opt: Namespace, de
 
 def explore(pruner: Pruner[Model], opt: Namespace) -> Path:
     """--sweep and --sensitivity: what cuts would give, as a table, a csv and a picture. No model is written."""
-    if opt.sweep:
-        rows, models = pruner.sweep([0.0, *opt.sweep])
-        for row, ms in zip(rows, latency([pruner.prepare(m) for m in models], opt.imgsz)):
-            row["ms"] = ms
-        best = knee(np.array([row["percent"] for row in rows]), np.array([row["mAP50-95"] for row in rows]))
-        marks = ["<- knee" if i == best else "" for i in range(len(rows))]
-        print(stage_table([row | {"percent": f"{row['percent']:.2f}", "": mark} for row, mark in zip(rows, marks)]))
-    else:
-        rows = pruner.sensitivity(opt.percent)
-        print(stage_table(rows))
+    rows = pruner.sweep([0.0, *opt.sweep]) if opt.sweep else pruner.sensitivity(opt.percent)
     folder = new_run_folder(opt.project, opt.name, opt.exist_ok)
     if opt.sweep:
+        best = knee([row["percent"] for row in rows], [row["mAP50-95"] for row in rows])
+        shown = [row | {"percent": f"{row['percent']:.2f}", "": ""} for row in rows]
+        shown[best][""] = "<- knee"
+        print(report.stage_table(shown))
         write_csv(folder / "sweep.csv", rows)
         plot_sweep(rows, folder / "sweep.png", best)
     else:
+        print(report.stage_table(rows))
         write_csv(folder / "sensitivity.csv", rows)
         plot_sensitivity(rows, folder / "sensitivity.png", opt.percent)
     print(f"mAP is that right after the cut, before any fine-tuning. Results in {folder}")
@@ -133,13 +119,11 @@ def write(result: PruneResult[Model], opt: Namespace, source: dict[str, Any]) ->
                     metrics={"proof": result.difference, "percent": result.achieved})
     plot_gammas(result.gammas.numpy(), folder / "gammas.png", threshold=result.threshold, percent=result.achieved,
                 title="BatchNorm scales before the cut")
-    columns = {key: [row[key] for row in result.layers] for key in ("layer", "original", "remaining", "prunable")}
-    plot_kept(columns["layer"], columns["original"], columns["remaining"], folder / "channels.png", columns["prunable"])
-    here = Path(OUTPUT)
-    if here.exists():
-        print(f"note: {here} was there already and is replaced; every run keeps its own copy ({folder / OUTPUT})")
+    plot_kept(result.layers, folder / "channels.png")
+    if Path(OUTPUT).exists():
+        print(f"note: {OUTPUT} was there already and is replaced; every run keeps its own copy ({folder / OUTPUT})")
     try:
-        copy_file(folder / OUTPUT, here)
+        copy_file(folder / OUTPUT, Path(OUTPUT))
     except UserError as error:
         print(f"note: no copy in the working directory ({error}); use {folder / OUTPUT}")
     return folder
@@ -155,22 +139,13 @@ def parse(argv: list[str] | None = None) -> Namespace:
     add("--cfg", help="model yaml to check the checkpoint against; never needed")
     add_common(parser, "runs/prune")
     add("--target", type=named_fraction(TARGETS, "params=0.5, flops=0.5, latency=0.6 or map-drop=0.01"),
-        help="cut as much as this takes, in the place of --percent: params=0.5, flops=0.5, latency=0.6 (what is left), "
+        help="cut as much as this takes, instead of --percent: params=0.5, flops=0.5, latency=0.6 (what is left), "
              "map-drop=0.01")
     add("--sweep", type=fractions,
         help="first:last:step; show what each of these percents would give, and write no model")
     add("--sensitivity", action="store_true",
         help="show what cutting --percent of each layer alone would give, and write no model")
-    add("--score", choices=list(SCORES), default="gamma", help="what channels are ranked by")
-    add("--per-flop", action="store_true", help="rank by score per FLOP that goes with the channel: faster models")
-    add("--min-channels", type=at_least(1), default=1, help="channels that every layer keeps")
-    add("--min-share", type=fraction(), default=MIN_SHARE,
-        help="share of its channels that every layer keeps at least, unless their score is 0; 0..1")
-    add("--round-to", type=at_least(1), help="layers that are cut keep a multiple of this, 8 say; "
-                                             "default: what the sparsity training did, else 1")
-    add("--shortcuts", choices=["skip", "joint"], help="channels that shortcuts tie together stay (skip), or go all "
-        "at once (joint); default: what the sparsity training did, else skip")
-    add("--keep", nargs="+", default=[], metavar="PATTERN", help="BatchNorms that stay whole, such as 'model.0.*'")
+    add_ranking_flags(parser)
     add("--absorb", action="store_true", help="move the mean of the cut channels into the layers that read them")
     add("--recalibrate", type=int, default=0, metavar="N",
         help="measure the BatchNorms' statistics anew on N training images")
@@ -184,11 +159,7 @@ def main(argv: list[str] | None = None) -> Path:
     """Command line -> slim checkpoint; returns the run's folder."""
     opt = parse(argv)
     if not opt.weights:
-        newest = newest_run("train_sparsity.py")
-        if newest is None:
-            raise UserError("--weights: no sparsity run under runs/ yet; make one with train_sparsity.py, "
-                            "or give a checkpoint: --weights path/to/last.pt")
-        opt.weights = str(newest)
+        opt.weights = str(newest_run("train_sparsity.py"))
         print(f"--weights not given: taking the newest sparsity run, {opt.weights}")
     source = checkpoint.read(opt.weights)
     model = checkpoint.build(source, path=opt.weights)
@@ -209,13 +180,12 @@ def main(argv: list[str] | None = None) -> Path:
     if not opt.noval:
         loader = dataset_loader(model, opt)
         stages = [{"stage": stage, **accuracy(m, loader, opt, device)} for stage, m in models.items()]
-        print(stage_table(stages) + "\n")
+        print(report.stage_table(stages) + "\n")
         ms = milliseconds([model, result.slim], opt.imgsz, device)
     before, after = (profile(m, opt.imgsz, model.yaml["ch"]) for m in (model, result.slim))
-    costs = cost_rows(before, after, ms)
-    print(cost_table(costs))
+    print(report.cost_table(costs := report.cost_rows(before, after, ms)))
     print(f"milliseconds are medians, in turn; {torch.get_num_threads()} threads on the CPU\n" if ms else "")
-    if lineage := lineage_note(model.masks, result.slim.masks):
+    if lineage := report.lineage_note(model.masks, result.slim.masks):
         print(lineage + "\n")
     write_json(folder / "report.json", {
         "command": command_line(), "weights": str(opt.weights), "data": opt.data, "imgsz": opt.imgsz,

@@ -21,14 +21,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from models import checkpoint
 from models.yolo import Model, on_device
 from utils.data.config import DataConfig, read_data
 from utils.data.dataset import DetectionDataset
-from utils.data.loader import Batch, build_loader
+from utils.data.loader import Batch, DetectionLoader, build_loader, validation_loader
 from utils.errors import NonFiniteError, UserError, run_cli
 from utils.files import new_run_folder, write_yaml
 from utils.options import resolve, training_parser
@@ -50,7 +49,7 @@ from utils.training.resume import (
 )
 from utils.training.run import Hook, Run
 from utils.training.start import adapt_anchors, freeze, start_model, synchronised
-from val import Evaluation, evaluate, plot_curves, print_table, validation_loader
+from val import Evaluation, evaluate, plot_curves, print_table
 
 LOSSES = ("box_loss", "obj_loss", "cls_loss")
 
@@ -96,7 +95,7 @@ def train(opt: Namespace, hooks: Sequence[Hook] = ()) -> Run:
 def train_epoch(run: Run) -> dict[str, float]:
     """One pass over the training images; returns the epoch's mean losses and learning rates."""
     run.wrapped.train()
-    run.sampler.set_epoch(run.epoch, run.batches_done)
+    run.loader.batch_sampler.set_epoch(run.epoch, run.batches_done)
     device, batches = run.world.device, len(run.loader)
     mean, step_loss = run.mean.to(device), torch.zeros(1, device=device)
     accumulated, images = 0, 0  # of this step: batches, images over all processes
@@ -274,7 +273,8 @@ def shared_run_folder(opt: Namespace, world: World) -> Path:
     return Path(str(broadcast(folder, world.size)))
 
 
-def training_loader(opt: Namespace, config: DataConfig, stride: int, world: World, signals: Listener) -> DataLoader:
+def training_loader(opt: Namespace, config: DataConfig, stride: int, world: World,
+                    signals: Listener) -> DetectionLoader:
     """Loader of the augmented training images."""
     if opt.batch_size % world.size:
         raise UserError(f"--batch-size {opt.batch_size}: must be a multiple of the {world.size} processes")
@@ -301,7 +301,7 @@ def describe(run: Run) -> None:
         now, end = (opt.hyp["lr0"] * schedule.factor(epoch) for epoch in (run.epoch, opt.epochs))
         print(f"resumed at epoch {run.epoch + 1}, batch {run.batches_done + 1}; the learning rate follows the schedule "
               f"of a run of {opt.epochs} epochs: {now:.3g} now, {end:.3g} at the end")
-    print(f"{opt.optimizer}, {len(run.dataset)} training images, "
+    print(f"{opt.optimizer}, {len(run.loader.dataset)} training images, "
           f"{len(run.loader)} batches of {opt.batch_size} an epoch, "
           f"a step every {schedule.accumulate(schedule.warmup)}; epochs {run.epoch + 1} to {opt.epochs}")
     write_yaml(run.folder / "opt.yaml", {key: value for key, value in vars(opt).items() if key != "hyp"})
@@ -309,7 +309,7 @@ def describe(run: Run) -> None:
     if not opt.noplots:
         from utils.plots.training import plot_labels
 
-        plot_labels(np.concatenate(run.dataset.labels), run.model.names, run.folder / "labels.png")
+        plot_labels(np.concatenate(run.loader.dataset.labels), run.model.names, run.folder / "labels.png")
     losses = "".join(f"{name[:3]:>9}" for name in LOSSES)
     print(f"{'epoch':>8}{losses}" + "".join(f"{name:>10}" for name in ("P", "R", "mAP50", "mAP50-95")))
 

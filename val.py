@@ -4,28 +4,26 @@
 """
 from __future__ import annotations
 
-import json
 import time
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
-from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from models import formats
 from models.formats.format import Detector
 from models.yolo import Model, fused, on_device
 from utils.boxes import label_rows, nms, scale_boxes, xywh2xyxy
-from utils.data.config import DataConfig, read_data
+from utils.data.coco import coco_predictions, pycocotools_map
+from utils.data.config import read_data
 from utils.data.dataset import DetectionDataset
-from utils.data.loader import Batch, build_loader
+from utils.data.loader import Batch, DetectionLoader, validation_loader
 from utils.errors import UserError, run_cli
 from utils.files import new_run_folder, newest, write_json, write_text
 from utils.metrics import APResult, ConfusionMatrix, ap_per_class, fitness, match
@@ -59,7 +57,7 @@ class Evaluation:
 
 
 @torch.inference_mode()
-def evaluate(model: Detector, loader: DataLoader, device: torch.device, conf: float = 0.001, iou: float = 0.6,
+def evaluate(model: Detector, loader: DetectionLoader, device: torch.device, conf: float = 0.001, iou: float = 0.6,
              max_det: int = 300, loss: Callable | None = None, confusion: bool = False, on_batch: OnBatch | None = None,
              single_cls: bool = False, processes: int = 1) -> Evaluation:
     """Detect in every image of `loader` and compare with its labels.
@@ -119,25 +117,7 @@ def labels_per_image(batch: Batch) -> list[Tensor]:
     return [rows[batch.targets[:, 0] == i] for i in range(len(batch.images))]
 
 
-def validation_loader(config: DataConfig, task: str, imgsz: int, batch_size: int, stride: int, workers: int = 8,
-                      cache: str | None = None, single_cls: bool = False, rect: bool = True, rank: int = 0,
-                      world_size: int = 1, shutdown: Event | None = None) -> DataLoader:
-    """Loader of the train, val or test images without augmentation, in rectangular batches.
-
-    In several processes every one has its own batches.
-    """
-    sources = {"train": config.train, "val": config.val, "test": config.test}[task]
-    if not sources:
-        raise UserError(f"{config.file}: has no '{task}:' entry")
-    dataset = DetectionDataset(sources, imgsz, rect=rect, batch_size=batch_size, pad=0.5 if rect else 0.0,
-                               stride=stride, cache=cache, single_cls=single_cls, nc=config.nc, prefix=task)
-    if (dataset.problems or dataset.refused) and rank == 0:
-        print(dataset.summary())
-    return build_loader(dataset, batch_size, workers, shuffle=False, rank=rank, world_size=world_size,
-                        shutdown=shutdown)
-
-
-def dataset_loader(model: Detector, opt: Namespace, task: str = "val") -> DataLoader:
+def dataset_loader(model: Detector, opt: Namespace, task: str = "val") -> DetectionLoader:
     """validation_loader for a detector, as the command line's options say. The val images stay in memory.
 
     Raises UserError where the data yaml's classes are not the detector's.
@@ -156,7 +136,7 @@ def largest_stride(model: Detector) -> int:
     return int(torch.as_tensor(model.stride).max())
 
 
-def accuracy(model: Model, loader: DataLoader, opt: Namespace, device: torch.device) -> dict[str, float]:
+def accuracy(model: Model, loader: DetectionLoader, opt: Namespace, device: torch.device) -> dict[str, float]:
     """P, R, mAP50 and mAP50-95 of a Model, fused, on `device`."""
     ap = evaluate(on_device(fused(model), device), loader, device, single_cls=opt.single_cls).ap
     return {"P": ap.mp, "R": ap.mr, "mAP50": ap.map50, "mAP50-95": ap.map}
@@ -225,7 +205,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 class Outputs:
     """What val.py writes beside the table: label files, COCO predictions, pictures."""
 
-    def __init__(self, folder: Path, dataset: Any, names: dict[int, str], opt: Namespace):
+    def __init__(self, folder: Path, dataset: DetectionDataset, names: dict[int, str], opt: Namespace):
         self.folder, self.dataset, self.names, self.opt = folder, dataset, names, opt
         self.predictions: list[dict] = []
 
@@ -270,50 +250,6 @@ def plot_curves(result: Evaluation, names: dict[int, str], folder: Path) -> None
         plot_metric_curve(ap.px, curve, listed, folder / f"{name}_curve.png", ylabel=name)
     if result.confusion is not None:
         plot_confusion(result.confusion.matrix, names, folder / "confusion_matrix.png")
-
-
-def image_id(path: Path) -> int | str:
-    """COCO's image id: a numeric file name is a number."""
-    return int(path.stem) if path.stem.isnumeric() else path.stem
-
-
-def coco_predictions(found: Tensor, path: Path) -> list[dict]:
-    """(n, 6) detections in image pixels -> COCO's list of dicts, rounded as YOLOv5 does."""
-    rows = []
-    for x1, y1, x2, y2, confidence, cls in found.tolist():
-        box = [round(v, 3) for v in (x1, y1, x2 - x1, y2 - y1)]
-        rows.append({"image_id": image_id(path), "category_id": int(cls), "bbox": box, "score": round(confidence, 5)})
-    return rows
-
-
-def pycocotools_map(dataset: DetectionDataset, predictions: list[dict], names: dict[int, str]) -> tuple[float, float]:
-    """(mAP50-95, mAP50) by pycocotools, with ground truth made from the data set's own labels."""
-    import contextlib
-    import io
-
-    from pycocotools.coco import COCO
-    from pycocotools.cocoeval import COCOeval
-
-    images: list[dict] = []
-    annotations: list[dict] = []
-    for path, labels, (width, height) in zip(dataset.images, dataset.labels, dataset.shapes.tolist()):
-        images.append({"id": image_id(Path(path)), "width": width, "height": height})
-        for c, x, y, w, h in labels.tolist():
-            box = [(x - w / 2) * width, (y - h / 2) * height, w * width, h * height]
-            annotations.append({"id": len(annotations) + 1, "image_id": images[-1]["id"], "category_id": int(c),
-                                "bbox": box, "area": box[2] * box[3], "iscrowd": 0})
-    truth = COCO()
-    truth.dataset = {"images": images, "annotations": annotations,
-                     "categories": [{"id": i, "name": name} for i, name in names.items()]}
-    with contextlib.redirect_stdout(io.StringIO()):
-        truth.createIndex()
-        if not predictions:
-            return 0.0, 0.0
-        run = COCOeval(truth, truth.loadRes(json.loads(json.dumps(predictions))), "bbox")
-        run.evaluate()
-        run.accumulate()
-        run.summarize()
-    return float(run.stats[0]), float(run.stats[1])
 
 
 def _now(device: torch.device) -> float:

@@ -1,8 +1,11 @@
-"""Networks with blocks that the repository has none of, and random masks for any network: what the pruning engine must get right.
+"""Networks with blocks that the repository has none of, and random masks for any network.
 
+The pruning engine must get all of them right.
 Used by tests/test_graph.py and, with more cases, by bench/properties.py.
 """
 from __future__ import annotations
+
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -10,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.common import Bottleneck, Conv
-from utils.slimming.graph import ChannelGraph
+from utils.slimming import ChannelGraph, Masks
 
 
 class Net(nn.Module):
@@ -92,7 +95,8 @@ class WeightedAdd(nn.Module):
 
     def __init__(self, c: int = 16):
         super().__init__()
-        self.a, self.b, self.after, self.w = Conv(c, c, 1), Conv(c, c, 3), Conv(c, c, 1), nn.Parameter(torch.tensor([0.3, 0.9]))
+        self.a, self.b, self.after = Conv(c, c, 1), Conv(c, c, 3), Conv(c, c, 1)
+        self.w = nn.Parameter(torch.tensor([0.3, 0.9]))
 
     def forward(self, x: Tensor) -> Tensor:
         w = F.relu(self.w)
@@ -178,35 +182,41 @@ class Bare(nn.Module):
 
     def __init__(self, c: int = 16):
         super().__init__()
-        self.conv, self.b, self.depthwise, self.after = nn.Conv2d(c, c, 1), Conv(c, c, 3), nn.Conv2d(c, c, 3, padding=1, groups=c), Conv(c, c, 1)
+        self.conv, self.b, self.after = nn.Conv2d(c, c, 1), Conv(c, c, 3), Conv(c, c, 1)
+        self.depthwise = nn.Conv2d(c, c, 3, padding=1, groups=c)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.after(self.depthwise(self.conv(x) + self.b(x)))
 
 
-BLOCKS: dict[str, type[nn.Module]] = {c.__name__: c for c in (
-    SqueezeExcite, LeakyGate, Separable, C2f, FixedSplit, WeightedAdd, Attention, Unknown, Grouped, Multiplied, Cropped, Twice, ByKeyword, Bare)}
+NETWORKS: dict[str, type[nn.Module]] = {c.__name__: c for c in (
+    SqueezeExcite, LeakyGate, Separable, C2f, FixedSplit, WeightedAdd, Attention, Unknown, Grouped, Multiplied, Cropped,
+    Twice, ByKeyword, Bare)}
+RANGES = {"weight": (0.1, 1.5), "bias": (-0.5, 0.5), "running_mean": (-0.3, 0.3), "running_var": (0.5, 2)}
+M = TypeVar("M", bound=nn.Module)
 
 
-def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
+def randomised(model: M, seed: int = 0) -> M:
     """Trained-looking BatchNorms: no two scales alike, shifts and statistics that are not zero."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for m in model.modules():
             if isinstance(m, nn.BatchNorm2d):
-                for key, low, high in (("weight", 0.1, 1.5), ("bias", -0.5, 0.5), ("running_mean", -0.3, 0.3), ("running_var", 0.5, 2)):
+                for key, (low, high) in RANGES.items():
                     getattr(m, key).copy_(torch.rand(m.num_features, generator=generator) * (high - low) + low)
     return model
 
 
-def random_masks(graph: ChannelGraph, seed: int, joint: bool = True) -> dict[str, Tensor]:
-    """Masks at random: nothing cut, anything between, or down to one channel a layer as far as ties allow."""
+def random_masks(graph: ChannelGraph, seed: int, coupled: bool = True) -> Masks:
+    """Masks at random: nothing cut, anything between, or down to one channel a layer as far as groups allow.
+
+    coupled: channels that an addition couples may go as well.
+    """
     rng = np.random.default_rng(seed)
     share = rng.choice([0.0, 1.0, *rng.random(4)])
-    can_go = ~graph.frozen if joint else ~(graph.frozen | graph.tied)
-    keep = ~can_go | (rng.random(len(graph.group)) >= share)
+    keep = ~graph.removable(coupled) | (rng.random(len(graph.group)) >= share)
     keep = keep[graph.group]
     for ids in graph.norms.values():
         if not keep[graph.group[ids]].any():
             keep[graph.group[rng.choice(ids)]] = True
-    return {name: torch.from_numpy(keep[graph.group[ids]]) for name, ids in graph.norms.items()}
+    return graph.masks(keep)

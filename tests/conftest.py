@@ -54,7 +54,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
             image = rng.integers(90, 160, (72, 96, 3), dtype=np.uint8)
             rows = []
             for _ in range(i % 3):
-                c, x, y, r = int(rng.integers(2)), int(rng.integers(20, 76)), int(rng.integers(20, 52)), int(rng.integers(8, 18))
+                c, x, y, r = (int(rng.integers(*limits)) for limits in ((0, 2), (20, 76), (20, 52), (8, 18)))
                 if c:
                     cv2.circle(image, (x, y), r, (255, 40, 40), -1)
                 else:
@@ -86,7 +86,8 @@ Script = Callable[..., subprocess.CompletedProcess]
 def script() -> Script:
     """script("train.py", "--epochs", 1, cwd=folder, code=0) runs a command of the repository as a user would."""
 
-    def run(name: str, *args: object, cwd: Path, code: int | None = 0, env: dict[str, str] | None = None) -> subprocess.CompletedProcess:
+    def run(name: str, *args: object, cwd: Path, code: int | None = 0,
+            env: dict[str, str] | None = None) -> subprocess.CompletedProcess:
         command = [sys.executable, str(ROOT / name), *map(str, args)]
         environment = {**os.environ, "OMP_NUM_THREADS": "2", **(env or {})}
         done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=600, env=environment)

@@ -1,4 +1,7 @@
-"""Killing a training at some instant and going on, and what must be the same in the end. Used by tests/test_crash.py and bench/crash.py."""
+"""Killing a training at some instant and going on, and what must be the same in the end.
+
+Used by tests/test_crash.py and bench/crash.py.
+"""
 from __future__ import annotations
 
 import os
@@ -23,14 +26,15 @@ def start(script: str, flags: list[str], folder: Path) -> subprocess.Popen:
     """The command in a process of its own, its output in folder/log.txt."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "log.txt", "a") as log:
-        return subprocess.Popen([sys.executable, str(ROOT / script), *flags], cwd=folder, stdout=log, stderr=subprocess.STDOUT,
-                                start_new_session=True, env=ENVIRONMENT)
+        return subprocess.Popen([sys.executable, str(ROOT / script), *flags], cwd=folder, stdout=log,
+                                stderr=subprocess.STDOUT, start_new_session=True, env=ENVIRONMENT)
 
 
 def finish(script: str, flags: list[str], folder: Path) -> None:
     """The command to its end; RuntimeError with its last words if it fails."""
     if code := start(script, flags, folder).wait(600):
-        raise RuntimeError(f"{script} {' '.join(flags)} in {folder}: exit code {code}\n{(folder / 'log.txt').read_text()[-3000:]}")
+        log = (folder / "log.txt").read_text()[-3000:]
+        raise RuntimeError(f"{script} {' '.join(flags)} in {folder}: exit code {code}\n{log}")
 
 
 def last(folder: Path) -> Path:
@@ -40,7 +44,9 @@ def last(folder: Path) -> Path:
 
 def going_on(flags: list[str], folder: Path, workers: int = 0) -> list[str]:
     """How a user goes on after a crash: --resume, or the same command again where nothing had been saved yet."""
-    return ["--resume", str(last(folder)), "--workers", str(workers), "--device", "cpu"] if last(folder).is_file() else [*flags, "--exist-ok"]
+    if not last(folder).is_file():
+        return [*flags, "--exist-ok"]
+    return ["--resume", str(last(folder)), "--workers", str(workers), "--device", "cpu"]
 
 
 def after(seconds: float) -> Callable[[Path], bool]:
@@ -69,7 +75,8 @@ def when_logged(words: str) -> Callable[[Path], bool]:
     return lambda folder: words in (folder / "log.txt").read_text()
 
 
-def kill(script: str, flags: list[str], folder: Path, when: Callable[[Path], bool], number: int = signal.SIGKILL) -> bool:
+def kill(script: str, flags: list[str], folder: Path, when: Callable[[Path], bool],
+         number: int = signal.SIGKILL) -> bool:
     """Start, send the signal when it is time; False if the run was over before."""
     process = start(script, flags, folder)
     while process.poll() is None and not when(folder):
@@ -86,12 +93,15 @@ def random_instant(rng: random.Random, seconds: float) -> Callable[[Path], bool]
 
 
 def differences(a: Path, b: Path) -> list[str]:
-    """What two runs' folders do not have bit for bit in common: weights, average, optimizer, hooks, table, TensorBoard's scalars."""
+    """What is not equal, bit for bit, in two runs' folders.
+
+    Weights, average, optimizer, hooks, random numbers, results.csv, TensorBoard's scalars, best.pt.
+    """
     found = []
     one, two = (checkpoint.read(last(folder)) for folder in (a, b))
     for key in ("state_dict", "ema"):
         found += [f"{key}: {k}" for k in one[key] if not torch.equal(one[key][k], two[key][k])]
-    for key in ("optimizer", "updates", "stopper", "hooks", "class_map", "rng"):
+    for key in ("optimizer", "updates", "stopper", "hooks", "rng"):
         if not same(one["training"][key], two["training"][key]):
             found.append(key)
     tables = [(last(folder).parents[1] / "results.csv").read_text() for folder in (a, b)]

@@ -26,41 +26,54 @@ RUN = "--epochs 2 --workers 1 --noplots"
 COMMANDS = [
     f"train.py {RUN} --name dense",
     f"train.py {RUN} --name odd --optimizer SGD --nbs 64 --image-weights --multi-scale --cos-lr --amp bf16 --seed 3",
-    f"train_sparsity.py {RUN} --name l1 --weights runs/train/dense/weights/best.pt --sr 0.001 --masked-val 1 --shortcuts joint",
+    f"train_sparsity.py {RUN} --name l1 --weights runs/train/dense/weights/best.pt --sr 0.001 --masked-val 1 "
+    "--shortcuts joint",
     f"train_sparsity.py {RUN} --name target --weights runs/train/dense/weights/best.pt --target-sparsity 0.5",
-    f"train_sparsity.py {RUN} --name joint --weights runs/train/dense/weights/best.pt --target-sparsity 0.5 --shortcuts joint "
-    "--round-to 1 --no-per-flop --keep model.0.* --image-weights",
+    f"train_sparsity.py {RUN} --name joint --weights runs/train/dense/weights/best.pt --target-sparsity 0.5 "
+    "--shortcuts joint --round-to 1 --no-per-flop --keep model.0.* --image-weights",
     "prune.py --percent 0.5 --weights runs/train/target/weights/last.pt --name half",
     f"finetune_pruned.py {RUN} --name tuned --weights runs/prune/half/pruned_model.pt",
-    "prune.py --target flops=0.7 --weights runs/train/tuned/weights/last.pt --name again --score gamma-l1 --per-flop --round-to 4",
-    "prune.py --target map-drop=0.1 --weights runs/train/l1/weights/last.pt --name drop --min-channels 2 --min-share 0.1 --strict",
-    "prune.py --percent 0.3 --weights runs/train/l1/weights/last.pt --name repaired --score l1 --absorb --recalibrate 32 --shortcuts skip",
+    "prune.py --target flops=0.7 --weights runs/train/tuned/weights/last.pt --name again --score gamma-l1 --per-flop "
+    "--round-to 4",
+    "prune.py --target map-drop=0.1 --weights runs/train/l1/weights/last.pt --name drop --min-channels 2 "
+    "--min-share 0.1 --strict",
+    "prune.py --percent 0.3 --weights runs/train/l1/weights/last.pt --name repaired --score l1 --absorb "
+    "--recalibrate 32 --shortcuts skip",
     "prune.py --sweep 0.2:0.6:0.2 --weights runs/train/target/weights/last.pt --name sweep",
     "prune.py --sensitivity --weights runs/train/l1/weights/last.pt --name sensitivity",
     "val.py --weights pruned_model.pt --name val --save-txt --save-json --noplots",
-    "detect.py --weights runs/train/tuned/weights/best.pt --source shapes/images/test --name detect --save-txt --save-conf",
+    "detect.py --weights runs/train/tuned/weights/best.pt --source shapes/images/test --name detect --save-txt "
+    "--save-conf",
     "export.py --weights runs/train/tuned/weights/best.pt --include onnx torchscript yolov5",
     "val.py --weights runs/train/tuned/weights/best.onnx --name onnx --noplots",
 ]
 # What differs between two runs of one checkout: times, sizes of files with a path in them, paths.
-VOLATILE = re.compile(r"\d+(\.\d+)? ?(ms|MB|hours|s|minutes)\b|^(milliseconds|ms an image|Speed|note: pruned_model).*$", re.M)
+VOLATILE = re.compile(r"\d+(\.\d+)? ?(ms|MB|hours|s|minutes)\b"
+                      r"|^(milliseconds|ms an image|Speed|note: pruned_model).*$", re.M)
 UNSTABLE_KEYS = {"folder", "command", "ms", "ms_per_image", "device", "threads", "weights", "data", "opt", "hooks"}
+
+
+def short_hash(content: bytes) -> str:
+    """The first digits of a hash."""
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def digest(value: Any) -> Any:
     """Plain data with every tensor and long list replaced by the first digits of a hash of its bytes."""
     if isinstance(value, torch.Tensor):
         value = value.detach().contiguous()
-        return hashlib.sha256(f"{value.dtype}{tuple(value.shape)}".encode() + value.flatten().view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
+        content = value.flatten().view(torch.uint8).numpy().tobytes()
+        return short_hash(f"{value.dtype}{tuple(value.shape)}".encode() + content)
     if isinstance(value, dict):
-        return {str(k): digest(v) for k, v in value.items() if k not in UNSTABLE_KEYS and not str(v).startswith("ms an image")}
+        stable = {k: v for k, v in value.items() if k not in UNSTABLE_KEYS and not str(v).startswith("ms an image")}
+        return {str(k): digest(v) for k, v in stable.items()}
     if isinstance(value, (list, tuple)):
         return [digest(v) for v in value]
     return value
 
 
 def of_file(path: Path) -> Any:
-    """The digest of a file by its kind; None for what says nothing (TensorBoard events, pictures of a drawing library)."""
+    """The digest of a file by its kind; None for what says nothing (TensorBoard's events, plots)."""
     if path.suffix == ".pt" and ".yolov5" not in path.name:
         return digest(torch.load(path, map_location="cpu", weights_only=True))
     if path.name in ("report.json", "metrics.json"):
@@ -70,9 +83,9 @@ def of_file(path: Path) -> Any:
     if path.suffix == ".csv":
         rows = [line.split(",") for line in path.read_text().splitlines()]
         timed = {i for i, name in enumerate(rows[0]) if name.strip() == "ms"}
-        return hashlib.sha256(str([[v for i, v in enumerate(row) if i not in timed] for row in rows]).encode()).hexdigest()[:16]
+        return short_hash(str([[v for i, v in enumerate(row) if i not in timed] for row in rows]).encode())
     if path.suffix in (".npy", ".txt", ".onnx") or path.name in ("predictions.json", "hyp.yaml"):
-        return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+        return short_hash(path.read_bytes())
     return None
 
 

@@ -1,4 +1,7 @@
-"""Runs a script of the repository in a process in which something goes wrong at a chosen moment: python tests/inject.py WHAT SCRIPT FLAGS..."""
+"""Runs a script of the repository in a process in which something goes wrong at a chosen moment.
+
+    python tests/inject.py WHAT SCRIPT flags of the script
+"""
 from __future__ import annotations
 
 import errno
@@ -48,7 +51,7 @@ def full_disk_log() -> None:
 
 
 def in_dataset(harm: Any) -> None:
-    """Call harm(data set, index) when a training sample of the second epoch is made, in a worker where there are any."""
+    """Call harm(data set, index) when a training sample of the second epoch is made, by a worker if there are any."""
     from utils.data.dataset import DetectionDataset
 
     get = DetectionDataset.__getitem__
@@ -73,7 +76,8 @@ def vanished() -> None:
 def out_of_memory() -> None:
     """What torch says when an allocation fails on the CPU."""
     def fail(dataset: Any, index: int) -> None:
-        raise RuntimeError("[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes.")
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory: "
+                           "you tried to allocate 1 bytes.")
 
     in_dataset(fail)
 
@@ -126,10 +130,12 @@ def other_rank() -> None:
 
 
 INJECTIONS = {
-    "full-disk": full_disk, "full-disk-now": lambda: full_disk(0), "full-disk-log": full_disk_log, "vanished": vanished, "out-of-memory": out_of_memory,
+    "full-disk": full_disk, "full-disk-now": lambda: full_disk(0), "full-disk-log": full_disk_log,
+    "vanished": vanished, "out-of-memory": out_of_memory,
     "dead-worker": lambda: in_dataset(lambda *_: os.kill(os.getpid(), signal.SIGKILL)),
     "bus-error": lambda: in_dataset(lambda *_: os.kill(os.getpid(), signal.SIGBUS)),
-    "nan-loss": nan_loss, "nan-statistics": nan_statistics, "nan-average": nan_average, "other-rank": other_rank, "nothing": lambda: None}
+    "nan-loss": nan_loss, "nan-statistics": nan_statistics, "nan-average": nan_average, "other-rank": other_rank,
+    "nothing": lambda: None}
 
 if __name__ == "__main__":
     what, script, *flags = sys.argv[1:]

@@ -1,21 +1,23 @@
-"""The channel graph on blocks that are written for this test only: what may go, what must stay, and the proof."""
+"""The channel graph on blocks that are written for this test only: what may go, what must stay, and exact cuts."""
 from __future__ import annotations
 
 import pytest
 import torch
 
-from tests.blocks import BLOCKS, Net, SqueezeExcite, random_masks, randomised
+from tests.blocks import NETWORKS, Net, SqueezeExcite, random_masks, randomised
 from utils.slimming.cost import CostModel, profile
-from utils.slimming.graph import trace
-from utils.slimming.surgery import keep_ids, largest_difference, masked, resize_like, slim
+from utils.slimming.equivalence import largest_difference
+from utils.slimming.surgery import masked, resize_like, slim
+from utils.slimming.tracing import trace
 
 
 def net(name: str, seed: int = 0) -> Net:
     torch.manual_seed(seed)
-    return randomised(Net(BLOCKS[name]()), seed)  # type: ignore[return-value]
+    return randomised(Net(NETWORKS[name]()), seed)
 
 
-# BatchNorms that must stay whole, and those whose channels an addition ties to others; the rest goes channel by channel.
+# BatchNorms that must stay whole, and those whose channels an addition couples to others.
+# The rest goes channel by channel.
 EXPECTED: dict[str, tuple[set[str], set[str]]] = {
     "SqueezeExcite": (set(), set()),
     "LeakyGate": ({"block.conv.bn", "block.gate.bn", "block.reader.bn"}, set()),
@@ -34,17 +36,17 @@ EXPECTED: dict[str, tuple[set[str], set[str]]] = {
 }
 
 
-@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize("name", NETWORKS)
 def test_what_may_go_and_what_must_stay(name):
     graph = trace(net(name))
-    stays, tied = EXPECTED[name]
+    stays, coupled = EXPECTED[name]
     assert {n for n, ids in graph.norms.items() if graph.frozen[ids].any()} == stays
-    assert {n for n, ids in graph.norms.items() if graph.tied[ids].any() and not graph.frozen[ids].any()} == tied
+    assert {n for n, ids in graph.norms.items() if graph.coupled[ids].any() and not graph.frozen[ids].any()} == coupled
     assert bool(graph.notes) == bool(stays)  # what is held back is said
 
 
 @pytest.mark.parametrize("seed", range(6))
-@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize("name", NETWORKS)
 def test_slim_equals_masked(name, seed):
     model = net(name, seed)
     graph = trace(model)
@@ -52,7 +54,7 @@ def test_slim_equals_masked(name, seed):
     narrow = slim(model, masks)
     assert largest_difference(masked(model, masks), narrow, sizes=((1, 16, 16), (3, 20, 24))) < 1e-9
     cost = profile(narrow, 32)
-    assert CostModel(model, graph, 32).remaining(keep_ids(graph, masks)) == (cost.parameters, cost.flops)
+    assert CostModel(model, graph, 32).remaining(graph.kept(masks)) == (cost.parameters, cost.flops)
     assert slim(narrow, {}) is not narrow and trace(narrow).norms.keys() == graph.norms.keys()  # and can be cut again
 
 

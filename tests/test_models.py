@@ -10,7 +10,9 @@ from models.common import BLOCKS, block
 from models.yolo import Model, fused, set_anchors, with_classes
 from utils.errors import UserError
 
-STOCK = {"n": (1_872_157, 349), "s": (7_235_389, 349), "m": (21_190_557, 481), "l": (46_563_709, 613), "x": (86_749_405, 745)}
+# Parameters and entries of the state_dict, as stock YOLOv5 counts them.
+STOCK = {"n": (1_872_157, 349), "s": (7_235_389, 349), "m": (21_190_557, 481), "l": (46_563_709, 613),
+         "x": (86_749_405, 745)}
 
 
 @pytest.mark.parametrize("size", STOCK)
@@ -18,7 +20,8 @@ def test_parameter_and_key_counts_are_stocks(size):
     model = Model(f"yolov5{size}.yaml")
     assert (sum(p.numel() for p in model.parameters()), len(model.state_dict())) == STOCK[size]
     assert model.stride.tolist() == [8, 16, 32]
-    assert {"model.0.conv.weight", "model.2.cv1.bn.weight", "model.2.m.0.cv1.conv.weight", "model.24.m.0.bias", "model.24.anchors"} <= model.state_dict().keys()
+    assert {"model.0.conv.weight", "model.2.cv1.bn.weight", "model.2.m.0.cv1.conv.weight", "model.24.m.0.bias",
+            "model.24.anchors"} <= model.state_dict().keys()
 
 
 def test_official_weights_give_stocks_forward(assets, golden):
@@ -42,7 +45,8 @@ def test_building_leaves_the_batchnorm_statistics_alone():
 
 def test_output_shapes_and_number_of_classes():
     model = Model("yolov5n.yaml", nc=3, names={0: "a", 1: "b", 2: "c"})
-    assert [tuple(y.shape) for y in model(torch.zeros(2, 3, 64, 96))] == [(2, 3, 8, 12, 8), (2, 3, 4, 6, 8), (2, 3, 2, 3, 8)]
+    maps = model(torch.zeros(2, 3, 64, 96))
+    assert [tuple(y.shape) for y in maps] == [(2, 3, 8, 12, 8), (2, 3, 4, 6, 8), (2, 3, 2, 3, 8)]
     assert with_classes(model, {0: "only"}).eval()(torch.zeros(1, 3, 64, 64))[0].shape == (1, 3 * (64 + 16 + 4), 6)
 
 

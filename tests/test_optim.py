@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 from models.yolo import Model
+from utils.errors import UserError
+from utils.options import read_hyp
 from utils.training.optimizer import EarlyStopping, ModelEMA, Schedule, build_optimizer, ema_tau
 
 HYP = {"lr0": 0.01, "lrf": 0.01, "momentum": 0.937, "warmup_epochs": 3.0, "warmup_momentum": 0.8, "warmup_bias_lr": 0.1}
@@ -43,7 +45,8 @@ def test_schedule_reaches_its_ends():
     schedule = Schedule(HYP, epochs=10, batches=100, batch_size=16, nbs=64)
     optimizer = build_optimizer(nn.Conv2d(1, 1, 1), "SGD", 0.01, 0.9, 0)
     schedule.apply(optimizer, 0)
-    assert [g["lr"] for g in optimizer.param_groups] == pytest.approx([0.1, 0, 0]) and optimizer.param_groups[0]["momentum"] == 0.8
+    assert [g["lr"] for g in optimizer.param_groups] == pytest.approx([0.1, 0, 0])
+    assert optimizer.param_groups[0]["momentum"] == 0.8
     assert (schedule.accumulate(0), schedule.accumulate(999)) == (1, 4)
     schedule.apply(optimizer, 999)
     assert optimizer.param_groups[1]["lr"] == pytest.approx(0.01 * ((1 - 0.9) * 0.99 + 0.01))
@@ -78,17 +81,12 @@ def test_a_long_run_is_averaged_as_yolov5_does():
 
 def test_hyp_files_of_yolov5_are_taken():
     """Every key that its releases' files have; and a misspelt one is named."""
-    import pytest
-
-    from utils.errors import UserError
-    from utils.options import read_hyp
-
-    stock = {"lr0": 0.01, "lrf": 0.01, "momentum": 0.937, "weight_decay": 0.0005, "warmup_epochs": 3.0, "warmup_momentum": 0.8,
-             "warmup_bias_lr": 0.1,
-             "box": 0.05, "cls": 0.5, "cls_pw": 1.0, "obj": 1.0, "obj_pw": 1.0, "iou_t": 0.20, "anchor_t": 4.0, "fl_gamma": 0.0,
-             "hsv_h": 0.015, "hsv_s": 0.7, "hsv_v": 0.4,
-             "degrees": 0.0, "translate": 0.1, "scale": 0.5, "shear": 0.0, "perspective": 0.0, "flipud": 0.0, "fliplr": 0.5, "mosaic": 1.0, "mixup": 0.0,
-             "copy_paste": 0.0, "anchors": 3, "label_smoothing": 0.0}
+    stock = {"lr0": 0.01, "lrf": 0.01, "momentum": 0.937, "weight_decay": 0.0005,
+             "warmup_epochs": 3.0, "warmup_momentum": 0.8, "warmup_bias_lr": 0.1,
+             "box": 0.05, "cls": 0.5, "cls_pw": 1.0, "obj": 1.0, "obj_pw": 1.0,
+             "iou_t": 0.20, "anchor_t": 4.0, "fl_gamma": 0.0, "hsv_h": 0.015, "hsv_s": 0.7, "hsv_v": 0.4,
+             "degrees": 0.0, "translate": 0.1, "scale": 0.5, "shear": 0.0, "perspective": 0.0, "flipud": 0.0,
+             "fliplr": 0.5, "mosaic": 1.0, "mixup": 0.0, "copy_paste": 0.0, "anchors": 3, "label_smoothing": 0.0}
     assert read_hyp(stock)["lr0"] == 0.01
     with pytest.raises(UserError, match="unknown 'lrO'"):
         read_hyp({"lrO": 0.1})

@@ -192,7 +192,9 @@ def test_kept_grows_with_the_layers(tmp_path: Path, rng: np.random.Generator, la
     kept = (original * rng.random(layers)).astype(int)
     names = [f"model.{i}.cv1.bn" for i in range(layers)]
     prunable = [i % 5 > 0 for i in range(layers)]
-    image = check(plot_kept(names, original.tolist(), kept.tolist(), tmp_path / "k.png", prunable), 4000)
+    rows = [{"layer": n, "original": a, "remaining": b, "prunable": p}
+            for n, a, b, p in zip(names, original.tolist(), kept.tolist(), prunable)]
+    image = check(plot_kept(rows, tmp_path / "k.png"), 4000)
     assert image.shape[0] >= 20 * layers
 
 
@@ -239,7 +241,7 @@ detections.plot_confusion(np.eye(3), names, folder / "b.png")
 detections.plot_metric_curve(np.linspace(0, 1, 9), np.ones((2, 9)), ["a", "b"], folder / "c.png", "F1")
 slimming.plot_gammas(np.ones(9), folder / "d.png", 0.5, 0.5)
 slimming.plot_gamma_history({{"a": [np.ones(9)]}}, folder / "e.png")
-slimming.plot_kept(["a"], [4], [2], folder / "f.png", [True])
+slimming.plot_kept([{{"layer": "a", "original": 4, "remaining": 2, "prunable": True}}], folder / "f.png")
 slimming.plot_stages({STAGES!r}, folder / "g.png")
 assert "matplotlib.pyplot" not in sys.modules
 assert before == settings()

@@ -1,4 +1,4 @@
-"""Sparsity is the same whatever is switched on beside it: accumulation, mixed precision, processes, kinds of BatchNorm."""
+"""Sparsity is the same whatever is switched on beside it: accumulation, mixed precision, kinds of BatchNorm."""
 from __future__ import annotations
 
 import pytest
@@ -11,7 +11,8 @@ METHODS = {"l1": ["--sr", "0.05"], "target": ["--target-sparsity", "0.4", "--rou
 
 def flags(tiny, cfg, folder, method) -> list[str]:
     """SGD with a large rate, so that a difference would show; four images a step, three steps an epoch."""
-    return ["--data", str(tiny), "--weights", "", "--cfg", str(cfg), "--epochs", "6", "--nbs", "4", "--project", str(folder), *METHODS[method]]
+    return ["--data", str(tiny), "--weights", "", "--cfg", str(cfg), "--epochs", "6", "--nbs", "4",
+            "--project", str(folder), *METHODS[method]]
 
 
 @pytest.fixture(scope="module", params=list(METHODS))

@@ -17,22 +17,26 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from train import Hook, Run  # noqa: E402
+from utils.training.run import Hook, Run  # noqa: E402
 
 
 class Additive(Hook):
-    """Swaps the detection loss for a sum over images, holds BatchNorm still, and notes every step's (prunable) gammas."""
+    """Swaps the detection loss for a sum over images, holds BatchNorm still, and notes every step's gammas.
+
+    Under sparsity training the prunable ones only.
+    """
 
     def __init__(self, sparsity: Any):
         self.sparsity, self.steps, self.increments = sparsity, [], []
 
     def start(self, run: Run) -> None:
-        self.run, self.all = run, [m.weight for m in run.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-        for module in run.model.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.eval()
-                module.train = lambda mode=True, module=module: module
-        scale = 1e-5 if self.sparsity else 1e-3  # small enough for the sparsity to show; without any, large enough to move gammas
+        norms = [m for m in run.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        self.run, self.all = run, [norm.weight for norm in norms]
+        for norm in norms:
+            norm.eval()
+            norm.train = lambda mode=True, norm=norm: norm
+        # Small enough for the sparsity to show; without any, large enough to move gammas.
+        scale = 1e-5 if self.sparsity else 1e-3
         run.loss = lambda outputs, targets: (sum(y.float().square().sum() for y in outputs) * scale, torch.zeros(3))
 
     @property
@@ -56,7 +60,8 @@ class Increment(Hook):
         self.first.increments.append(torch.cat([p.grad - b for p, b in zip(self.first.gammas, self.first.before)]))
 
 
-def go(argv: list[str], batch_size: int, convert: bool = False, script: str = "train_sparsity") -> tuple[Tensor, Tensor]:
+def go(argv: list[str], batch_size: int, convert: bool = False,
+       script: str = "train_sparsity") -> tuple[Tensor, Tensor]:
     """(gammas, penalty's increments), each (steps, channels), of a run of a training script with these flags."""
     import train as loop
 

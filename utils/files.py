@@ -7,7 +7,7 @@ import shutil
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,8 @@ def atomic(path: Path) -> Iterator[Path]:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{path}: can't be written ({reason}); free some space or choose another folder") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # a parent is a file, say: the error above tells
+            temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 from utils.data.config import read_data
 from utils.errors import UserError
 from utils.files import ROOT, read_yaml_mapping
+from utils.slimming.ranking import MIN_SHARE, SCORES
 
 BUILT_IN_DATA = "data/shapes.yaml"
 # What holds when neither a flag nor the data yaml says otherwise: YOLOv5's defaults.
@@ -133,6 +134,21 @@ def add_detection_flags(parser: ArgumentParser, conf: float, iou: float, max_det
     add("--max-det", type=int, default=max_det, help="most detections an image")
     add("--half", action="store_true", help="fp16 inference (GPU)")
     add("--augment", action="store_true", help="test-time augmentation: three sizes, one of them mirrored")
+
+
+def add_ranking_flags(parser: ArgumentParser) -> None:
+    """Flags that say how channels are ranked and what every cut keeps to."""
+    add = parser.add_argument
+    add("--score", choices=list(SCORES), default="gamma", help="what channels are ranked by")
+    add("--per-flop", action="store_true", help="rank by score per FLOP that goes with the channel: faster models")
+    add("--min-channels", type=at_least(1), default=1, help="channels that every layer keeps")
+    add("--min-share", type=fraction(), default=MIN_SHARE,
+        help="share of its channels that every layer keeps at least, unless their score is 0; 0..1")
+    add("--round-to", type=at_least(1), help="layers that are cut keep a multiple of this, 8 say; "
+                                             "default: what the sparsity training did, else 1")
+    add("--shortcuts", choices=["skip", "joint"], help="channels that shortcuts tie together stay (skip), or go all "
+        "at once (joint); default: what the sparsity training did, else skip")
+    add("--keep", nargs="+", default=[], metavar="PATTERN", help="BatchNorms that stay whole, such as 'model.0.*'")
 
 
 def training_parser(description: str | None, project: str = "runs/train") -> HelpfulParser:

@@ -2,6 +2,9 @@
 from __future__ import annotations
 
 import json
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -14,9 +17,17 @@ from utils.errors import UserError
 
 def write(model: Model, path: Path, options: ExportOptions) -> None:
     """Trace the model for images of the shape of options.image."""
-    with torch.no_grad():
+    with torch.no_grad(), _without_warnings():
         traced = torch.jit.trace(Decoded(fused(model)).eval(), options.image, strict=False)
     traced.save(str(path), _extra_files={"config.txt": json.dumps(options.metadata)})
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Without PyTorch's advice to use torch.export: other runtimes want TorchScript."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
 
 
 class TorchScriptDetector:
@@ -27,7 +38,8 @@ class TorchScriptDetector:
     def __init__(self, path: Path, device: torch.device):
         extra = {"config.txt": ""}
         try:
-            self.module = torch.jit.load(str(path), map_location=device, _extra_files=extra)
+            with _without_warnings():
+                self.module = torch.jit.load(str(path), map_location=device, _extra_files=extra)
             config = json.loads(extra["config.txt"])
             self.names = {int(k): str(v) for k, v in dict(config["names"]).items()}
             self.stride, self.input_shape = int(config["stride"]), (0, *map(int, config["shape"][1:]))

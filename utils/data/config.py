@@ -63,7 +63,7 @@ def _find_root(file: Path, content: dict[str, Any]) -> Path:
         raise UserError(f"{file}: 'path:' must be a folder, not {given!r}")
     tail = Path(given).expanduser()
     candidates = [base / tail for base in (file.parent, ROOT, ROOT.parent / "datasets")]
-    # If none exists yet: relative to the repository for the yamls in data/, else, and for the built-in set, to the yaml.
+    # If none exists yet: a yaml in data/ means a folder of the repository; others, and the built-in set, one beside it.
     relative_to_repository = file.parent == ROOT / "data" and not content.get("builtin")
     default = candidates[1] if relative_to_repository else candidates[0]
     return next((p for p in candidates if p.is_dir()), default).resolve()

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
+from utils.data.config import DataConfig
 from utils.data.dataset import DetectionDataset, Geometry, Sample
+from utils.errors import UserError
 
 
 @dataclass
@@ -132,3 +134,21 @@ def build_loader(dataset: DetectionDataset, batch_size: int, workers: int, shuff
     return DetectionLoader(dataset, batch_sampler=sampler, num_workers=workers, collate_fn=collate, generator=generator,
                            pin_memory=torch.cuda.is_available(), worker_init_fn=partial(_start_worker, shutdown),
                            persistent_workers=workers > 0, prefetch_factor=4 if workers else None)
+
+
+def validation_loader(config: DataConfig, task: str, imgsz: int, batch_size: int, stride: int, workers: int = 8,
+                      cache: str | None = None, single_cls: bool = False, rect: bool = True, rank: int = 0,
+                      world_size: int = 1, shutdown: Event | None = None) -> DetectionLoader:
+    """Loader of the train, val or test images without augmentation, in rectangular batches.
+
+    In several processes every one has its own batches.
+    """
+    sources = {"train": config.train, "val": config.val, "test": config.test}[task]
+    if not sources:
+        raise UserError(f"{config.file}: has no '{task}:' entry")
+    dataset = DetectionDataset(sources, imgsz, rect=rect, batch_size=batch_size, pad=0.5 if rect else 0.0,
+                               stride=stride, cache=cache, single_cls=single_cls, nc=config.nc, prefix=task)
+    if (dataset.problems or dataset.refused) and rank == 0:
+        print(dataset.summary())
+    return build_loader(dataset, batch_size, workers, shuffle=False, rank=rank, world_size=world_size,
+                        shutdown=shutdown)

@@ -119,12 +119,13 @@ def _upper_end(arrays: Sequence[np.ndarray]) -> float:
     return 1.04 * largest if largest > 0 else 1.0
 
 
-def plot_kept(layers: Sequence[str], original: Sequence[int], kept: Sequence[int], path: str | Path,
-              prunable: Sequence[bool]) -> Path:
+def plot_kept(rows: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
     """One bar per layer: the number of its channels before and after the cut. Layers that may not be pruned are grey.
 
-    The four sequences have one entry per layer.
+    Each row has layer (its name), original, remaining (channels) and prunable.
     """
+    layers, original, kept, prunable = ([row[key] for row in rows] for key in ("layer", "original", "remaining",
+                                                                               "prunable"))
     before, after = sum(original), sum(kept)
     title = f"Channels by layer: {after:,} of {before:,} kept ({after / before:.0%})"
     figure, ax = _layer_chart(layers, title, "channels")

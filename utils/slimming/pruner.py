@@ -9,56 +9,20 @@ It works on any nn.Module that torch.fx can trace, and knows no YOLO, no files a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache
-from typing import Any, Generic
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from utils.slimming.equivalence import EQUIVALENCE_BOUND, largest_difference
 from utils.slimming.graph import Masks
-from utils.slimming.ranking import NOTHING_TO_CUT, Ranking, Rules, SafeThreshold, TracedModel
-from utils.slimming.report import layer_rows, misaligned_channels
+from utils.slimming.ranking import NOTHING_TO_CUT, Ranking, Rules, TracedModel
+from utils.slimming.result import PruneResult, TargetOutcome
 from utils.slimming.surgery import M, masked, slim
 from utils.slimming.targets import TARGETS
-
-
-@dataclass(frozen=True)
-class TargetOutcome:
-    """What became of a target."""
-
-    name: str
-    wanted: float
-    value: float    # the target's figure for the cut that was made
-    reached: bool   # False: there is no cut that reaches it
-
-
-@dataclass
-class PruneResult(Generic[M]):
-    """A cut that was made and checked."""
-
-    model: M                     # before
-    slim: M
-    masked: M                    # of the old shape, gamma = beta = 0 on the cut channels
-    masks: Masks
-    gammas: Tensor               # |gamma| of all prunable channels
-    safe: SafeThreshold
-    threshold: float             # the largest |gamma| that was cut
-    achieved: float              # share of the prunable channels that was cut, 0..1
-    difference: float            # of the equivalence check: largest relative |slim - masked|
-    target: TargetOutcome | None
-    layers: list[dict[str, Any]]
-    notes: list[str]             # what the user should know of the graph and of the slim model
-
-    @property
-    def report(self) -> dict[str, Any]:
-        """The figures as plain data."""
-        return {"achieved": self.achieved, "threshold": self.threshold,
-                "limit": {"gamma": self.safe.gamma, "percent": self.safe.percent}, "proof": self.difference,
-                "layers": self.layers, "notes": self.notes}
+from utils.slimming.timing import latency
 
 
 class Pruner(TracedModel[M]):
@@ -98,10 +62,9 @@ class Pruner(TracedModel[M]):
                              f"below {EQUIVALENCE_BOUND:.0e}): it holds a block that the channel graph misreads")
         gone = torch.cat([self.norms[name].weight.detach().abs()[~mask] for name, mask in masks.items()])
         prunable = self.ranking.prunable
-        return PruneResult(self.model, narrow, zeroed, masks, torch.cat(list(self.gammas(prunable).values())),
+        return PruneResult(self.model, narrow, zeroed, masks, prunable, torch.cat(list(self.gammas(prunable).values())),
                            self.safe_threshold(prunable), float(gone.max()) if len(gone) else 0.0,
-                           len(gone) / self.ranking.total, difference, outcome, layer_rows(masks, prunable),
-                           [*self.graph.notes, *misaligned_channels(narrow)])
+                           len(gone) / self.ranking.total, difference, outcome, self.graph.notes)
 
     def _reach(self, name: str, wanted: float) -> tuple[np.ndarray, TargetOutcome]:
         """What the cut keeps that just reaches a target, and the outcome."""
@@ -124,14 +87,15 @@ class Pruner(TracedModel[M]):
         keep = self.ranking.keep_percent(percent)
         return self.graph.masks(keep), *self.costs.remaining(keep)
 
-    def sweep(self, percents: Sequence[float]) -> tuple[list[dict[str, Any]], list[M]]:
-        """A row per share (0..1) of the prunable channels: percent, accuracy and cost; and the slim models."""
+    def sweep(self, percents: Sequence[float]) -> list[dict[str, Any]]:
+        """A row per share (0..1) of the prunable channels: percent, accuracy, cost and milliseconds per image."""
         rows, models = [], []
         for percent in tqdm(percents, desc="sweep", leave=False, disable=None):
             keep = self.ranking.keep_percent(percent)
             models.append(slim(self.model, self.graph.masks(keep), self.graph))
             rows.append({"percent": percent, **self.evaluate(models[-1]), **self._cost(keep)})
-        return rows, models
+        times = latency([self.prepare(m) for m in models], self.imgsz, channels=self.channels)
+        return [row | {"ms": ms} for row, ms in zip(rows, times)]
 
     def sensitivity(self, share: float) -> list[dict[str, Any]]:
         """A row per layer: accuracy and cost when `share` of its channels goes and all others stay.

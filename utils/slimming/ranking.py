@@ -7,7 +7,7 @@ comparison would cut all or none of them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Generic
@@ -236,11 +236,12 @@ class Ranking:
         return changed
 
 
-def knee(x: np.ndarray, y: np.ndarray) -> int:
+def knee(xs: Sequence[float], ys: Sequence[float]) -> int:
     """Index of the point that lies farthest above the line from the first to the last point, both axes scaled to 0..1.
 
     The "kneedle" of Satopaa et al. 2011 for a falling curve: where it starts to fall steeply.
     """
+    x, y = np.array(xs), np.array(ys)
     spans = [np.ptp(v) or 1.0 for v in (x, y)]
     across, down = (x - x[0]) / spans[0], (y - y[0]) / spans[1]
     return int(np.argmax(down - across * down[-1]))

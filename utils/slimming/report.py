@@ -4,24 +4,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import Tensor, nn
-
 from utils.slimming.cost import Cost
+from utils.slimming.equivalence import EQUIVALENCE_BOUND
 from utils.slimming.graph import Masks
-from utils.slimming.ranking import SafeThreshold
+from utils.slimming.result import PruneResult, TargetOutcome
 from utils.tables import text_table
-
-
-def layer_rows(masks: Masks, prunable: Masks) -> list[dict[str, Any]]:
-    """One row per BatchNorm: its name, original and remaining channels, and whether it could be cut at all."""
-    return [{"layer": name, "original": len(mask), "remaining": int(mask.sum()), "prunable": bool(prunable[name].any())}
-            for name, mask in masks.items()]
-
-
-def layer_table(rows: list[dict[str, Any]]) -> str:
-    """layer | original | remaining; layers that shortcuts or outputs hold whole are marked."""
-    cells = [(r["layer"], r["original"], r["remaining"], "" if r["prunable"] else "kept whole") for r in rows]
-    return text_table(cells, ("layer", "original", "remaining", ""))
 
 
 def cost_rows(before: Cost, after: Cost, ms: Mapping[str, Sequence[float]]) -> list[dict[str, Any]]:
@@ -55,19 +42,6 @@ def stage_table(rows: list[dict[str, Any]]) -> str:
     return text_table([[show(row.get(key, "")) for key in keys] for row in rows], keys)
 
 
-def misaligned_channels(model: nn.Module) -> list[str]:
-    """A note on convolutions that onnxruntime can't run in blocks of channels on a CPU; empty where there are none.
-
-    Its blocked kernels take input channels that divide by 4. It reads 16 channels and less as they are.
-    """
-    convs = [m for m in model.modules() if isinstance(m, nn.Conv2d) and m.groups == 1]
-    count = sum(m.in_channels > 16 and m.in_channels % 4 > 0 for m in convs)
-    if not count:
-        return []
-    return [f"{count} of {len(convs)} convolutions read a number of channels that does not divide by 4, "
-            "which costs speed under onnxruntime; --round-to 16 mends that"]
-
-
 def lineage_note(before: Masks, after: Masks) -> str:
     """After several rounds: what is left of the channels of the first model; empty in the first round."""
     if not before:
@@ -78,34 +52,38 @@ def lineage_note(before: Masks, after: Masks) -> str:
             f"before this cut there were {earlier:,}")
 
 
-def describe(safe: SafeThreshold, asked: float, achieved: float, threshold: float, gammas: Tensor,
-             requested: str, floors: str) -> str:
-    """What the threshold rule allows, what was requested, and what came of it.
+def target_note(target: TargetOutcome, again: float | None = None) -> str:
+    """What a target took. again: its figure for the cut, measured once more."""
+    text = f"target {target.name}={target.wanted:g}: "
+    if target.name == "map-drop":
+        return f"{text}mAP50-95 falls by {-target.value:.4f} without the cut channels, before any fine-tuning"
+    text += f"{target.value:.3f} of the {target.name} are left"
+    if again is not None:
+        text += f" as predicted, {again:.3f} as measured again"
+    if not target.reached:
+        text += ("; there is no smaller cut, every layer keeps its --min-channels and --min-share, "
+                 "and what shortcuts tie")
+    return text
 
-    asked, achieved: shares of the prunable channels, 0..1. threshold: the largest |gamma| that was cut. gammas: of all
-    prunable channels. floors: what every layer keeps, in words.
+
+def describe(result: PruneResult, asked: float, requested: str, floors: str) -> str:
+    """What the threshold rule allows, what was requested, what came of it, and the table of the layers.
+
+    asked: share of the prunable channels, 0..1. floors: what every layer keeps, in words.
     """
+    safe = result.safe
     lines = [f"largest safe gamma: {safe.gamma:.4g}; cutting below it is --percent {safe.percent:.3f} "
              "(the smallest of the layers' largest gammas: beyond it some layer would lose every channel)"]
     if asked > safe.percent:
         lines.append(f"warning: {asked:.3f} is above that limit; every layer keeps {floors}. "
                      "Train with a larger --sr, or longer, to move the limit")
-    lines.append(f"requested {requested}, achieved {achieved:.1%}, threshold |gamma| {threshold:.4g}")
-    if zero := float((gammas == 0).float().mean()):
+    lines.append(f"requested {requested}, achieved {result.achieved:.1%}, threshold |gamma| {result.threshold:.4g}")
+    if zero := float((result.gammas == 0).float().mean()):
         lines.append(f"{zero:.1%} of the prunable gammas are exactly 0: "
                      f"a --percent up to {zero:.3f} cuts nothing that the model uses")
-    return "\n".join(lines)
-
-
-def target_note(name: str, wanted: float, value: float, reached: bool, again: float | None = None) -> str:
-    """What a target took. value: its figure for the cut; again: the same, measured once more."""
-    text = f"target {name}={wanted:g}: "
-    if name == "map-drop":
-        return f"{text}mAP50-95 falls by {-value:.4f} without the cut channels, before any fine-tuning"
-    text += f"{value:.3f} of the {name} are left"
-    if again is not None:
-        text += f" as predicted, {again:.3f} as measured again"
-    if not reached:
-        text += ("; there is no smaller cut, every layer keeps its --min-channels and --min-share, "
-                 "and what shortcuts tie")
-    return text
+    lines += [f"note: {note}" for note in result.notes]
+    layers = [(row["layer"], row["original"], row["remaining"], "" if row["prunable"] else "kept whole")
+              for row in result.layers]
+    return "\n".join([*lines, "", text_table(layers, ("layer", "original", "remaining", "")), "",
+                      f"proof: largest relative |slim - masked| in float64 is {result.difference:.1e} "
+                      f"(must be below {EQUIVALENCE_BOUND:.0e})\n"])

@@ -31,7 +31,8 @@ class ImageWeights(Hook):
         self._apply()
 
     def _apply(self) -> None:
-        self.run.sampler.weights = image_weights(self.run.dataset.labels, self.class_map)
+        loader = self.run.loader
+        loader.batch_sampler.weights = image_weights(loader.dataset.labels, self.class_map)
 
 
 def map_of_classes(ap: APResult, nc: int) -> np.ndarray:

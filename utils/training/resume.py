@@ -94,14 +94,17 @@ def resume_file(opt: Namespace) -> Path:
     raise UserError(f"--resume: no run under {opt.project}; give the file: --resume path/to/last.pt")
 
 
-def newest_run(script: str) -> Path | None:
-    """last.pt of the newest run that `script` made, under runs/."""
+def newest_run(script: str) -> Path:
+    """last.pt of the newest run under runs/ that `script` made. UserError where there is none."""
     def made_by_script(weights: Path) -> bool:
         options = weights.parent.parent / "opt.yaml"
         return options.is_file() and read_yaml_mapping(options, "").get("script") == script
 
     found = [weights for weights in Path().glob("runs/*/*/weights/last.pt") if made_by_script(weights)]
-    return max(found, key=lambda weights: weights.stat().st_mtime, default=None)
+    if not found:
+        raise UserError(f"--weights: no sparsity run under runs/ yet; make one with {script}, "
+                        "or give a checkpoint: --weights path/to/last.pt")
+    return max(found, key=lambda weights: weights.stat().st_mtime)
 
 
 def restore(run: Run, data: dict[str, Any]) -> None:

@@ -9,12 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from models.yolo import Model
 from utils.data.config import DataConfig
-from utils.data.dataset import DetectionDataset
-from utils.data.loader import Batch, EpochBatchSampler
+from utils.data.loader import Batch, DetectionLoader
 from utils.metrics import APResult
 from utils.training.distributed import World
 from utils.training.interruption import Listener
@@ -80,8 +78,8 @@ class Run:
     schedule: Schedule
     ema: ModelEMA[Model]
     loss: DetectionLoss
-    loader: DataLoader
-    val_loader: DataLoader        # this process's share of the val images
+    loader: DetectionLoader
+    val_loader: DetectionLoader        # this process's share of the val images
     hooks: Sequence[Hook]
     stopper: EarlyStopping
     signals: Listener             # SIGINT and SIGTERM
@@ -104,18 +102,6 @@ class Run:
         if not self._statistics:
             return torch.zeros((), device=self.world.device)
         return torch.stack(torch._foreach_norm(self._statistics)).sum()
-
-    @property
-    def dataset(self) -> DetectionDataset:
-        """The training images."""
-        assert isinstance(self.loader.dataset, DetectionDataset)
-        return self.loader.dataset
-
-    @property
-    def sampler(self) -> EpochBatchSampler:
-        """The order of the training images."""
-        assert isinstance(self.loader.batch_sampler, EpochBatchSampler)
-        return self.loader.batch_sampler
 
     @property
     def progress(self) -> float:

@@ -11,6 +11,7 @@ from torch import nn
 
 from models import checkpoint
 from models.yolo import Model, set_anchors, with_classes
+from utils.data.dataset import DetectionDataset
 from utils.errors import UserError
 from utils.training.autoanchor import fit_anchors
 from utils.training.distributed import World
@@ -38,7 +39,7 @@ def start_model(opt: Namespace, names: dict[int, str], resumed: dict[str, Any], 
     return model
 
 
-def adapt_anchors(opt: Namespace, model: Model, dataset: Any, world: World) -> None:
+def adapt_anchors(opt: Namespace, model: Model, dataset: DetectionDataset, world: World) -> None:
     """Autoanchor: fit the anchors to the data set's boxes unless they fit already."""
     if opt.noautoanchor:
         return
