@@ -1,9 +1,9 @@
-"""Kill the training scripts at random instants, go on, and compare with a run that nothing disturbed, bit for bit.
+"""Kill the training scripts at random instants, go on, and compare with a run that was not disturbed, bit for bit.
 
-    python bench/crash.py                        # 20 kills for each of three scripts, about a quarter of an hour on two cores
+    python bench/crash.py                        # 20 kills per script, about ten minutes on two cores
 
-Every third kill comes in the middle of a save. A round ends when a run has got to its end, however often it was killed.
-Writes bench/results/crash.csv; exit code 1 where anything differs.
+Every third kill comes in the middle of a save. A run goes on until it is complete. Writes bench/results/crash.csv; the
+exit code is 1 where anything differs.
 """
 from __future__ import annotations
 
@@ -13,90 +13,73 @@ import tempfile
 import time
 from pathlib import Path
 
-import cv2
-import numpy as np
-import yaml
-from common import ROOT, write_csv
-from tqdm import tqdm
+from columns import RESULTS, Row
 
 from models import checkpoint
-from models.yolo import Model, read_yaml
+from models.config import read_yaml
+from models.pruning import model_pruner
+from models.yolo import Model
 from tests import crash
+from utils.data import shapes
 from utils.errors import run_cli
+from utils.files import write_yaml
 from utils.options import HelpfulParser
-from utils.slimming.graph import trace
-from utils.slimming.ranking import select
-from utils.slimming.surgery import slim
+from utils.tables import write_csv
 
-COMMON = "--epochs 3 --imgsz 64 --batch-size 4 --nbs 8 --device cpu --noplots"
-
-
-def small_set(folder: Path) -> Path:
-    """14 training and 6 validation images of squares; returns the data yaml."""
-    rng = np.random.default_rng(0)
-    for split, count in (("train", 14), ("val", 6)):
-        for kind in ("images", "labels"):
-            (folder / kind / split).mkdir(parents=True)
-        for i in range(count):
-            pixels = rng.integers(0, 255, (72, 96, 3), dtype=np.uint8)
-            x, y, r = int(rng.integers(20, 76)), int(rng.integers(20, 52)), int(rng.integers(8, 18))
-            cv2.rectangle(pixels, (x - r, y - r), (x + r, y + r), (40, 40, 255), -1)
-            cv2.imwrite(str(folder / "images" / split / f"{i}.png"), pixels)
-            (folder / "labels" / split / f"{i}.txt").write_text(f"0 {x / 96:.6f} {y / 72:.6f} {2 * r / 96:.6f} {2 * r / 72:.6f}\n")
-    (folder / "data.yaml").write_text("path: .\ntrain: images/train\nval: images/val\nnames: [square]\n")
-    return folder / "data.yaml"
+EPOCHS = 3
+TRAIN = f"--epochs {EPOCHS} --imgsz 64 --batch-size 4 --nbs 8 --device cpu --noplots"
 
 
 def commands(folder: Path) -> dict[str, list[str]]:
-    """Script -> its flags."""
+    """Script -> its flags. Makes the data, the model yaml and the slim checkpoint that they name."""
+    data, yaml, weights = folder / "set.yaml", folder / "model.yaml", folder / "slim.pt"
+    shapes.generate(folder / "set", {"train": 14, "val": 6})
+    names = dict(enumerate(shapes.NAMES))
+    write_yaml(data, {"path": "set", "train": "images/train", "val": "images/val", "names": names})
     cfg = {**read_yaml("yolov5n.yaml"), "width_multiple": 0.125}
-    (folder / "model.yaml").write_text(yaml.safe_dump(cfg))
-    model = Model(cfg, nc=1, names={0: "square"})
-    masks = select(trace(model), model, 0.4)
-    small = slim(model, masks).eval()
-    assert isinstance(small, Model)
-    small.masks = masks
-    checkpoint.save(folder / "slim.pt", small, imgsz=64)
-    data, scratch = ["--data", str(small_set(folder / "set"))], ["--weights", "", "--cfg", str(folder / "model.yaml")]
-    return {"train.py": [*data, *scratch, *COMMON.split()], "train_sparsity.py": [*data, *scratch, "--target-sparsity", "0.4", *COMMON.split()],
-            "finetune_pruned.py": [*data, "--weights", str(folder / "slim.pt"), *COMMON.split()]}
+    write_yaml(yaml, cfg)
+    pruner = model_pruner(Model(cfg, names=names), imgsz=64)
+    checkpoint.save(weights, pruner.rank().cut(percent=0.4).slim, imgsz=64)
+    train = ["--data", str(data), *TRAIN.split()]
+    scratch = [*train, "--weights", "", "--cfg", str(yaml)]
+    return {"train.py": scratch, "train_sparsity.py": [*scratch, "--target-sparsity", "0.4"],
+            "finetune_pruned.py": [*train, "--weights", str(weights)]}
 
 
-def torture(script: str, flags: list[str], folder: Path, kills: int, rng: random.Random) -> dict[str, object]:
-    """`kills` kills in as many rounds as that takes; a row of the table."""
-    start = time.monotonic()
-    whole = folder / "whole"
-    crash.finish(script, [*flags, "--workers", "0"], whole)
+def disturb(script: str, flags: list[str], folder: Path, kills: int, rng: random.Random) -> Row:
+    """Kill runs, at most four times each, until there were `kills` kills; the row of a script."""
+    start, undisturbed = time.monotonic(), folder / "undisturbed"
+    crash.finish(script, [*flags, "--workers", "0"], undisturbed)
     seconds = time.monotonic() - start
-    done, rounds, found = 0, 0, []
-    bar = tqdm(total=kills, desc=script, disable=None)
+    done, runs, found = 0, 0, []
     while done < kills:
-        rounds += 1
-        here, workers = folder / f"round{rounds}", rng.choice([0, 1, 2])
-        mine = [*flags, "--workers", str(workers)]
+        runs += 1
+        here, workers = folder / f"run{runs}", rng.choice([0, 1, 2])
+        mine, last = [*flags, "--workers", str(workers)], crash.last(here)
         for _ in range(rng.randint(1, 4)):
-            killed = crash.kill(script, crash.going_on(mine, here, workers), here, crash.random_instant(rng, seconds))
-            done += killed
-            bar.update(killed)
-            if not killed:
+            instant = crash.random_instant(rng, seconds)
+            if not crash.kill(script, crash.going_on(mine, here, workers), here, instant):
                 break
-        if not crash.last(here).is_file() or checkpoint.read(crash.last(here))["training"]["epoch"] < 3:
+            done += 1
+        if not last.is_file() or checkpoint.read(last)["training"]["epoch"] < EPOCHS:
             crash.finish(script, crash.going_on(mine, here, workers), here)
-        found += [f"round {rounds}: {what}" for what in crash.differences(whole, here)]
-    bar.close()
-    print(f"{script}: {done} kills in {rounds} runs, " + (f"{len(found)} differences: {'; '.join(found[:5])}" if found else "all bit-identical in the end"))
-    return {"script": script, "kills": done, "runs": rounds, "differences": len(found)}
+        found += [f"run {runs}: {what}" for what in crash.differences(undisturbed, here)]
+        print(f"{script}: {done} of {kills} kills", flush=True)
+    outcome = f"{len(found)} differences: {'; '.join(found[:5])}" if found else "all bit-identical in the end"
+    print(f"{script}: {done} kills in {runs} runs, {outcome}")
+    return {"script": script, "kills": done, "runs": runs, "differences": len(found)}
 
 
 def main() -> None:
-    """All scripts."""
+    """Disturb all scripts."""
     parser = HelpfulParser(__doc__)
-    parser.add_argument("--kills", type=int, default=20, help="kills a script")
+    parser.add_argument("--kills", type=int, default=20, help="kills per script")
     parser.add_argument("--seed", type=int, default=0, help="seed of the instants")
     opt = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
-        rows = [torture(script, flags, Path(name) / script, opt.kills, random.Random(opt.seed)) for script, flags in commands(Path(name)).items()]
-    write_csv(ROOT / "bench" / "results" / "crash.csv", rows)
+        rows = [disturb(script, flags, Path(name) / script, opt.kills, random.Random(opt.seed))
+                for script, flags in commands(Path(name)).items()]
+    write_csv(RESULTS / "crash.csv", rows)
     sys.exit(any(row["differences"] for row in rows))
 
 

@@ -1,40 +1,46 @@
-"""The four steps on the built-in data set, and the table of what came of it. This is what `make demo` runs.
+"""The four steps on the built-in data set, and a table of their models. This is what `make demo` runs.
 
     python bench/demo.py             # about ten minutes on two cores
-    python bench/demo.py --quick     # two epochs a step: shows that everything runs, not how well
+    python bench/demo.py --quick     # two epochs per step: shows that everything runs, not how well
 """
 from __future__ import annotations
 
 import time
 
-from common import ROOT, measure, run, show, write_csv
+from columns import ROOT, STAGES, formatted
+from common import measure, run
 
 from utils.errors import run_cli
 from utils.files import new_run_folder
 from utils.options import HelpfulParser
 from utils.plots.slimming import plot_stages
+from utils.tables import text_table, write_csv
 
-STAGES = {"dense": "runs/train/dense/weights/best.pt", "sparse": "runs/train/sparse/weights/last.pt",
-          "pruned": "runs/prune/exp/pruned_model.pt", "fine-tuned": "runs/train/tuned/weights/best.pt"}
-PICTURES = ("stages.png", "runs/train/dense/train_batch0.png", "runs/train/dense/results.png", "runs/train/sparse/results.png",
-            "runs/prune/exp/gammas.png", "runs/prune/exp/channels.png", "runs/val/fine-tuned/val_batch0_pred.png")
+FILES = {"dense": "runs/train/dense/weights/best.pt", "sparse": "runs/train/sparse/weights/last.pt",
+         "pruned": "runs/prune/exp/pruned_model.pt", "fine-tuned": "runs/train/tuned/weights/best.pt"}
+PICTURES = ("stages.png", "runs/train/dense/train_batch0.png", "runs/train/dense/results.png",
+            "runs/train/sparse/results.png", "runs/prune/exp/gammas.png", "runs/prune/exp/channels.png",
+            "runs/val/fine-tuned/val_batch0_pred.png")
 
 
 def main() -> None:
     """Train, sparsity-train, prune, fine-tune, validate; print the table."""
     parser = HelpfulParser(__doc__)
-    parser.add_argument("--quick", action="store_true", help="two epochs a step")
-    parser.add_argument("--epochs", type=int, nargs=3, default=[45, 45, 30], help="epochs of training, sparsity training, fine-tuning")
-    parser.add_argument("--percent", type=float, default=0.5, help="share of the prunable channels to take to 0 and cut")
+    add = parser.add_argument
+    add("--quick", action="store_true", help="two epochs per step")
+    add("--epochs", type=int, nargs=3, default=[45, 45, 30],
+        help="epochs of training, sparsity training, fine-tuning")
+    add("--percent", type=float, default=0.5, help="share of the prunable channels to take to 0 and cut")
     opt = parser.parse_args()
     train, sparse, tune = [2, 2, 2] if opt.quick else opt.epochs
     folder, started = new_run_folder(ROOT / "runs" / "demo"), time.time()
     run(f"train.py --epochs {train} --name dense", folder)
-    run(f"train_sparsity.py --target-sparsity {opt.percent} --weights {STAGES['dense']} --epochs {sparse} --name sparse", folder)
+    run(f"train_sparsity.py --target-sparsity {opt.percent} --weights {FILES['dense']} --epochs {sparse} --name sparse",
+        folder)
     run(f"prune.py --percent {opt.percent}", folder)
     run(f"finetune_pruned.py --epochs {tune} --name tuned", folder)
-    rows = measure(STAGES, folder, "--batch-size 32")
-    print("\n" + show(rows))
+    rows = measure(FILES, folder, "--batch-size 32")
+    print("\n" + text_table(*formatted(rows, STAGES)))
     write_csv(folder / "table.csv", rows)
     plot_stages(rows, folder / "stages.png")
     print(f"\n{(time.time() - started) / 60:.1f} minutes. Pictures:")

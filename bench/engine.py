@@ -1,9 +1,10 @@
-"""How long pruning itself takes, and how much memory: from the checkpoint's model to the proven slim model, without any evaluation.
+"""Seconds and memory of a pruning: from the checkpoint's model to the checked and saved slim model.
 
-    python bench/engine.py                       # yolov5s and yolov5x; with `pip install torch-pruning` also beside its BNScalePruner
+    python bench/engine.py                       # yolov5s and yolov5x
 
-Every case runs in a process of its own: imports and building the model are not counted, the median of --runs is shown. Memory is
-the most that the process held at once beyond what it held before, relative to the model's weights in fp32.
+Where torch-pruning is installed, its BNScalePruner is measured as well. Every sample is a process of its own: imports
+and building the model do not count. Memory is the peak beyond what the process held before, relative to the model's
+fp32 weights. Writes bench/results/engine.csv, medians of --runs samples.
 """
 from __future__ import annotations
 
@@ -11,97 +12,88 @@ import json
 import resource
 import subprocess
 import sys
+import tempfile
 import time
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
-from common import ROOT, write_csv
+import torch
+from columns import ENGINE, RESULTS, Row, formatted
 
+import prune
+from models import checkpoint
+from models.yolo import Model
+from tests.blocks import randomised
 from utils.errors import run_cli
 from utils.options import HelpfulParser
-from utils.slimming.report import table
+from utils.tables import text_table, write_csv
 
 
-def prune_ours(model, folder: Path) -> int:
-    """Rank, select, cut, prove, save; returns the parameters that are left."""
-    import prune
-    from models import checkpoint
-
-    opt = prune.parse(["--percent", "0.5"])
-    opt.imgsz, opt.shortcuts, opt.round_to = 640, "joint", 1
-    ranked = prune.rank(model, opt)
-    result = prune.cut(model, ranked, ranked.percent(opt.percent))
-    checkpoint.save(folder / "slim.pt", result.slim)
-    return sum(p.numel() for p in result.slim.parameters())
+def prune_ours(model: Model, path: Path) -> Model:
+    """Rank, cut, check and save."""
+    opt = prune.parse(["--percent", "0.5", "--imgsz", "640", "--shortcuts", "joint", "--round-to", "1"])
+    slim = prune.cut(prune.rank(model, opt, torch.device("cpu")), opt).slim
+    checkpoint.save(path, slim)
+    return slim
 
 
-def prune_theirs(model, folder: Path) -> int:
-    """Torch-Pruning's BNScalePruner: global ranking, no proof; saves the whole module."""
-    import torch
+def prune_theirs(model: Model, path: Path) -> Model:
+    """Rank globally, cut in place without a check, save the whole module."""
     import torch_pruning as tp
 
-    model.train()
-    pruner = tp.pruner.BNScalePruner(model, torch.rand(1, 3, 64, 64), importance=tp.importance.BNScaleImportance(), pruning_ratio=0.5,
-                                     global_pruning=True, ignored_layers=list(model.detect.m))
+    pruner = tp.pruner.BNScalePruner(model.train(), torch.rand(1, 3, 64, 64), tp.importance.BNScaleImportance(),
+                                     pruning_ratio=0.5, global_pruning=True, ignored_layers=list(model.detect.m))
     pruner.step()
-    torch.save(model, folder / "slim.pt")
-    return sum(p.numel() for p in model.parameters())
+    torch.save(model, path)
+    return model
 
 
 METHODS = {"ours": prune_ours, "Torch-Pruning": prune_theirs}
 
 
-def case(how: str, name: str) -> None:
-    """One measurement, printed as JSON."""
-    import tempfile
-
-    import torch
-
-    sys.path.insert(0, str(ROOT))
-    import prune  # noqa: F401  (imports are not counted)
-    from models.yolo import Model
-    from tests.blocks import randomised
-
-    if how == "Torch-Pruning":
-        import torch_pruning  # noqa: F401
+def sample(method: str, name: str) -> dict[str, float]:
+    """One measurement, in this process."""
+    if method == "Torch-Pruning":
+        import torch_pruning  # noqa: F401  (so that its import does not count)
     torch.manual_seed(0)
     model = randomised(Model(f"{name}.yaml")).eval()
-    weights = sum(4 * p.numel() for p in model.parameters())
+    parameters = sum(p.numel() for p in model.parameters())
     with tempfile.TemporaryDirectory() as folder:
         before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
-        left = METHODS[how](model, Path(folder))
+        slim = METHODS[method](model, Path(folder) / "slim.pt")
         seconds = time.perf_counter() - start
-    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
-    print(json.dumps({"seconds": seconds, "memory": grown / weights, "left": 4 * left / weights}))
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    return {"seconds": seconds, "memory": 1024 * kilobytes / (4 * parameters),
+            "left": sum(p.numel() for p in slim.parameters()) / parameters}
 
 
 def main() -> None:
-    """All cases, their medians, bench/results/engine.csv."""
+    """Measure all models by all methods."""
     parser = HelpfulParser(__doc__)
     parser.add_argument("--models", nargs="+", default=["yolov5s", "yolov5x"], help="yamls of models/")
-    parser.add_argument("--runs", type=int, default=5, help="processes a case")
-    parser.add_argument("--case", nargs=2, help="internal: how and model of one measurement")
+    parser.add_argument("--runs", type=int, default=5, help="samples per row")
+    parser.add_argument("--sample", nargs=2, metavar=("METHOD", "MODEL"), help="internal: print one sample as JSON")
     opt = parser.parse_args()
-    if opt.case:
-        case(*opt.case)
+    if opt.sample:
+        print(json.dumps(sample(*opt.sample)))
         return
-    methods = list(METHODS)
-    if not find_spec("torch_pruning"):
-        methods.remove("Torch-Pruning")
-        print("torch-pruning is not installed; ours alone (pip install torch-pruning)")
-    rows = []
+    methods = [method for method in METHODS if method == "ours" or find_spec("torch_pruning")]
+    if len(methods) == 1:
+        print("torch-pruning is not installed (pip install torch-pruning): only this project is measured")
+    rows: list[Row] = []
     for name in opt.models:
-        samples: dict[str, list[dict]] = {how: [] for how in methods}
-        for _ in range(opt.runs):  # in turns, so that a busy moment hits both
-            for how in methods:
-                done = subprocess.run([sys.executable, __file__, "--case", how, name], capture_output=True, text=True, check=True)
-                samples[how].append(json.loads(done.stdout.splitlines()[-1]))
-        rows += [{"model": name, "method": how, **{k: float(np.median([s[k] for s in found])) for k in ("seconds", "memory", "left")}}
-                 for how, found in samples.items()]
-    write_csv(ROOT / "bench" / "results" / "engine.csv", rows)
-    print(table([(r["model"], r["method"], f"{r['seconds']:.2f}", f"{r['memory']:.1f}", f"{r['left']:.0%}") for r in rows],
-                ("model", "", "seconds", "memory / weights", "parameters left")))
+        samples: dict[str, list[dict]] = {method: [] for method in methods}
+        for _ in range(opt.runs):  # in turns, so that a busy moment of the machine hits all methods
+            for method in methods:
+                command = [sys.executable, __file__, "--sample", method, name]
+                done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+                samples[method].append(json.loads(done.stdout.splitlines()[-1]))
+        for method, found in samples.items():
+            medians = {key: float(np.median([one[key] for one in found])) for key in ("seconds", "memory", "left")}
+            rows.append({"model": name, "method": method, **medians})
+    write_csv(RESULTS / "engine.csv", rows)
+    print(text_table(*formatted(rows, ENGINE)))
 
 
 if __name__ == "__main__":

@@ -6,25 +6,14 @@ from __future__ import annotations
 
 import re
 
+import columns
 import numpy as np
-from columns import (
-    ENGINE,
-    L1,
-    PIPELINE,
-    PRUNING,
-    ROOT,
-    SPARSITY,
-    STAGES,
-    as_markdown,
-    l1_rows,
-    read_results,
-    share_rows,
-    spread,
-)
+from columns import ROOT, formatted, read_results, spread
 
 from utils.errors import UserError, run_cli
 from utils.files import write_text
 from utils.options import HelpfulParser
+from utils.tables import markdown_table
 
 PAGES = (ROOT / "README.md", ROOT / "bench" / "README.md")
 MARK, END = r"<!-- table ([\w ]+) -->\n", "<!-- /table -->"
@@ -33,39 +22,39 @@ WAYS = {"l1": ("--sr {sr}", 50), "blocks": ("--target-sparsity 0.55", 55),
         "target": ("--target-sparsity 0.5 --round-to 1", 50)}
 
 
-def bccd(split: str) -> str:
-    """The stages of bccd.py on the val or the test images."""
+def bccd_rows(split: str) -> list[columns.Row]:
+    """The stages of bccd.py on the val or the test images, with titles."""
     found = {row["stage"]: row for row in read_results("bccd") if row["split"] == split}
     rows = [found["dense"]]
     for way, (flags, percent) in WAYS.items():
-        flags = flags.format(sr=found["dense"]["sr"])
         titles = {"sparse": f"{flags}: sparse", "cut": f"{percent}% of its channels cut", "tuned": "fine-tuned"}
-        rows += [{**found[f"{way}-{stage}"], "stage": title} for stage, title in titles.items()]
-    return as_markdown(rows, STAGES)
+        for stage, title in titles.items():
+            row = found[f"{way}-{stage}"]
+            rows.append({**row, "stage": title.format(**row)})
+    return rows
 
 
 def summary() -> str:
     """The main result of sparsity.py, in a sentence."""
     rows = read_results("sparsity")
-    dense = [row for row in rows if row["run"] == "share0"]
-    slim = [row for row in rows if row["run"] == "share0.55-round16"]
+    dense, slim = ([row for row in rows if row["run"] == run] for run in ("share0", "share0.55-round16"))
     flops, parameters = (np.mean([row[key] for row in slim]) for key in ("flops", "parameters"))
     return (f"BCCD, yolov5n at 320 px, mAP50-95 of {len(dense)} runs each: dense {spread(dense, 'map')}; "
-            "with `--target-sparsity 0.55`, cut and fine-tuned,\n"
-            f"{spread(slim, 'tuned')} with {flops:.0%} of the FLOPs and {parameters:.0%} of the parameters,\n"
-            f"{slim[0]['onnxruntime']:.2f} times faster in onnxruntime and {slim[0]['torch']:.2f} times in PyTorch, "
-            "on two CPU cores, one image at a time.")
+            f"with `--target-sparsity 0.55`, cut and fine-tuned,\n{spread(slim, 'tuned')} with {flops:.0%} "
+            f"of the FLOPs and {parameters:.0%} of the parameters,\n"
+            f"{slim[0]['onnxruntime']:.2f} times faster in onnxruntime and "
+            f"{slim[0]['torch']:.2f} times in PyTorch, on two CPU cores, one image at a time.")
 
 
 def tables() -> dict[str, str]:
     """Name of a mark -> what stands behind it."""
     sparsity = read_results("sparsity")
-    return {"summary": summary(), "demo": as_markdown(read_results("demo"), STAGES),
-            "bccd val": bccd("val"), "bccd test": bccd("test"),
-            "sparsity": as_markdown(share_rows(sparsity), SPARSITY), "l1": as_markdown(l1_rows(sparsity), L1),
-            "pipeline": as_markdown(read_results("pipeline"), PIPELINE),
-            "pruning": as_markdown(read_results("pruning"), PRUNING),
-            "engine": as_markdown(read_results("engine"), ENGINE)}
+    found = {"demo": (read_results("demo"), columns.STAGES), "engine": (read_results("engine"), columns.ENGINE),
+             "bccd val": (bccd_rows("val"), columns.STAGES), "bccd test": (bccd_rows("test"), columns.STAGES),
+             "sparsity": (columns.share_rows(sparsity), columns.SPARSITY),
+             "l1": (columns.l1_rows(sparsity), columns.L1), "pruning": (read_results("pruning"), columns.PRUNING),
+             "pipeline": (read_results("pipeline"), columns.PIPELINE)}
+    return {"summary": summary(), **{name: markdown_table(*formatted(*table)) for name, table in found.items()}}
 
 
 def fill(text: str, known: dict[str, str]) -> str:
@@ -78,8 +67,7 @@ def main() -> None:
     HelpfulParser(__doc__).parse_args()
     known = tables()
     texts = {page: page.read_text(encoding="utf-8") for page in PAGES}
-    marks = {mark for text in texts.values() for mark in re.findall(MARK, text)}
-    if wrong := known.keys() ^ marks:
+    if wrong := known.keys() ^ set(re.findall(MARK, "".join(texts.values()))):
         raise UserError(f"<!-- table {min(wrong)} -->: a mark without a table, or a table without a mark in a README")
     for page, text in texts.items():
         write_text(page, fill(text, known))

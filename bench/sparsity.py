@@ -1,150 +1,119 @@
-"""What becoming sparse costs on BCCD, before any fine-tuning: the L1 rule at many strengths, --target-sparsity at many shares.
+"""What sparsity training costs on BCCD: the L1 rule at several strengths, --target-sparsity at several shares.
 
-    python bench/sparsity.py --voc BCCD_Dataset/BCCD --weights yolov5n.pt                      # two hours on two cores, half of --only each
+    python bench/sparsity.py --voc BCCD_Dataset/BCCD --weights yolov5n.pt    # two hours on two cores, in two processes
 
-A run that is done is not run again; --only shares the work among processes. Writes bench/results/sparsity.csv (one row a run: validation
-images, last epoch, the same model right after cutting 50% and 65%, and some without their zeros after fine-tuning) and img/sparsity.png.
+A run that is done is not run again; --only shares the work among processes. Writes img/sparsity.png and
+bench/results/sparsity.csv, a row per run: the last epoch on val, the model right after cuts of 50% and 65%, the cost
+and speed of the model without its zeros, and for some runs its accuracy after fine-tuning.
 """
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
+import common
 import numpy as np
-import torch
-from common import ROOT, is_done, last_epoch, need_onnxruntime, run, speeds, write_csv
+from columns import L1, RESULTS, ROOT, SPARSITY, Row, formatted, l1_rows, share_rows
+from matplotlib.axes import Axes
 
 from models import checkpoint
-from models.yolo import Model, fused
-from utils.data.config import read_data
+from models.pruning import model_pruner
+from models.yolo import Model
 from utils.errors import run_cli
-from utils.files import write_json
-from utils.options import HelpfulParser
-from utils.slimming.cost import CostModel, profile
-from utils.slimming.graph import trace
-from utils.plots.style import BLUE, ORANGE, dress, new_figure, save
-from utils.slimming.ranking import MIN_SHARE, Rules, Selection, select
-from utils.slimming.surgery import keep_ids, masked, slim
-from val import evaluate, validation_loader
+from utils.plots.style import BLUE, ORANGE, new_chart, save_figure
+from utils.slimming import Rules, masked, slim
+from utils.slimming.ranking import MIN_SHARE
+from utils.tables import text_table, write_csv
 
-CUTS = (0.5, 0.65)
-# Name of a run -> its flags. AdamW as in the other tables; SGD with its own rates.
+# Name of a run -> its flags. The rates are those of data/hyps, 0.001 with AdamW and 0.01 with SGD.
 RUNS = {f"share0-seed{seed}": f"--no-st --adam --seed {seed}" for seed in range(3)}
-RUNS |= {f"share{share:g}-seed{seed}": f"--target-sparsity {share} --round-to 1 --adam --seed {seed}" for share in (0.3, 0.5) for seed in range(3)}
-RUNS |= {f"share{share:g}-seed0": f"--target-sparsity {share} --round-to 1 --adam --seed 0" for share in (0.65, 0.8)}
-RUNS |= {f"share{share:g}-round16-seed{seed}": f"--target-sparsity {share} --round-to 16 --adam --seed {seed}"
-         for share, seeds in ((0.5, 2), (0.55, 3), (0.6, 1)) for seed in range(seeds)}
-RUNS |= {f"{name}-sr{sr:g}-seed0": f"--sr {sr} {flags} --seed 0" for name, flags in (("AdamW", "--adam"), ("SGD", "--optimizer SGD"))
-         for sr in (1e-4, 1e-3, 1e-2, 1e-1)}
-# Runs whose zeros are cut, and what is left fine-tuned for as many epochs.
-TUNED = [f"share{share}-seed{seed}" for share in ("0.5", "0.55-round16") for seed in range(3)] + ["share0.65-seed0", "share0.6-round16-seed0"]
+for _share, _round_to, _seeds in ((0.3, 1, 3), (0.5, 1, 3), (0.65, 1, 1), (0.8, 1, 1),
+                                  (0.5, 16, 2), (0.55, 16, 3), (0.6, 16, 1)):
+    _name = f"share{_share:g}" if _round_to == 1 else f"share{_share:g}-round{_round_to}"
+    RUNS |= {f"{_name}-seed{seed}": f"--target-sparsity {_share} --round-to {_round_to} --adam --seed {seed}"
+             for seed in range(_seeds)}
+for _name, _flag in (("AdamW", "--adam"), ("SGD", "--optimizer SGD")):
+    RUNS |= {f"{_name}-sr{sr:g}-seed0": f"--sr {sr} {_flag} --seed 0" for sr in (1e-4, 1e-3, 1e-2, 1e-1)}
+# The zeros of these runs are cut, and what is left is fine-tuned for as many epochs.
+TUNED = ("share0.5-seed0", "share0.5-seed1", "share0.5-seed2", "share0.55-round16-seed0", "share0.55-round16-seed1",
+         "share0.55-round16-seed2", "share0.65-seed0", "share0.6-round16-seed0")
 
 
 def commands(name: str, weights: Path, epochs: int) -> dict[str, str]:
-    """What a command makes -> the command, in order: a run, and its cut and fine-tuning if it is one of TUNED."""
-    train = f"--data bccd/data.yaml --imgsz 320 --epochs {epochs} --batch-size 16 --nbs 16 --cache ram --workers 2 --noplots --exist-ok"
-    made = {f"runs/train/{name}/gammas.npy": f"train_sparsity.py {RUNS[name]} --weights '{weights}' {train} --name {name}"}
-    if name in TUNED:
-        share = RUNS[name].split()[1]
-        made[f"runs/prune/{name}/pruned_model.pt"] = f"prune.py --weights runs/train/{name}/weights/last.pt --percent {share} --noval --exist-ok --name {name}"
-        made[f"runs/train/{name}-tuned/results.csv"] = f"finetune_pruned.py --weights runs/prune/{name}/pruned_model.pt --adam {train} --name {name}-tuned"
-    return made
+    """Product of a command -> command, in order: a run, and for one of TUNED its cut and its fine-tuning."""
+    train = (f"--data bccd/data.yaml --imgsz 320 --epochs {epochs} --batch-size 16 --nbs 16 "
+             "--cache ram --workers 2 --noplots")
+    sparsify, share = f"{RUNS[name]} --weights '{weights}' {train}", RUNS[name].split()[1]
+    steps = common.slimming_commands(name, sparsify, f"--percent {share} --noval", f"--adam {train}")
+    return steps if name in TUNED else dict(list(steps.items())[:1])
 
 
-def row(folder: Path, name: str, data: Path) -> dict[str, Any]:
-    """The last epoch of a run, the cost of what its zeros leave, and its mAP right after cuts."""
-    last = last_epoch(folder / "results.csv")
-    saved = checkpoint.read(folder / "weights" / "last.pt")
-    model = checkpoint.build(saved)
-    graph = trace(model)
+def measure(train: Path, name: str, data: Path) -> tuple[Row, Model]:
+    """The row of a run, without its speed, and the model without its zeros."""
+    last, saved = common.last_epoch(train / name / "results.csv"), checkpoint.read(train / name / "weights" / "last.pt")
+    pruner = model_pruner(checkpoint.build(saved), saved["imgsz"])
     zero = float(last["sparsity/zero"])
-    parameters, flops = CostModel(model, graph, saved["imgsz"]).remaining(keep_ids(graph, select(graph, model, zero)))
-    full = profile(model, saved["imgsz"])
-    mode, seed = name.rsplit("-seed", 1)
-    flags, tuned = saved["opt"], folder.with_name(f"{name}-tuned") / "results.csv"
-    return {"run": mode, "seed": seed, "share": flags["target_sparsity"] or 0.0, "round_to": flags.get("round_to", 1), "zero": zero,
-            "below_0.1": float(last["sparsity/below_1e-1"]), "map50": float(last["metrics/mAP_0.5"]), "map": float(last["metrics/mAP_0.5:0.95"]),
-            **after_cuts(folder, model, data, saved["imgsz"], flags.get("round_to", 1)),
-            "tuned": float(last_epoch(tuned)["metrics/mAP_0.5:0.95"]) if tuned.is_file() else "",
-            "parameters": parameters / full.parameters, "flops": flops / full.flops}
+    zeros, parameters, flops = pruner.rank().preview(zero)
+    all_parameters, all_flops = pruner.costs.remaining()
+    round_to = {**saved["opt"], **saved.get("sparsity", {})}.get("round_to") or 1
+    pruner.rank(rules=Rules(min_share=MIN_SHARE, round_to=round_to))
+    cuts = {share: masked(pruner.model, pruner.preview(share)[0]) for share in (0.5, 0.65)}
+    tuned = train / f"{name}-tuned" / "results.csv"
+    run, seed = name.rsplit("-seed", 1)
+    row = {"run": run, "seed": int(seed), "share": saved["opt"]["target_sparsity"] or 0.0, "round_to": round_to,
+           "zero": zero, "below_0.1": float(last["sparsity/below_1e-1"]),
+           "map50": float(last["metrics/mAP_0.5"]), "map": float(last[common.MAP_KEY]),
+           **{f"cut_{share:g}": common.map_on_val(cut, data) for share, cut in cuts.items()},
+           "tuned": float(common.last_epoch(tuned)[common.MAP_KEY]) if tuned.is_file() else "",
+           "parameters": parameters / all_parameters, "flops": flops / all_flops, "torch": "", "onnxruntime": ""}
+    return row, slim(pruner.model, zeros)
 
 
-def add_speeds(rows: list[dict[str, Any]], train: Path) -> None:
-    """How many times faster than dense each share's first run is without its zeros."""
-    first = [r for r in rows if r["run"].startswith("share") and r["seed"] == "0"]
-    models = []
-    for r in first:
-        model = checkpoint.load(train / f"{r['run']}-seed0" / "weights" / "last.pt")
-        models.append(slim(model, select(trace(model), model, r["zero"])) if r["zero"] else model)
-    ms = speeds(models, 320)  # type: ignore[arg-type]
-    for r in rows:
-        r |= {"torch": "", "onnxruntime": ""}
-    for r, torch_ms, onnx_ms in zip(first, *ms):
-        r |= {"torch": ms[0][0] / torch_ms, "onnxruntime": ms[1][0] / onnx_ms}
-
-
-def after_cuts(folder: Path, model: Model, data: Path, imgsz: int, round_to: int) -> dict[str, float]:
-    """mAP50-95 on val of the model right after each of CUTS; kept beside the run."""
-    kept = folder / "cuts.json"
-    if not kept.is_file():
-        loader = validation_loader(read_data(str(data)), "val", imgsz, 32, int(model.stride.max()), workers=2)
-        ranked = Selection(trace(model), model, Rules(min_share=MIN_SHARE, round_to=round_to))
-        found = {}
-        for share in CUTS:
-            cut = masked(model, ranked.percent(share))
-            assert isinstance(cut, Model)
-            found[f"cut_{share:g}"] = evaluate(fused(cut), loader, torch.device("cpu")).ap.map
-        write_json(kept, found)
-    return json.loads(kept.read_text())
-
-
-def picture(rows: list[dict[str, Any]], path: Path) -> None:
-    """mAP50-95 over the FLOPs that are left, a dot a run, a line through the means of each share of zeros."""
-    figure = new_figure(7, 4)
-    ax = figure.add_subplot()
-    dress(ax, "BCCD, yolov5n, 40 epochs: what zeros cost", "FLOPs left, % of dense", "mAP50-95 on val, before fine-tuning")
-    for round_to, colour, label in ((1, BLUE, "channel by channel (--round-to 1)"), (16, ORANGE, "in blocks of 16 (default)")):
-        own = [r for r in rows if r["round_to"] == round_to or not r["share"]]
-        means = [(share, *(np.mean([[100 * r["flops"], r["map"]] for r in own if r["share"] == share], axis=0))) for share in sorted({r["share"] for r in own})]
-        ax.plot([x for _, x, _ in means], [y for _, _, y in means], color=colour, label=label)
-        ax.scatter([100 * r["flops"] for r in own], [r["map"] for r in own], color=colour, zorder=3, s=14, alpha=0.6)
-        for share, x, y in means:
-            ax.annotate(f"{share:g}" if share else "dense", (x, y), (0, -26 if round_to == 1 else 14), textcoords="offset points", ha="center",
-                        fontsize=8, color=colour)
+def picture(rows: list[Row], path: Path) -> None:
+    """mAP50-95 against FLOPs left: a dot per run, a line through the means of each share of zeros."""
+    figure, ax = new_chart(7, 4, "BCCD, yolov5n, 40 epochs: what zeros cost", "FLOPs left, % of dense",
+                           "mAP50-95 on val, before fine-tuning")
+    draw_shares(ax, [r for r in rows if r["round_to"] == 1], BLUE, "channel by channel (--round-to 1)", -26)
+    draw_shares(ax, [r for r in rows if r["round_to"] == 16 or not r["share"]], ORANGE, "in blocks of 16 (default)", 14)
     ax.set_ylim(bottom=min(r["map"] for r in rows) - 0.06)
     ax.legend(frameon=False, loc="lower right", title="share of zeros (--target-sparsity)")
-    save(figure, path)
+    save_figure(figure, path)
+
+
+def draw_shares(ax: Axes, rows: list[Row], colour: str, label: str, offset: float) -> None:
+    """The dots and the line of one size of blocks; each share stands `offset` points above its mean."""
+    dots = [(100 * r["flops"], r["map"], r["share"]) for r in rows]
+    means = [np.mean([dot for dot in dots if dot[2] == share], 0) for share in sorted({share for *_, share in dots})]
+    ax.plot([x for x, _, _ in means], [y for _, y, _ in means], color=colour, label=label)
+    ax.scatter([x for x, _, _ in dots], [y for _, y, _ in dots], color=colour, zorder=3, s=14, alpha=0.6)
+    for x, y, share in means:
+        ax.annotate(f"{share:g}" if share else "dense", (x, y), (0, offset), textcoords="offset points", ha="center",
+                    fontsize=8, color=colour)
 
 
 def main() -> None:
     """Run what is missing, then write the rows and the picture."""
-    parser = HelpfulParser(__doc__)
-    parser.add_argument("--voc", required=True, help="folder of the data set, with Annotations and JPEGImages")
-    parser.add_argument("--weights", required=True, help="the official yolov5n.pt")
-    parser.add_argument("--folder", default=str(ROOT / "runs" / "sparsity"), help="where the runs are")
-    parser.add_argument("--epochs", type=int, default=40, help="epochs a run")
-    parser.add_argument("--only", type=int, nargs="+", help="numbers of the runs to do now, to share the work among processes; without it the table is written")
+    parser = common.experiment_parser(__doc__, "sparsity")
+    parser.add_argument("--epochs", type=int, default=40, help="epochs per run")
+    parser.add_argument("--only", type=int, nargs="+", help="make these runs (numbers) and no table")
     opt = parser.parse_args()
-    need_onnxruntime()
-    folder = Path(opt.folder).resolve()
-    folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / "bccd" / "data.yaml").exists():
-        run(f"data/scripts/voc_to_yolo.py --voc '{Path(opt.voc).resolve()}' --out bccd", folder)
+    common.need_onnxruntime()
+    made = common.bccd_commands(opt.voc)
     for number, name in enumerate(RUNS):
-        for product, command in commands(name, Path(opt.weights).resolve(), opt.epochs).items():
-            if not is_done(folder / product, command) and not (opt.only and number not in opt.only):
-                run(command, folder)
+        if not opt.only or number in opt.only:
+            made |= commands(name, opt.weights, opt.epochs)
+    common.run_missing(made, opt.folder)
     if opt.only:
         return
-    train = folder / "runs" / "train"
-    rows = [row(train / name, name, folder / "bccd" / "data.yaml") for name in RUNS]
-    add_speeds(rows, train)
-    write_csv(ROOT / "bench" / "results" / "sparsity.csv", rows)
-    picture([r for r in rows if r["run"].startswith("share")], ROOT / "img" / "sparsity.png")
-    for mode in dict.fromkeys(r["run"] for r in rows):
-        values = np.array([r["map"] for r in rows if r["run"] == mode])
-        print(f"{mode}: mAP50-95 {values.mean():.3f} (lowest {values.min():.3f}, highest {values.max():.3f}, {len(values)} runs)")
+    train, data = opt.folder / "runs" / "train", opt.folder / "bccd" / "data.yaml"
+    found = [measure(train, name, data) for name in RUNS]
+    timed = [(row, model) for row, model in found if row["run"].startswith("share") and row["seed"] == 0]
+    for (row, _), speed in zip(timed, common.times_faster([model for _, model in timed])):
+        row |= speed
+    rows = [row for row, _ in found]
+    write_csv(RESULTS / "sparsity.csv", rows)
+    picture([row for row in rows if row["run"].startswith("share")], ROOT / "img" / "sparsity.png")
+    print(text_table(*formatted(share_rows(rows), SPARSITY)))
+    print("\n" + text_table(*formatted(l1_rows(rows), L1)))
 
 
 if __name__ == "__main__":

@@ -10,27 +10,21 @@ from __future__ import annotations
 
 from argparse import Namespace
 
-from columns import STAGES, as_text, write_csv
-from common import BEST, CUT, SPARSE, TUNED, experiment_parser, measure, run_missing, slimming_commands
+from columns import STAGES, formatted
+from common import experiment_parser, measure, run_missing, slimming_commands, stage_files
 
 from utils.errors import run_cli
-
-FILES = {"dense": BEST.format("dense")}
-for _name in ("l1", "target"):
-    for _stage, _file in (("sparse", SPARSE), ("cut", CUT), ("tuned", TUNED)):
-        FILES[f"{_name}-{_stage}"] = _file.format(_name)
+from utils.tables import text_table, write_csv
 
 
 def commands(opt: Namespace, data: str) -> dict[str, str]:
-    """Product of a command -> command, in order. data: the flags that val.py takes as well."""
+    """Product of a command -> command, in order. data: flags that val.py takes as well."""
     train = f"{data} --epochs {opt.epochs} --batch-size {opt.batch_size} --adam"
-    start = f"--weights '{opt.weights}' {train}"
-    splits = " ".join(opt.splits)
-    made = {"voc/data.yaml": f"data/scripts/voc_to_yolo.py --voc '{opt.voc}' --out voc --splits {splits}",
-            "runs/train/dense/results.png": f"train.py {start} --name dense"}
-    for name, flags in (("l1", f"--st --sr {opt.sr:g}"), ("target", f"--target-sparsity {opt.percent:g}")):
-        made |= slimming_commands(name, f"{flags} {start}", f"--percent {opt.percent:g} --noval", train)
-    return made
+    start, cut = f"--weights '{opt.weights}' {train}", f"--percent {opt.percent:g} --noval"
+    convert = f"data/scripts/voc_to_yolo.py --voc '{opt.voc}' --out voc --splits {' '.join(opt.splits)}"
+    return {"voc/data.yaml": convert, "runs/train/dense/results.png": f"train.py {start} --name dense",
+            **slimming_commands("l1", f"--st --sr {opt.sr:g} {start}", cut, train),
+            **slimming_commands("target", f"--target-sparsity {opt.percent:g} {start}", cut, train)}
 
 
 def main() -> None:
@@ -47,9 +41,9 @@ def main() -> None:
     opt = parser.parse_args()
     data = f"--data voc/data.yaml --imgsz {opt.imgsz}" + (f" --device {opt.device}" if opt.device else "")
     run_missing(commands(opt, data), opt.folder)
-    rows = measure(FILES, opt.folder, data)
+    rows = measure(stage_files("l1", "target"), opt.folder, data)
     write_csv(opt.folder / "table.csv", rows)
-    print("\n" + as_text(rows, STAGES))
+    print("\n" + text_table(*formatted(rows, STAGES)))
 
 
 if __name__ == "__main__":

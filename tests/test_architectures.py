@@ -6,22 +6,25 @@ from pathlib import Path
 import pytest
 import torch
 
-from models.yolo import FOLDER, Model, read_yaml
+from models.config import FOLDER, read_yaml
+from models.pruning import model_pruner
+from models.yolo import Model
 from tests.blocks import randomised
-from utils.training.loss import DetectionLoss, scale_gains
 from utils.options import read_hyp
-from utils.slimming.cost import CostModel, profile
-from utils.slimming.graph import trace
-from utils.slimming.ranking import select
-from utils.slimming.sparsity import TargetSparsity
-from utils.slimming.surgery import keep_ids, largest_difference, masked, slim
+from utils.slimming import Pruner, trace
+from utils.slimming.cost import profile
+from utils.slimming.graph import batch_norms
+from utils.slimming.target_sparsity import TargetSparsity
+from utils.training.loss import DetectionLoss, scale_gains
 
 # Parameters and entries of the state_dict, as stock YOLOv5 counts them.
-STOCK = {"yolov3-spp": (62998749, 445), "yolov3-tiny": (8852366, 71), "yolov3": (61949149, 439), "yolov5-bifpn": (46825853, 613),
-         "yolov5-fpn": (41117565, 547), "yolov5-p2": (47493372, 711), "yolov5-p34": (5331518, 311), "yolov5-p6": (76770172, 795),
-         "yolov5-p7": (144281723, 977), "yolov5-panet": (46563709, 613), "yolov5l6": (76770172, 795), "yolov5m6": (35731932, 627),
+STOCK = {"yolov3-spp": (62998749, 445), "yolov3-tiny": (8852366, 71), "yolov3": (61949149, 439),
+         "yolov5-bifpn": (46825853, 613), "yolov5-fpn": (41117565, 547), "yolov5-p2": (47493372, 711),
+         "yolov5-p34": (5331518, 311), "yolov5-p6": (76770172, 795), "yolov5-p7": (144281723, 977),
+         "yolov5-panet": (46563709, 613), "yolov5l6": (76770172, 795), "yolov5m6": (35731932, 627),
          "yolov5n6": (3246940, 459), "yolov5s-LeakyReLU": (7235389, 349), "yolov5s-ghost": (3897605, 529),
-         "yolov5s-transformer": (7235645, 348), "yolov5s-v5.0": (7276605, 361), "yolov5s6": (12626620, 459), "yolov5x6": (140794780, 963)}
+         "yolov5s-transformer": (7235645, 348), "yolov5s-v5.0": (7276605, 361), "yolov5s6": (12626620, 459),
+         "yolov5x6": (140794780, 963)}
 FILES = sorted(FOLDER.glob("*.yaml")) + sorted((FOLDER / "hub").glob("*.yaml"))
 NAMES = [f.stem for f in FILES]
 
@@ -42,23 +45,23 @@ def narrow(request: pytest.FixtureRequest) -> tuple[Path, Model]:
     """The yaml's model at a quarter of the width (an eighth where that is its own), one class."""
     torch.manual_seed(0)
     cfg = read_yaml(request.param)
-    return request.param, randomised(Model({**cfg, "width_multiple": 0.125, "depth_multiple": min(cfg["depth_multiple"], 0.33)}, nc=2))
+    cfg |= {"width_multiple": 0.125, "depth_multiple": min(cfg["depth_multiple"], 0.33)}
+    return request.param, randomised(Model(cfg, nc=2))
 
 
 @pytest.mark.slow
 def test_half_of_the_channels_go_exactly(narrow):
     path, model = narrow
-    graph = trace(model)
-    masks = select(graph, model, 0.5)
-    small = slim(model, masks)
+    side = 2 * max(int(model.stride.max()), 32)  # the backbone of P34 goes down to 32 all the same
+    pruner = model_pruner(model, side).rank()
+    graph, result = pruner.graph, pruner.cut(percent=0.5)
+    assert result.difference < 1e-9
     prunable = sum(int(m.sum()) for m in graph.prunable().values())
-    gone = sum(int((~m).sum()) for m in masks.values())
+    gone = sum(int((~m).sum()) for m in result.masks.values())
     assert prunable > 0.4 * sum(len(ids) for ids in graph.norms.values()) and gone >= 0.45 * prunable
-    s = max(int(model.stride.max()), 32)  # the backbone of P34 goes down to 32 all the same
-    assert largest_difference(masked(model, masks), small, sizes=((2, s, 2 * s),)) < 1e-9
-    cost = profile(small, 2 * s)
-    assert CostModel(model, graph, 2 * s).remaining(keep_ids(graph, masks)) == (cost.parameters, cost.flops)
-    assert cost.parameters < 0.8 * profile(model, 2 * s).parameters or "transformer" in path.stem
+    cost = profile(result.slim, side)
+    assert pruner.preview(0.5)[1:] == (cost.parameters, cost.flops)
+    assert cost.parameters < 0.8 * profile(model, side).parameters or "transformer" in path.stem
     # What is not understood is said, and only attention is not.
     assert bool(graph.notes) == ("transformer" in path.stem), graph.notes
 
@@ -72,9 +75,9 @@ def test_one_step_of_training_and_sparsity(narrow):
     side = max(int(model.stride.max()), 64)
     loss, items = DetectionLoss(model, hyp)(model(torch.rand(2, 3, side, 2 * side)), targets)
     loss.backward()
-    assert bool(torch.isfinite(items).all()) and all(p.grad is not None and bool(p.grad.isfinite().all()) for p in model.parameters())
-    modules = dict(model.named_modules())
-    norms = [modules[n] for n in trace(model).prunable_norms()]
+    assert bool(torch.isfinite(items).all())
+    assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in model.parameters())
+    norms = list(batch_norms(model, trace(model).prunable_norms()).values())
     target = TargetSparsity(norms, 0.5)
     target.observe()
     target.shrink(1.0)
@@ -85,7 +88,6 @@ def test_one_step_of_training_and_sparsity(narrow):
 @pytest.mark.slow
 def test_attention_is_kept_whole():
     model = randomised(Model({**read_yaml("yolov5s-transformer.yaml"), "width_multiple": 0.25}, nc=2))
-    graph = trace(model)
-    masks = select(graph, model, 0.9)
+    masks = Pruner(model, 64).rank().preview(0.9)[0]
     assert masks["model.8.cv1.bn"].all() and masks["model.8.cv2.bn"].all()
     assert not masks["model.8.cv3.bn"].all() and not masks["model.6.cv3.bn"].all()

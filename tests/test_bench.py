@@ -1,12 +1,13 @@
-"""The bench scripts: what is done is not done again, what was interrupted is; the READMEs' tables follow from the results."""
+"""The bench scripts: what is done is not done again, what was interrupted is; the READMEs show what the results say."""
 from __future__ import annotations
 
 import importlib
-import shutil
 import sys
 from pathlib import Path
 
 import pytest
+
+from utils.tables import write_csv
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -30,21 +31,40 @@ def test_a_run_that_was_interrupted_is_not_taken_for_done(bench, tmp_path):
     assert is_done(tmp_path / "gammas.npy", "train_sparsity.py")
 
 
-def test_the_readmes_show_what_the_results_say(bench, tmp_path, monkeypatch):
-    """Nothing in a table is typed by hand: writing them anew changes nothing."""
+def test_only_what_is_missing_runs_and_a_run_goes_into_its_own_folder(bench, tmp_path, monkeypatch):
+    common, ran = bench("common"), []
+    monkeypatch.setattr(common, "run", lambda command, folder: ran.append(command))
+    (tmp_path / "a.npy").touch()
+    common.run_missing({"a.npy": "train_sparsity.py --name a", "b.npy": "train_sparsity.py --name b",
+                        "data.yaml": "convert.py --out c"}, tmp_path)
+    assert ran == ["train_sparsity.py --name b --exist-ok", "convert.py --out c"]
+
+
+def test_the_readmes_show_what_the_results_say(bench):
+    """Nothing in a table is typed by hand: writing them again changes nothing."""
     readme = bench("readme")
-    (tmp_path / "bench").mkdir()
-    shutil.copytree(ROOT / "bench" / "results", tmp_path / "bench" / "results")
-    for name in ("README.md", "bench/README.md"):
-        shutil.copyfile(ROOT / name, tmp_path / name)
-    monkeypatch.setattr(readme, "ROOT", tmp_path)
-    readme.main()
-    for name in ("README.md", "bench/README.md"):
-        assert (tmp_path / name).read_text(encoding="utf-8") == (ROOT / name).read_text(encoding="utf-8")
+    known = readme.tables()
+    pages = [page.read_text(encoding="utf-8") for page in readme.PAGES]
+    assert [readme.fill(page, known) for page in pages] == pages
+    assert all(sum(f"<!-- table {name} -->\n{table}\n<!-- /table -->" in page for page in pages) == 1
+               for name, table in known.items())
+
+
+def test_a_figure_comes_back_from_a_csv_as_it_was_written(bench, tmp_path, monkeypatch):
+    columns = bench("columns")
+    monkeypatch.setattr(columns, "RESULTS", tmp_path)
+    rows = [{"model": "a", "map": 0.125, "parameters": 1000, "tuned": ""}]
+    write_csv(tmp_path / "x.csv", rows)
+    assert columns.read_results("x") == rows
+    assert columns.formatted(rows, [columns.PARAMETERS, ("fine-tuned", "tuned", columns.SHARE)]) == (
+        [["1,000", ""]], ["parameters", "fine-tuned"])
 
 
 def test_every_fine_tuned_run_of_the_tables_is_among_the_runs(bench):
     sparsity, pruning = bench("sparsity"), bench("pruning")
-    assert set(sparsity.TUNED) <= set(sparsity.RUNS) and pruning.SPARSE in sparsity.RUNS and set(pruning.TUNED) <= set(pruning.CUTS)
-    made = sparsity.commands("share0.55-round16-seed1", Path("w.pt"), 40)
-    assert [c.split()[0] for c in made.values()] == ["train_sparsity.py", "prune.py", "finetune_pruned.py"] and "--percent 0.55 " in [*made.values()][1]
+    assert set(sparsity.TUNED) <= set(sparsity.RUNS)
+    assert pruning.SOURCE in sparsity.RUNS and set(pruning.TUNED) <= set(pruning.CUTS)
+    made = list(sparsity.commands("share0.55-round16-seed1", Path("w.pt"), 40).values())
+    assert [command.split()[0] for command in made] == ["train_sparsity.py", "prune.py", "finetune_pruned.py"]
+    assert "--percent 0.55 " in made[1]
+    assert len(sparsity.commands("SGD-sr0.1-seed0", Path("w.pt"), 40)) == 1

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from models import checkpoint
+from models import checkpoint, formats
 from models.yolo import Model
-from utils.errors import UserError
 from utils.data.sources import files, frames
+from utils.errors import UserError
 
 pytestmark = pytest.mark.slow
 
@@ -30,8 +30,8 @@ def eager(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def film(tmp_path_factory):
-    path = tmp_path_factory.mktemp("film") / "film.mp4"
+def video(tmp_path_factory):
+    path = tmp_path_factory.mktemp("video") / "video.mp4"
     writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"mp4v"), 10, (96, 64))
     for i in range(6):
         writer.write(np.full((64, 96, 3), 40 * i, np.uint8))
@@ -42,7 +42,8 @@ def film(tmp_path_factory):
 def test_images_labels_and_crops(script, eager, tiny, tmp_path):
     source = tiny.parent / "images/val"
     writing = ["--save-txt", "--save-conf", "--save-crop"]
-    done = script("detect.py", "--weights", eager, "--source", source, *writing, "--max-det", 3, "--device", "cpu", cwd=tmp_path)
+    done = script("detect.py", "--weights", eager, "--source", source, *writing, "--max-det", 3, "--device", "cpu",
+                  cwd=tmp_path)
     assert "6 pictures" in done.stdout
     folder = tmp_path / "runs/detect/exp"
     assert sorted(p.name for p in folder.glob("*.png")) == [f"{i:03d}.png" for i in range(6)]
@@ -51,16 +52,17 @@ def test_images_labels_and_crops(script, eager, tiny, tmp_path):
     assert len(list((folder / "crops").rglob("*.jpg"))) > 0
 
 
-def test_film_by_stride_and_one_class(script, eager, film, tmp_path):
-    done = script("detect.py", "--weights", eager, "--source", film, "--vid-stride", 2, "--classes", 1, "--device", "cpu", cwd=tmp_path)
+def test_video_by_stride_and_one_class(script, eager, video, tmp_path):
+    done = script("detect.py", "--weights", eager, "--source", video, "--vid-stride", 2, "--classes", 1,
+                  "--device", "cpu", cwd=tmp_path)
     assert "3 pictures" in done.stdout and "square" not in done.stdout
-    assert len(list(frames(str(tmp_path / "runs/detect/exp/film.mp4")))) == 3
+    assert len(list(frames(str(tmp_path / "runs/detect/exp/video.mp4")))) == 3
 
 
-def test_sources(tiny, film, tmp_path):
+def test_sources(tiny, video, tmp_path):
     folder = tiny.parent / "images/val"
-    (tmp_path / "list.txt").write_text(f"{folder / '000.png'}\n\n{film}\n")
-    assert [p.name for p in files(str(tmp_path / "list.txt"))] == ["000.png", "film.mp4"]
+    (tmp_path / "list.txt").write_text(f"{folder / '000.png'}\n\n{video}\n")
+    assert [p.name for p in files(str(tmp_path / "list.txt"))] == ["000.png", "video.mp4"]
     assert len(files(str(folder / "00*.png"))) == 6
     (tmp_path / "broken.jpg").write_bytes(b"nothing")
     assert list(frames(str(tmp_path / "broken.jpg"))) == []
@@ -88,10 +90,9 @@ def test_onnx_in_val_and_detect(script, eager, tiny, tmp_path):
 
 def test_augmented_inference_is_three_views(assets):
     """Stock YOLOv5 has 9399 boxes here, too; without augmentation there are 5040."""
-    from models import backend
-
     x = torch.rand(1, 3, 256, 320)
-    plain, augmented = (backend.load(assets / "yolov5n.pt", torch.device("cpu"), augment=a)[0] for a in (False, True))
+    plain, augmented = (formats.load(assets / "yolov5n.pt", torch.device("cpu"), augment=a)[0] for a in (False, True))
+    assert type(augmented).__name__ == "TestTimeAugmentation"
     with torch.no_grad():
         one, three = plain(x)[0], augmented(x)[0]
     assert one.shape[1] == 5040 and three.shape[1] == 9399

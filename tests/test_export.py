@@ -13,12 +13,12 @@ import torch
 from torch import nn
 
 from export import main
-from models import checkpoint, stock
+from models import checkpoint
+from models.formats import ExportOptions, yolov5
 from models.yolo import Model, on_device
 from tests.blocks import random_masks, randomised
 from utils.errors import UserError
-from utils.slimming.graph import trace
-from utils.slimming.surgery import slim
+from utils.slimming import slim, trace
 
 
 @pytest.fixture(scope="module", params=["dense", "slim"])
@@ -27,10 +27,7 @@ def model(request) -> Model:
     dense = randomised(Model("yolov5n.yaml", nc=3, names={0: "a", 1: "b", 2: "c"}))
     if request.param == "dense":
         return dense.eval()
-    masks = random_masks(trace(dense), 3, joint=False)
-    narrow = slim(dense, masks)
-    narrow.masks = masks
-    return narrow.eval()
+    return slim(dense, random_masks(trace(dense), 3, coupled=False)).eval()
 
 
 @pytest.fixture
@@ -57,15 +54,16 @@ def test_yolov5_file_computes_the_same_and_comes_back(model, weights, tmp_path):
     with torch.no_grad():
         expected = model(x)[0]
         again = checkpoint.load(path)(x)[0]
-        dressed = stock.dressed(model)
-        dressed.detect.stride = dressed.__dict__["stride"]
-        walked = stocks_forward(dressed, x)[0]
+        theirs = yolov5.to_yolov5(model)
+        theirs.detect.stride = theirs.__dict__["stride"]
+        walked = stocks_forward(theirs, x)[0]
     assert torch.allclose(walked, expected, rtol=1e-4, atol=1e-3)
     assert torch.allclose(again, expected, rtol=2e-2, atol=2e-2 * float(expected.abs().max()))  # it is stored in fp16
     raw = torch.load(path, weights_only=False)["model"]
     assert all(p.is_contiguous() for p in raw.parameters())  # stock's fuse() calls view()
     assert raw.names == model.names and raw.__dict__["stride"].tolist() == [8, 16, 32] and not hasattr(raw, "masks")
-    assert {type(m).__module__ for m in raw.modules()} <= {"models.yolo", "models.common"} | {m.__module__ for m in vars(nn).values() if isinstance(m, type)}
+    of_torch = {m.__module__ for m in vars(nn).values() if isinstance(m, type)}
+    assert {type(m).__module__ for m in raw.modules()} <= {"models.yolo", "models.common"} | of_torch
 
 
 def test_a_block_that_yolov5_lacks_is_named(model, tmp_path):
@@ -76,7 +74,7 @@ def test_a_block_that_yolov5_lacks_is_named(model, tmp_path):
     model = Model("yolov5n.yaml", nc=1)
     model.model[0].act = Strange()
     with pytest.raises(UserError, match="no block Strange"):
-        stock.save(tmp_path / "x.pt", model)
+        yolov5.write(model, tmp_path / "x.pt", ExportOptions(torch.rand(1, 3, 64, 64), {}))
     assert not list(tmp_path.iterdir())
 
 
@@ -120,9 +118,11 @@ def test_unmodified_yolov5_computes_the_same(model, weights, tmp_path):
     path, = main(["--weights", str(weights), "--include", "yolov5"])
     x = torch.rand(2, 3, 64, 96)
     np.save(tmp_path / "x.npy", x.numpy())
-    code = ("import numpy as np, torch; from models.experimental import attempt_load; m = attempt_load(r'{}', fuse=True); "
-            "np.save(r'{}', m(torch.from_numpy(np.load(r'{}')))[0].detach().numpy())").format(path, tmp_path / "y.npy", tmp_path / "x.npy")
-    subprocess.run([python, "-c", code], cwd=repository, check=True, capture_output=True, env={**os.environ, "YOLO_OFFLINE": "true"})
+    code = ("import numpy as np, torch; from models.experimental import attempt_load; "
+            f"m = attempt_load(r'{path}', fuse=True); x = torch.from_numpy(np.load(r'{tmp_path / 'x.npy'}')); "
+            f"np.save(r'{tmp_path / 'y.npy'}', m(x)[0].detach().numpy())")
+    subprocess.run([python, "-c", code], cwd=repository, check=True, capture_output=True,
+                   env={**os.environ, "YOLO_OFFLINE": "true"})
     half = checkpoint.load(path)  # what the file holds is rounded to fp16
     with torch.no_grad():
         expected = half(x)[0].numpy()

@@ -1,4 +1,7 @@
-"""Checkpoints from elsewhere: YOLOv5's own in all their kinds are read, hostile ones are refused, nothing is ever executed."""
+"""Checkpoints from elsewhere: YOLOv5's own in all their kinds are read, hostile ones are refused.
+
+Nothing in a file is ever executed.
+"""
 from __future__ import annotations
 
 import argparse
@@ -31,18 +34,19 @@ from torch import nn
 
 import models.common
 import models.yolo
-from models import checkpoint, stock
+from models import checkpoint
+from models.config import read_yaml
+from models.formats.yolov5 import to_yolov5
 from models.yolo import Model
 from tests.blocks import randomised
 from utils.errors import UserError
 
-# Kinds of files that YOLOv5 v5.0 to v7.0 write --------------------------------------------------------------------
-
+# Kinds of files that YOLOv5 v5.0 to v7.0 write ------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def mine() -> Model:
     torch.manual_seed(0)
-    cfg = {**models.yolo.read_yaml("yolov5n.yaml"), "width_multiple": 0.125}
+    cfg = {**read_yaml("yolov5n.yaml"), "width_multiple": 0.125}
     return randomised(Model(cfg, nc=3, names={0: "a", 1: "b", 2: "c"})).half().float().eval()  # what fp16 can hold
 
 
@@ -50,7 +54,7 @@ def as_stock(model: Model, monkeypatch: pytest.MonkeyPatch, name: str = "Detecti
     """The model as YOLOv5 pickles it, under a class name that this program does not have."""
     cls = type(name, (Model,), {"__module__": "models.yolo", "__qualname__": name})
     monkeypatch.setattr(models.yolo, name, cls, raising=False)
-    whole = stock.dressed(model)
+    whole = to_yolov5(model)
     whole.__class__ = cls
     return whole
 
@@ -73,33 +77,44 @@ def kinds(whole: nn.Module) -> dict[str, object]:
     extra.hyp, extra.class_weights, extra.gr = {"lr0": 0.01}, torch.ones(3), 1.0
     extra.yaml_file = "runs/train/exp/custom.yaml"
     return {
-        "finished": {"epoch": -1, "model": deepcopy(whole).half(), "ema": None, "optimizer": None, "date": "2022-08-17"},
-        "finished, names as a list": {"epoch": -1, "model": deepcopy(lists).half(), "ema": None, "optimizer": None},
-        "in training, the average counts": {"epoch": 3, "best_fitness": np.array([0.5]), "model": nn.Sequential(), "ema": deepcopy(whole).half(), "updates": 9,
-                                            "optimizer": optimizer.state_dict(), "opt": {"data": "D:\\\\set\\\\data.yaml"}},
-        "options as a Namespace with paths": {"model": deepcopy(whole), "opt": argparse.Namespace(save_dir=pathlib.PosixPath("/home/x"), cfg="")},
-        "from Windows": {"model": deepcopy(whole), "opt": {"save_dir": pathlib.PureWindowsPath("C:/runs")}},
-        "v5.0": {"epoch": -1, "best_fitness": None, "training_results": "0/2 ...", "model": old.half(), "optimizer": None, "wandb_id": None},
-        "with attributes of the training loop": {"model": extra, "ema": None, "git": {"branch": "main"}},
-        "numpy numbers inside": {"model": deepcopy(whole), "best_fitness": np.float64(0.3), "epoch": np.int64(4)},
+        "finished": {
+            "epoch": -1, "model": deepcopy(whole).half(), "ema": None, "optimizer": None, "date": "2022-08-17"},
+        "finished, names as a list": {
+            "epoch": -1, "model": deepcopy(lists).half(), "ema": None, "optimizer": None},
+        "in training, the average counts": {
+            "epoch": 3, "best_fitness": np.array([0.5]), "model": nn.Sequential(), "ema": deepcopy(whole).half(),
+            "updates": 9, "optimizer": optimizer.state_dict(), "opt": {"data": "D:\\\\set\\\\data.yaml"}},
+        "options as a Namespace with paths": {
+            "model": deepcopy(whole), "opt": argparse.Namespace(save_dir=pathlib.PosixPath("/home/x"), cfg="")},
+        "from Windows": {
+            "model": deepcopy(whole), "opt": {"save_dir": pathlib.PureWindowsPath("C:/runs")}},
+        "v5.0": {
+            "epoch": -1, "best_fitness": None, "training_results": "0/2 ...", "model": old.half(), "optimizer": None,
+            "wandb_id": None},
+        "with attributes of the training loop": {
+            "model": extra, "ema": None, "git": {"branch": "main"}},
+        "numpy numbers inside": {
+            "model": deepcopy(whole), "best_fitness": np.float64(0.3), "epoch": np.int64(4)},
         "the bare module": deepcopy(whole)}
 
 
-KINDS = ["finished", "finished, names as a list", "in training, the average counts", "options as a Namespace with paths", "from Windows", "v5.0",
-         "with attributes of the training loop", "numpy numbers inside", "the bare module"]
+KINDS = ["finished", "finished, names as a list", "in training, the average counts",
+         "options as a Namespace with paths", "from Windows", "v5.0", "with attributes of the training loop",
+         "numpy numbers inside", "the bare module"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["DetectionModel", "Model"])
 def test_every_kind_of_yolov5_file_loads(mine, tmp_path, monkeypatch, kind, name):
-    whole = stock.dressed(mine) if name == "Model" else as_stock(mine, monkeypatch, name)
+    whole = to_yolov5(mine) if name == "Model" else as_stock(mine, monkeypatch, name)
     torch.save(kinds(whole)[kind], tmp_path / "x.pt")
     monkeypatch.undo()
     loaded = checkpoint.load(tmp_path / "x.pt")
     x = torch.rand(1, 3, 64, 64)
     with torch.no_grad():
         a, b = loaded(x)[0], mine(x)[0]
-    assert torch.allclose(a, b, rtol=2e-3, atol=2e-3 * float(b.abs().max())) and loaded.names == {0: "a", 1: "b", 2: "c"}
+    assert torch.allclose(a, b, rtol=2e-3, atol=2e-3 * float(b.abs().max()))
+    assert loaded.names == {0: "a", 1: "b", 2: "c"}
     assert torch.equal(loaded.detect.anchors, mine.detect.anchors)
 
 
@@ -124,8 +139,7 @@ def test_anchors_that_autoanchor_changed_come_along(mine, tmp_path, monkeypatch)
     assert loaded.yaml["anchors"][0][0] == pytest.approx(12.5)
 
 
-# Hostile files ----------------------------------------------------------------------------------------------------
-
+# Hostile files --------------------------------------------------------------------------------------------------------
 
 class Call:
     """Pickles as a call."""
@@ -145,19 +159,48 @@ class State(Call):
 
 
 MARK = "executed"
+# Name -> a function and its arguments.
 CALLS = {
-    "os.system": (os.system, f"touch {MARK}"), "os.remove": (os.remove, "victim"), "os.popen": (os.popen, f"touch {MARK}"), "os.mkdir": (os.mkdir, MARK),
-    "subprocess.Popen": (subprocess.Popen, ["touch", MARK]), "subprocess.check_output": (subprocess.check_output, ["touch", MARK]),
-    "eval": (builtins.eval, f"open('{MARK}', 'w')"), "exec": (builtins.exec, f"open('{MARK}', 'w')"), "compile": (builtins.compile, "1", "x", "eval"),
-    "open": (builtins.open, MARK, "w"), "io.open": (io.open, MARK, "w"), "getattr": (builtins.getattr, "x", "upper"),
+    # the system
+    "os.system": (os.system, f"touch {MARK}"),
+    "os.popen": (os.popen, f"touch {MARK}"),
+    "os.remove": (os.remove, "victim"),
+    "os.mkdir": (os.mkdir, MARK),
+    "subprocess.Popen": (subprocess.Popen, ["touch", MARK]),
+    "subprocess.check_output": (subprocess.check_output, ["touch", MARK]),
+    "pty.spawn": (pty.spawn, "sh"),
+    "ctypes": (ctypes.CDLL, "libc.so.6"),
+    "sys.exit": (sys.exit, 1),
+    # code
+    "eval": (builtins.eval, f"open('{MARK}', 'w')"),
+    "exec": (builtins.exec, f"open('{MARK}', 'w')"),
+    "compile": (builtins.compile, "1", "x", "eval"),
     "__import__": (builtins.__import__, "this"),
-    "importlib": (importlib.import_module, "this"), "shutil.rmtree": (shutil.rmtree, "."), "Path.touch": (pathlib.Path.touch, pathlib.PurePosixPath(MARK)),
-    "socket": (socket.create_connection, ("127.0.0.1", 9)), "webbrowser": (webbrowser.open, "http://127.0.0.1"), "runpy": (runpy.run_path, "victim"),
-    "code.interact": (code.interact,), "pty.spawn": (pty.spawn, "sh"), "ctypes": (ctypes.CDLL, "libc.so.6"), "timeit": (timeit.timeit, f"open('{MARK}', 'w')"),
-    "attrgetter": (operator.attrgetter, "system"), "partial": (functools.partial, os.system),
-    "marshal": (marshal.loads, b"0"), "pickle.loads": (pickle.loads, b"."), "tempfile": (tempfile.mkdtemp,), "sys.exit": (sys.exit, 1),
-    "torch.load": (torch.load, "victim"), "torch.hub": (torch.hub.load_state_dict_from_url, "http://127.0.0.1"), "numpy.load": (np.load, "victim", None, True),
-    "nn.Module": (nn.Module.register_forward_hook, None), "checkpoint.save": (checkpoint.save, "victim", None)}
+    "importlib": (importlib.import_module, "this"),
+    "runpy": (runpy.run_path, "victim"),
+    "code.interact": (code.interact,),
+    "timeit": (timeit.timeit, f"open('{MARK}', 'w')"),
+    "getattr": (builtins.getattr, "x", "upper"),
+    "attrgetter": (operator.attrgetter, "system"),
+    "partial": (functools.partial, os.system),
+    # files
+    "open": (builtins.open, MARK, "w"),
+    "io.open": (io.open, MARK, "w"),
+    "shutil.rmtree": (shutil.rmtree, "."),
+    "Path.touch": (pathlib.Path.touch, pathlib.PurePosixPath(MARK)),
+    "tempfile": (tempfile.mkdtemp,),
+    # the network
+    "socket": (socket.create_connection, ("127.0.0.1", 9)),
+    "webbrowser": (webbrowser.open, "http://127.0.0.1"),
+    "torch.hub": (torch.hub.load_state_dict_from_url, "http://127.0.0.1"),
+    # other readers
+    "marshal": (marshal.loads, b"0"),
+    "pickle.loads": (pickle.loads, b"."),
+    "torch.load": (torch.load, "victim"),
+    "numpy.load": (np.load, "victim", None, True),
+    # names that look as if they belonged there
+    "nn.Module": (nn.Module.register_forward_hook, None),
+    "checkpoint.save": (checkpoint.save, "victim", None)}
 
 
 @pytest.mark.parametrize("place", ["top", "deep", "state", "key"])
@@ -166,12 +209,14 @@ def test_no_call_is_ever_made(tmp_path, monkeypatch, name, place):
     (tmp_path / "victim").write_text("precious")
     monkeypatch.chdir(tmp_path)
     bomb = Call(*CALLS[name])
-    content = {"top": bomb, "deep": {"model": [1, {"x": (bomb,)}], "ema": None}, "state": {"model": State(*CALLS[name])}, "key": {"opt": {"a": bomb}}}[place]
-    torch.save(content, "evil.pt")
+    contents = {"top": bomb, "deep": {"model": [1, {"x": (bomb,)}], "ema": None},
+                "state": {"model": State(*CALLS[name])}, "key": {"opt": {"a": bomb}}}
+    torch.save(contents[place], "evil.pt")
     with pytest.raises(UserError) as caught:
         checkpoint.load("evil.pt")
     assert "\n" not in str(caught.value) and "evil.pt" in str(caught.value)
-    assert {p.name for p in tmp_path.iterdir()} == {"evil.pt", "victim"} and (tmp_path / "victim").read_text() == "precious"
+    assert {p.name for p in tmp_path.iterdir()} == {"evil.pt", "victim"}
+    assert (tmp_path / "victim").read_text() == "precious"
 
 
 def test_a_huge_declared_tensor_allocates_nothing(mine, tmp_path):

@@ -1,4 +1,7 @@
-"""Readers of what users hand in, on anything at all: they answer, or end in one UserError. Never another error, never an effect."""
+"""Readers of what users hand in, on anything at all: they answer, or end in one UserError.
+
+Never another error, never an effect.
+"""
 from __future__ import annotations
 
 import io
@@ -13,16 +16,19 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from models import checkpoint
+from models.config import read_yaml
 from models.yolo import Model
 from utils.data.config import read_data
-from utils.errors import UserError
 from utils.data.image_files import parse_labels
+from utils.errors import UserError
 from utils.options import read_hyp
 
 pytestmark = pytest.mark.slow
 BOUNDED = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 scalars = st.none() | st.booleans() | st.integers(-3, 200) | st.floats() | st.text(max_size=12)
-values = st.recursive(scalars, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4), max_leaves=12)
+values = st.recursive(
+    scalars, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=12)
 
 
 def keyed(*keys: str) -> st.SearchStrategy:
@@ -35,16 +41,21 @@ def folder(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("fuzz")
 
 
+numbers = st.from_regex(r"(-?[0-9]{0,3}(\.[0-9]{0,4}|e[0-9]{1,3})? ?){0,12}", fullmatch=True)
+
+
 @BOUNDED
-@given(text=st.text(alphabet=st.characters(codec="utf-8"), max_size=200) | st.from_regex(r"(-?[0-9]{0,3}(\.[0-9]{0,4}|e[0-9]{1,3})? ?){0,12}", fullmatch=True))
+@given(text=st.text(alphabet=st.characters(codec="utf-8"), max_size=200) | numbers)
 def test_label_files(text):
     try:
         labels, problems = parse_labels(text, Path("a.txt"), nc=5)
     except UserError:
         return
-    assert labels.dtype == np.float32 and labels.shape[1] == 5 and np.isfinite(labels).all() and all(n > 0 for n in problems.values())
+    assert labels.dtype == np.float32 and labels.shape[1] == 5 and np.isfinite(labels).all()
+    assert all(n > 0 for n in problems.values())
     corners = np.concatenate((labels[:, 1:3] - labels[:, 3:] / 2, labels[:, 1:3] + labels[:, 3:] / 2), 1)
-    assert (corners > -1e-6).all() and (corners < 1 + 1e-6).all() and (labels[:, 3:] > 0).all() and (labels[:, 0] < 5).all()
+    assert (corners > -1e-6).all() and (corners < 1 + 1e-6).all()
+    assert (labels[:, 3:] > 0).all() and (labels[:, 0] < 5).all()
 
 
 @BOUNDED
@@ -69,15 +80,18 @@ def test_yaml_bytes(folder, raw):
             raise UserError("an empty mapping is a valid hyp file")
 
 
-rows = st.lists(st.one_of(st.integers(-2, 3), st.lists(st.integers(-3, 3), max_size=3)) | values, min_size=3, max_size=5).map(
-    lambda row: [row[0], row[1], "Conv", row[2:]]) | st.tuples(st.integers(-3, 2), st.integers(-1, 3), st.sampled_from(
-        ["Conv", "C3", "SPPF", "Concat", "Detect", "nn.Upsample", "Focus", "Ghost", "os.system"]), st.lists(scalars, max_size=4)).map(list)
+entries = st.integers(-2, 3) | st.lists(st.integers(-3, 3), max_size=3) | values
+convolutions = st.lists(entries, min_size=3, max_size=5).map(lambda row: [row[0], row[1], "Conv", row[2:]])
+names = st.sampled_from(["Conv", "C3", "SPPF", "Concat", "Detect", "nn.Upsample", "Focus", "Ghost", "os.system"])
+rows = convolutions | st.tuples(
+    st.integers(-3, 2), st.integers(-1, 3), names, st.lists(scalars, max_size=4)).map(list)
+needed = {"backbone": st.lists(rows, max_size=3) | values, "head": st.lists(rows, max_size=2) | values,
+          "anchors": st.integers(0, 5) | values}
+optional = dict.fromkeys(("nc", "width_multiple", "depth_multiple", "activation"), scalars)
 
 
 @BOUNDED
-@given(cfg=st.fixed_dictionaries({"backbone": st.lists(rows, max_size=3) | values, "head": st.lists(rows, max_size=2) | values,
-                                  "anchors": st.integers(0, 5) | values}, optional={"nc": scalars, "width_multiple": scalars, "depth_multiple": scalars,
-                                                                                   "activation": scalars}))
+@given(cfg=st.fixed_dictionaries(needed, optional=optional))
 def test_model_yamls(cfg):
     try:
         Model(cfg)
@@ -88,9 +102,8 @@ def test_model_yamls(cfg):
 @pytest.fixture(scope="module")
 def whole(folder) -> bytes:
     """A small checkpoint of ours."""
-    from models.yolo import read_yaml
-
-    checkpoint.save(folder / "whole.pt", Model({**read_yaml("yolov5n.yaml"), "width_multiple": 0.05}, nc=2), imgsz=64)
+    cfg = {**read_yaml("yolov5n.yaml"), "width_multiple": 0.05}
+    checkpoint.save(folder / "whole.pt", Model(cfg, nc=2), imgsz=64)
     return (folder / "whole.pt").read_bytes()
 
 

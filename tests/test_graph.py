@@ -85,4 +85,5 @@ def test_groups_keep_equal_counts():
     masks = random_masks(trace(model), 4)
     narrow = slim(model, masks)
     grouped = narrow.get_submodule("block.0.conv")
-    assert grouped.groups == 4 and grouped.in_channels % 4 == 0 == grouped.out_channels % 4 and grouped.out_channels < 24
+    assert grouped.groups == 4 and grouped.in_channels % 4 == 0 == grouped.out_channels % 4
+    assert grouped.out_channels < 24

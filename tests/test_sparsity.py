@@ -1,4 +1,4 @@
-"""The L1 rule at the right place of the step, on the right layers."""
+"""The L1 rule and the target, at the right place of the step, on the right layers."""
 from __future__ import annotations
 
 from argparse import Namespace
@@ -10,13 +10,17 @@ import pytest
 import torch
 from torch import nn
 
-from models.yolo import Model, read_yaml
-from train import Hook, check_finite, complete_gradients, optimizer_step
+from models.config import read_yaml
+from models.yolo import Model
+from train import complete_gradients, optimizer_step
 from train_sparsity import SparsityHook
 from utils.errors import NonFiniteError
+from utils.slimming import Pruner
+from utils.slimming.graph import batch_norms
+from utils.slimming.sparsity import GammaL1, gamma_stats, l1_reach
+from utils.slimming.target_sparsity import TargetSparsity
 from utils.training.optimizer import ModelEMA
-from utils.slimming.graph import trace
-from utils.slimming.sparsity import GammaL1, TargetSparsity, gamma_stats, travel
+from utils.training.run import Hook
 
 
 def norm(values=(0.5, -0.2, 0.0)) -> nn.BatchNorm2d:
@@ -34,17 +38,17 @@ def test_the_sources_rule():
     assert torch.allclose(m.bias.grad, 0.1 * torch.tensor([0.0, -1, 1]))  # 10 * sr, not decayed
 
 
-def test_share_of_a_step_and_frozen_layers():
+def test_fraction_of_a_batch_and_frozen_layers():
     m, frozen, unused = norm(), norm(), norm()
     frozen.requires_grad_(False)
     unused.weight.grad = unused.bias.grad = None
     penalty = GammaL1([m, frozen, unused], sr=0.01, epochs=10, sr_bias=0.0)
-    penalty.add_to_gradients(0, share=0.25)
+    penalty.add_to_gradients(0, batch_fraction=0.25)
     assert torch.allclose(m.weight.grad, 1 + 0.0025 * torch.tensor([1.0, -1, 0])) and not m.bias.grad.any()
     assert torch.equal(frozen.weight.grad, torch.ones(3)) and unused.weight.grad is None
 
 
-def test_gauge():
+def test_statistics_of_gammas():
     shares = gamma_stats([torch.tensor([0.0, 0.005, -0.05, 0.5]), torch.tensor([1.0])])
     assert shares == pytest.approx({"zero": 0.2, "below_1e-3": 0.2, "below_1e-2": 0.4, "below_1e-1": 0.6})
 
@@ -60,17 +64,26 @@ class _Penalty(Hook):
         self.skips.append(skipped)
 
 
+def one_module_run(m: nn.Module, hook: Hook, scaler: torch.amp.GradScaler) -> SimpleNamespace:
+    """What a step of the loop looks at, for one module."""
+    return SimpleNamespace(scaler=scaler, optimizer=torch.optim.SGD(m.parameters(), lr=1.0), model=m, hooks=[hook],
+                           ema=ModelEMA(m), statistics_norm=lambda: torch.zeros(()))
+
+
+def step(run: SimpleNamespace) -> None:
+    """What the loop does once a step's gradients are there."""
+    complete_gradients(run, torch.zeros(3), torch.zeros(1), ["a.jpg"])
+    optimizer_step(run)
+
+
 @pytest.mark.parametrize("scale", [1.0, 65536.0])
 def test_loss_scaling_and_clipping_do_not_touch_the_penalty(scale):
     """Under AMP the gradients are scaled and the clip is hit: gamma must still move by lr * sr, all of it."""
     m = nn.BatchNorm2d(2, affine=True)
-    optimizer = torch.optim.SGD(m.parameters(), lr=1.0)
     scaler = torch.amp.GradScaler("cpu", init_scale=scale, enabled=scale > 1)
     hook = _Penalty(m)
     scaler.scale((m.weight * 0).sum() + (m.bias * 1e6).sum()).backward()
-    run = SimpleNamespace(scaler=scaler, optimizer=optimizer, model=m, hooks=[hook], ema=ModelEMA(m))
-    complete_gradients(run)
-    optimizer_step(run)
+    step(one_module_run(m, hook, scaler))
     assert torch.allclose(m.weight, torch.full((2,), 0.9)) and hook.skips == [False]
 
 
@@ -79,29 +92,33 @@ def test_a_step_with_an_infinity_is_skipped_whole():
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     hook = _Penalty(m)
     scaler.scale((m.weight * float("inf")).sum()).backward()
-    run = SimpleNamespace(scaler=scaler, optimizer=torch.optim.SGD(m.parameters(), lr=1.0), model=m, hooks=[hook], ema=ModelEMA(m))
-    complete_gradients(run)
-    optimizer_step(run)
+    step(run := one_module_run(m, hook, scaler))
     assert torch.equal(m.weight, torch.ones(2)) and hook.skips == [True] and run.ema.updates == 0
 
 
-def test_travel_is_what_the_optimizers_do():
+def test_the_reach_of_l1_is_what_the_optimizers_do():
     """A gamma that nothing holds, under SGD with momentum and under AdamW, against the formula."""
     for name, sr, steps in (("SGD", 0.01, 400), ("AdamW", 0.3, 400)):
         m = norm((5.0, 5.0))
         parameters = [m.weight, m.bias]
-        optimizer = torch.optim.SGD(parameters, 0.01, 0.9) if name == "SGD" else torch.optim.AdamW(parameters, 0.01, weight_decay=0)
+        optimizer = torch.optim.AdamW(parameters, 0.01, weight_decay=0)
+        if name == "SGD":
+            optimizer = torch.optim.SGD(parameters, 0.01, 0.9)
         penalty = GammaL1([m], sr, epochs=4, sr_bias=0.0)
         for step in range(steps):
             m.weight.grad, m.bias.grad = torch.zeros(2), torch.zeros(2)
             penalty.add_to_gradients(step // 100)
             optimizer.step()
-        most = l1_reach([0.01] * steps, [penalty.coefficient(i // 100) for i in range(steps)], 0.9 if name == "SGD" else None)
+        coefficients = [penalty.coefficient(i // 100) for i in range(steps)]
+        most = l1_reach([0.01] * steps, coefficients, 0.9 if name == "SGD" else None)
         moved = 5 - float(m.weight.detach()[0])
-        assert 0.94 * most < moved <= most if name == "SGD" else 0.7 * most < moved <= most  # Adam: while sr falls, sqrt(v) lags
+        assert (0.94 if name == "SGD" else 0.7) * most < moved <= most  # Adam: while sr falls, sqrt(v) lags
 
 
-def importance_run(share=0.5, steps=200, sizes=(10, 30, 3), seed=0) -> tuple[list[nn.BatchNorm2d], list[nn.BatchNorm2d], TargetSparsity, list[int]]:
+Norms = list[nn.BatchNorm2d]
+
+
+def importance_run(share=0.5, steps=200, sizes=(10, 30, 3), seed=0) -> tuple[Norms, Norms, TargetSparsity, list[int]]:
     """BatchNorms whose odd channels matter a hundred times more than the even ones, trained to a target."""
     norms, copies = [nn.BatchNorm2d(n) for n in sizes], [nn.BatchNorm2d(n) for n in sizes]
     target, counts = TargetSparsity(norms, share, copies), []
@@ -109,7 +126,8 @@ def importance_run(share=0.5, steps=200, sizes=(10, 30, 3), seed=0) -> tuple[lis
     for step in range(steps):
         for m in norms:
             matters = torch.where(torch.arange(m.num_features) % 2 == 1, 1.0, 0.01)
-            m.weight.grad, m.bias.grad = matters * torch.randn(m.num_features, generator=generator), torch.zeros(m.num_features)
+            m.weight.grad = matters * torch.randn(m.num_features, generator=generator)
+            m.bias.grad = torch.zeros(m.num_features)
         target.observe()
         target.shrink((step + 1) / steps)
         counts.append(sum(int((m.weight == 0).sum()) for m in norms))
@@ -136,7 +154,8 @@ def test_target_resumes_exactly():
     half = importance_run(steps=100)[2]
     other = TargetSparsity([nn.BatchNorm2d(n) for n in (10, 30, 3)], 0.5)
     other.load_state_dict(half.state_dict())
-    assert torch.equal(other.score, half.score) and torch.equal(other.dead, half.dead) and not torch.equal(whole.score, half.score)
+    assert torch.equal(other.score, half.score) and torch.equal(other.dead, half.dead)
+    assert not torch.equal(whole.score, half.score)
 
 
 def test_an_infinite_gradient_does_not_poison_the_importances():
@@ -181,8 +200,12 @@ def test_channels_that_are_one_go_at_once_and_count_each():
 
 
 def block_run(norms, target, steps=300, seed=0, first=0, last=None):
-    """Steps first..last of a run: random gradients, but those of a channel are always of its own size; the weights follow them a little."""
-    sizes = [10 ** (2 * torch.rand(m.num_features, generator=torch.Generator().manual_seed(seed + i)) - 2) for i, m in enumerate(norms)]
+    """Steps first..last of a run; the weights follow the gradients a little.
+
+    Gradients are random, but those of a channel are always of its own size.
+    """
+    generators = [torch.Generator().manual_seed(seed + i) for i in range(len(norms))]
+    sizes = [10 ** (2 * torch.rand(m.num_features, generator=g) - 2) for m, g in zip(norms, generators)]
     for step in range(first, steps if last is None else last):
         generator = torch.Generator().manual_seed(1000 + step)
         for m, size in zip(norms, sizes):
@@ -197,7 +220,8 @@ def block_run(norms, target, steps=300, seed=0, first=0, last=None):
 @pytest.mark.parametrize("share", [0.3, 0.5, 0.99])
 def test_blocks_leave_multiples_and_reach_the_share_but_for_a_block(round_to, share):
     norms = [nn.BatchNorm2d(n) for n in (64, 5, 16, 40, 128, 33, 64)]
-    groups = [np.arange(n) + 1000 * i for i, n in enumerate((64, 5, 16, 40, 128, 33))] + [np.arange(64)]  # first and last are one
+    groups = [np.arange(n) + 1000 * i for i, n in enumerate((64, 5, 16, 40, 128, 33))]
+    groups.append(np.arange(64))  # first and last are one
     target = TargetSparsity(norms, share, groups=groups, round_to=round_to)
     block_run(norms, target)
     left = [int((m.weight != 0).sum()) for m in norms]
@@ -220,7 +244,10 @@ def test_blocks_resume_exactly():
 
 
 def test_nothing_goes_after_the_last_moment():
-    """37 channels may go: a block of 32, and the next of 32 ends the list. A block of 4 that later ranks before it comes too late to heal."""
+    """37 channels may go: a block of 32, and the next of 32 ends the list.
+
+    A block of 4 that later ranks before it comes too late to heal.
+    """
     norms = [norm((1.0,) * 36), norm((1.0,) * 64), norm((1.0,) * 64)]
     target = TargetSparsity(norms, 37 / 164, round_to=32)
     scores = [torch.arange(n) + 0.0 for n in (36, 64, 64)]
@@ -233,7 +260,8 @@ def test_nothing_goes_after_the_last_moment():
     assert [int((m.weight != 0).sum()) for m in norms] == alive and float(norms[0].weight.detach().min()) == 1.0
 
 
-@pytest.mark.parametrize("score", [torch.ones(40), torch.cat((torch.zeros(36), torch.ones(4)))], ids=["all equal", "nearly all 0"])
+@pytest.mark.parametrize("score", [torch.ones(40), torch.cat((torch.zeros(36), torch.ones(4)))],
+                         ids=["all equal", "nearly all 0"])
 def test_ties_leave_multiples(score):
     m = norm((0.01,) * 40)
     target = TargetSparsity([m], 0.9, round_to=16)
@@ -242,8 +270,11 @@ def test_ties_leave_multiples(score):
     assert int((m.weight != 0).sum()) == 16 == round((1 - target.most) * 40)
 
 
-def test_channels_of_a_layer_that_are_tied_to_others_or_among_themselves():
-    """c is a sum with the concatenation of a and b; d is read by a grouped convolution, four of its channels are one."""
+def test_channels_of_a_layer_that_are_coupled_to_others_or_among_themselves():
+    """c is a sum with the concatenation of a and b.
+
+    d is read by a grouped convolution, four of its channels are one.
+    """
     norms = [norm((0.01,) * n) for n in (24, 24, 48, 128)]
     groups = [np.arange(24), np.arange(24, 48), np.arange(48), np.tile(np.arange(100, 132), 4)]
     target = TargetSparsity(norms, 0.7, groups=groups, round_to=16)
@@ -253,35 +284,45 @@ def test_channels_of_a_layer_that_are_tied_to_others_or_among_themselves():
     assert (a, b, c) == (16, 16, 32) and d % 16 == 0 and 16 <= d < 128
     many = [nn.BatchNorm2d(24) for _ in range(20)]
     sum_of_all = [np.arange(24) + 24 * i for i in range(20)] + [np.arange(480)]
-    assert TargetSparsity([*many, nn.BatchNorm2d(480)], 0.5, groups=sum_of_all).most == pytest.approx(1 - 4 / 24)  # each of the 20 keeps 4
+    target = TargetSparsity([*many, nn.BatchNorm2d(480)], 0.5, groups=sum_of_all)
+    assert target.most == pytest.approx(1 - 4 / 24)  # each of the 20 keeps 4
 
 
-@pytest.mark.parametrize("width, share, expected", [(0.25, 0.5, 16), (0.25, 0.75, 8), (0.125, 0.6, 8), (0.0625, 0.5, 8)])
+@pytest.mark.parametrize("width, share, expected", [
+    (0.25, 0.5, 16), (0.25, 0.75, 8), (0.125, 0.6, 8), (0.0625, 0.5, 8)])
 def test_blocks_are_as_large_as_leaves_a_choice(width, share, expected):
     hook, model = SparsityHook(), Model({**read_yaml("yolov5n.yaml"), "width_multiple": width}, nc=3)
-    hook.graph, hook.norms = trace(model), {}
-    hook.run = SimpleNamespace(opt=Namespace(target_sparsity=share, round_to=None, per_flop=False))
-    names, modules = hook.graph.prunable_norms(), dict(model.named_modules())
-    target = hook.aim([modules[n] for n in names], names)
-    assert hook.run.opt.round_to == expected and share <= 0.9 * target.most
+    hook.pruner = Pruner(model, 64)
+    hook.norms = hook.averaged = batch_norms(model, hook.pruner.graph.prunable_norms())
+    hook.run = SimpleNamespace(opt=Namespace(target_sparsity=share, round_to=None, per_flop=False), resumed={})
+    target = hook.build_target()
+    assert hook.round_to == expected and share <= 0.9 * target.most
 
 
 def test_a_block_of_one_kind_goes_in_the_order_of_its_channels():
     """The least important 16 of 32, whatever their places: not the 16 that lie side by side."""
     m = norm((0.01,) * 32)
-    m.weight.grad, m.bias.grad = torch.arange(32.0)[torch.randperm(32, generator=torch.Generator().manual_seed(1))] + 1, torch.zeros(32)
+    m.weight.grad = torch.randperm(32, generator=torch.Generator().manual_seed(1)) + 1.0
+    m.bias.grad = torch.zeros(32)
     target = TargetSparsity([m], 0.5, round_to=16)
     target.observe()
     target.shrink(1.0)
     assert torch.equal(m.weight == 0, m.weight.grad <= 16)
 
 
-@pytest.mark.parametrize("loss, norm, scaling, word", [
-    (float("nan"), 1.0, True, "loss"), (1.0, float("inf"), False, "gradient"), (1.0, float("inf"), True, None)])
-def test_what_is_not_finite_stops_the_step_and_is_named(loss, norm, scaling, word):
-    run = SimpleNamespace(scaler=torch.amp.GradScaler("cpu", enabled=scaling), epoch=4, folder=Path("runs/x"))
+@pytest.mark.parametrize("loss, gradient, statistics, scaling, word", [
+    (float("nan"), 1.0, 0.0, True, "loss"),
+    (1.0, float("inf"), 0.0, False, "gradient"),
+    (1.0, 1.0, float("inf"), True, "running statistic of a BatchNorm"),
+    (1.0, float("inf"), 0.0, True, None)])  # the scaler will skip the step
+def test_what_is_not_finite_stops_the_step_and_is_named(loss, gradient, statistics, scaling, word):
+    m = nn.BatchNorm2d(2)
+    run = one_module_run(m, _Penalty(m), torch.amp.GradScaler("cpu", enabled=scaling))
+    run.epoch, run.folder, run.statistics_norm = 4, Path("runs/x"), lambda: torch.tensor(statistics)
+    run.scaler.scale((m.weight * gradient).sum()).backward()
+    arguments = run, torch.tensor([0.1, 0.2, 0.3]), torch.tensor([loss]), ["d/a.jpg"]
     if word is None:
-        return check_finite(run, {"loss": loss, "gradient": norm}, ["a.jpg"])
+        assert complete_gradients(*arguments) == pytest.approx([0.1, 0.2, 0.3])
+        return
     with pytest.raises(NonFiniteError, match=rf"a {word} is not finite in epoch 5, batch of a.jpg .*last.pt is whole"):
-        check_finite(run, {"loss": loss, "gradient": norm}, ["d/a.jpg"])
-    return None
+        complete_gradients(*arguments)
