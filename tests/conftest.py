@@ -23,7 +23,7 @@ def _cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def _threads() -> None:
-    torch.set_num_threads(2)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 
 
 @pytest.fixture(scope="session")
@@ -89,7 +89,7 @@ def script() -> Script:
     def run(name: str, *args: object, cwd: Path, code: int | None = 0,
             env: dict[str, str] | None = None) -> subprocess.CompletedProcess:
         command = [sys.executable, str(ROOT / name), *map(str, args)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "2", **(env or {})}
+        environment = {"OMP_NUM_THREADS": "2", **os.environ, **(env or {})}
         done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=600, env=environment)
         if code is not None:
             assert done.returncode == code, f"{' '.join(command)}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"

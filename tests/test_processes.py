@@ -88,9 +88,10 @@ def test_validation_is_shared_and_gives_the_same_map(tiny, cfg, tmp_path, batch_
         row, = csv.DictReader(file)
     model = on_device(checkpoint.load(folder / "weights/last.pt"), "cpu")
     loader = validation_loader(read_data(tiny), "val", 64, batch_size, 32, workers=0)
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as the two processes: an untrained model's mAP hangs on the last digit
     alone = evaluate(model, loader, torch.device("cpu")).metrics()
-    torch.set_num_threads(2)
+    torch.set_num_threads(threads)
     for key, value in alone.items():
         assert float(row[key]) == pytest.approx(value, rel=1e-5, abs=1e-9)
 
