@@ -88,3 +88,86 @@ def test_a_failed_link_names_the_right_flag(coco: Path, tmp_path: Path, monkeypa
     mend = str(error.value).partition("; use ")[2].split()
     coco_to_yolo.convert(coco_to_yolo.parse([*flags, *mend]))
     assert (tmp_path / "out/images/train/a.jpg").is_file()
+
+
+# A folder as it was exported ------------------------------------------------------------------------------------------
+
+def annotated(file: Path, names: list[str], categories: list[dict] | None = None) -> None:
+    """A JSON with one box of category 1 an image."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    images = [{"id": i, "file_name": name, "width": 100, "height": 50} for i, name in enumerate(names)]
+    boxes = [{"id": i, "image_id": i, "category_id": 1, "bbox": [10, 10, 20, 20]} for i in range(len(names))]
+    categories = categories or [{"id": 1, "name": "dog"}]
+    file.write_text(json.dumps({"images": images, "annotations": boxes, "categories": categories}))
+
+
+def pictures(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (100, 50)).save(folder / name)
+
+
+def convert(root: Path, out: Path, *flags: object) -> tuple[dict[str, str], str]:
+    """Label files (split/name -> text) and report of --coco root."""
+    report = coco_to_yolo.convert(coco_to_yolo.parse(["--coco", str(root), "--out", str(out), *map(str, flags)]))
+    labels = out / "labels"
+    files = {p.relative_to(labels).with_suffix("").as_posix(): p.read_text() for p in labels.rglob("*.txt")}
+    return files, report
+
+
+def test_roboflow_has_a_json_beside_the_images_of_each_split(tmp_path: Path) -> None:
+    groups = [{"id": 0, "name": "animals", "supercategory": "none"},
+              {"id": 1, "name": "dog", "supercategory": "animals"},
+              {"id": 2, "name": "cat", "supercategory": "animals"}]
+    for split in ("train", "valid", "test"):
+        annotated(tmp_path / "in" / split / "_annotations.coco.json", [f"{split}.rf.1.jpg"], groups)
+        pictures(tmp_path / "in" / split, f"{split}.rf.1.jpg")
+    files, report = convert(tmp_path / "in", tmp_path / "out")
+    assert set(files) == {"train/train.rf.1", "val/valid.rf.1", "test/test.rf.1"}
+    assert set(files.values()) == {"0 0.200000 0.400000 0.200000 0.400000\n"}
+    # A category that only groups others is no class; one that happens to have no box is.
+    assert read_data(tmp_path / "out/data.yaml").names == {0: "dog", 1: "cat"}
+    assert "category 'animals'" in report
+
+
+@pytest.mark.parametrize(("json_file", "images"), [
+    ("annotations/instances_default.json", "images/default"), ("annotations/instances_default.json", "images"),
+    ("annotations/instances_default.json", "."), ("result.json", "images"), ("result.json", ".")])
+def test_one_json_without_a_split_is_split_at_random(tmp_path: Path, json_file: str, images: str) -> None:
+    names = [f"{i}.png" for i in range(10)]
+    annotated(tmp_path / "in" / json_file, names)
+    pictures(tmp_path / "in" / images, *names)
+    files, report = convert(tmp_path / "in", tmp_path / "out")
+    assert len(files) == 10 and all(files.values()) and "left out" not in report
+    assert [sum(name.startswith(split) for name in files) for split in ("train", "val")] == [8, 2]
+    assert convert(tmp_path / "in", tmp_path / "again")[0] == files
+    assert convert(tmp_path / "in", tmp_path / "other", "--seed", 1)[0] != files
+    assert len([n for n in convert(tmp_path / "in", tmp_path / "half", "--val-share", 0.5)[0] if n[:3] == "val"]) == 5
+
+
+@pytest.mark.parametrize("images", ["train2017", "images/train2017", "images"])
+def test_cocos_own_folders(tmp_path: Path, images: str) -> None:
+    for year, name in (("train2017", "000001.jpg"), ("val2017", "000002.jpg")):
+        for kind in ("instances", "captions", "person_keypoints"):
+            annotated(tmp_path / "in/annotations" / f"{kind}_{year}.json", [name])
+        pictures(tmp_path / "in" / images.replace("train2017", year), name)
+    files, _ = convert(tmp_path / "in", tmp_path / "out")
+    assert set(files) == {"train/000001", "val/000002"}
+
+
+@pytest.mark.parametrize(("make", "words"), [
+    (lambda root: root.mkdir(), "no JSON"),
+    (lambda root: annotated(root / "train/a.json", ["a.jpg"]), r"train/a\.json: its images \(a\.jpg .*are not found"),
+    (lambda root: [annotated(root / f"{n}/train.json", []) for n in "ab"], "two files for train.*--json"),
+    (lambda root: [annotated(root / f"{n}.json", []) for n in ("a", "train")], "a.json: which split.*--json"),
+    (lambda root: None, "no such folder")])
+def test_a_folder_that_is_not_clear_is_said(tmp_path: Path, make, words: str) -> None:
+    make(tmp_path / "in")
+    with pytest.raises(UserError, match=words):
+        convert(tmp_path / "in", tmp_path / "out")
+
+
+def test_what_to_convert_must_be_given(tmp_path: Path) -> None:
+    for flags in ([], ["--json", "train=a.json"], ["--coco", "a", "--json", "train=a.json"]):
+        with pytest.raises(UserError, match="--coco"):
+            coco_to_yolo.convert(coco_to_yolo.parse([*flags, "--out", str(tmp_path / "out")]))

@@ -392,6 +392,19 @@ def test_read_data(images: Path, tmp_path: Path) -> None:
     assert config.file == path
 
 
+def test_a_set_that_was_moved_is_found_beside_its_yaml(images: Path, tmp_path: Path) -> None:
+    gone = tmp_path / "on another machine" / "set"
+    text = f"path: {gone}\nval: images/train\nnames: [a, b]\n"
+    (images.parents[1] / "inside.yaml").write_text(text)
+    for yaml in (images.parents[1] / "inside.yaml", write_yaml(tmp_path, text)):
+        assert read_data(yaml).val == (images,)
+    (tmp_path / "set.yaml").write_text(text.replace("images/train", "images/other"))
+    with pytest.raises(UserError, match=f"{gone}/images/other does not exist"):
+        read_data(tmp_path / "set.yaml")
+    (gone / "images/train").mkdir(parents=True)
+    assert read_data(images.parents[1] / "inside.yaml").val == (gone / "images/train",)
+
+
 def test_a_linked_folder_keeps_its_labels(images: Path, tmp_path: Path) -> None:
     root = images.parents[1]
     images.parent.rename(tmp_path / "pictures")
@@ -441,7 +454,7 @@ def test_image_weights_prefer_rare_and_badly_detected_classes() -> None:
     assert np.allclose(image_weights(labels, np.array([0.0, 0.5])), [1, 0.25, 0.25])
     sampler = EpochBatchSampler(3, 3, shuffle=True)
     sampler.weights = np.array([0.0, 1.0, 0.0])
-    assert [i for batch in sampler for _, i in batch] == [1, 1, 1]
+    assert [i for batch in sampler for _, i, *_ in batch] == [1, 1, 1]
 
 
 def test_label_cache_is_used_and_notices_changes(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

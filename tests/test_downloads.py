@@ -2,6 +2,9 @@
 from __future__ import annotations
 
 import io
+import multiprocessing
+import os
+import signal
 import tarfile
 import threading
 import time
@@ -12,6 +15,7 @@ import pytest
 import torch
 
 import utils.downloads as downloads
+import utils.files as files
 from models import checkpoint
 from models.yolo import Model
 from utils.data.config import read_data
@@ -26,6 +30,9 @@ def zipped(members: dict[str, bytes]) -> bytes:
     return buffer.getvalue()
 
 
+asked: list[str] = []  # what the server was asked for
+
+
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     """Serves what `pages` holds: (status, body, bytes that are really sent, seconds of silence before them)."""
@@ -33,6 +40,7 @@ def server(tmp_path_factory):
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
+            asked.append(self.path)
             status, body, sent, pause = pages.get(self.path, (404, b"", None, 0.0))
             self.send_response(status)
             self.send_header("Content-Length", str(len(body)))
@@ -126,3 +134,105 @@ def test_a_tar_with_a_link_out_is_refused(tmp_path):
 def test_a_command_under_download_is_never_run(tmp_path):
     with pytest.raises(UserError, match="is not run"):
         read_data(data_yaml(tmp_path, "touch /tmp/run"))
+
+
+# Several processes at once, or one that was killed --------------------------------------------------------------------
+
+FORK = multiprocessing.get_context("fork")
+
+
+def at_once(function, *args, count=3):
+    """Run function(*args) in several processes at the same time; their exit codes."""
+    workers = [FORK.Process(target=function, args=args) for _ in range(count)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(60)
+    return [worker.exitcode for worker in workers]
+
+
+def read_and_count(path):
+    images = read_data(path).train[0]
+    os._exit(0 if len(list(images.iterdir())) == 200 else 1)
+
+
+def test_only_one_of_several_processes_fetches_and_unpacks_a_set(server, tmp_path):
+    url, pages = server
+    members = {f"set/images/{i}.jpg": b"x" * 1000 for i in range(200)}
+    pages["/many.zip"] = 200, zipped({**members, "licence.txt": b"free"}), None, 0.5
+    asked.clear()
+    assert at_once(read_and_count, data_yaml(tmp_path, f"{url}/many.zip")) == [0, 0, 0]
+    assert asked == ["/many.zip"]
+    assert sorted(p.name for p in (tmp_path / "mine").iterdir()) == ["licence.txt", "set"]
+
+
+def load_and_leave(path):
+    checkpoint.read(path)
+    os._exit(0)
+
+
+def test_only_one_of_several_processes_fetches_weights(server, official, tmp_path, monkeypatch):
+    url, pages = server
+    pages["/yolov5n.pt"] = 200, official, None, 0.5
+    monkeypatch.setenv("YOLO_WEIGHTS_URL", url)
+    asked.clear()
+    assert at_once(load_and_leave, tmp_path / "yolov5n.pt") == [0, 0, 0]
+    assert asked == ["/yolov5n.pt"] and [p.name for p in tmp_path.iterdir()] == ["yolov5n.pt"]
+
+
+def unpack_half_and_die(path):
+    def half(archive, folder):
+        (folder / "set/images").mkdir(parents=True)
+        (folder / "set/images/0.jpg").write_bytes(b"x")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    downloads.unpack = half
+    read_data(path)
+
+
+def test_a_half_unpacked_set_is_not_taken_for_whole(server, tmp_path):
+    url, pages = server
+    pages["/set.zip"] = 200, zipped({f"set/images/{i}.jpg": b"x" for i in range(200)}), None, 0.0
+    path = data_yaml(tmp_path, f"{url}/set.zip")
+    assert at_once(unpack_half_and_die, path, count=1) == [-signal.SIGKILL]
+    assert not (tmp_path / "mine/set").exists()
+    assert len(list(read_data(path).train[0].iterdir())) == 200  # its lock died with it, too
+
+
+def test_an_archive_without_the_sets_folder_is_the_set(server, tmp_path):
+    url, pages = server
+    pages["/flat.zip"] = 200, zipped({"images/a.jpg": b"x", "labels/a.txt": b""}), None, 0.0
+    config = read_data(data_yaml(tmp_path, f"{url}/flat.zip"))
+    assert config.train == (tmp_path / "mine/set/images",) and (tmp_path / "mine/set/images/a.jpg").is_file()
+
+
+def test_a_users_archive_and_files_beside_the_set_stay(server, tmp_path):
+    url, pages = server
+    pages["/set.zip"] = 200, zipped({"set/images/a.jpg": b"x", "licence.txt": b"theirs"}), None, 0.0
+    (tmp_path / "mine").mkdir()
+    for name in ("set.zip", "licence.txt"):
+        (tmp_path / "mine" / name).write_text("mine")
+    read_data(data_yaml(tmp_path, f"{url}/set.zip"))
+    assert {p.name for p in (tmp_path / "mine").iterdir()} == {"set.zip", "licence.txt", "set"}
+    assert (tmp_path / "mine/set.zip").read_text() == (tmp_path / "mine/licence.txt").read_text() == "mine"
+
+
+def count_up(counter):
+    for _ in range(50):
+        with files.exclusive(counter):
+            n = int(counter.read_text())
+            time.sleep(0.0005)
+            counter.write_text(str(n + 1))
+
+
+def test_a_lock_excludes_and_leaves_nothing(tmp_path):
+    counter = tmp_path / "n"
+    counter.write_text("0")
+    assert at_once(count_up, counter, count=4) == [0] * 4
+    assert counter.read_text() == "200" and list(tmp_path.iterdir()) == [counter]
+
+
+def test_where_no_lock_can_be_made_nobody_waits(tmp_path):
+    (tmp_path / "file").write_text("")
+    with files.exclusive(tmp_path / "file" / "below"):
+        pass

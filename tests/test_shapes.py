@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import yaml
 
+from utils import files
 from utils.data import shapes
 from utils.data.config import read_data
 from utils.errors import UserError
@@ -162,7 +163,7 @@ def test_leftovers_of_killed_processes_go_and_those_at_work_stay(tmp_path: Path)
     old, new = tmp_path / ".set.1.tmp", tmp_path / ".set.2.tmp"
     for folder in (old, new):
         (folder / "images").mkdir(parents=True)
-    os.utime(old, (time.time() - 2 * shapes.STALE,) * 2)
+    os.utime(old, (time.time() - 2 * files.STALE,) * 2)
     shapes.generate(tmp_path / "set", {"train": 1})
     assert not old.exists()
     assert new.exists()

@@ -348,13 +348,28 @@ def test_data_yaml_moves_with_its_folder(folder: Path, tmp_path: Path) -> None:
     add(folder, "a")
     lists(folder, train="a\n", val="a\n", test="a\n")
     run(folder, tmp_path / "one" / "out")
-    assert str(tmp_path) not in (tmp_path / "one/out/data.yaml").read_text()
     (tmp_path / "one").rename(tmp_path / "two")
     data = read_data(tmp_path / "two/out/data.yaml")
     assert data.train == (tmp_path / "two/out/images/train",)
-    run(folder, tmp_path / "apart", "--yaml", tmp_path / "configs" / "my set.yaml")
-    assert read_data(tmp_path / "configs/my set.yaml").train == (tmp_path / "apart/images/train",)
-    assert not (tmp_path / "apart/data.yaml").exists()
+    run(folder, tmp_path / "one/apart", "--yaml", tmp_path / "one/configs/my set.yaml")
+    assert read_data(tmp_path / "one/configs/my set.yaml").train == (tmp_path / "one/apart/images/train",)
+    assert not (tmp_path / "one/apart/data.yaml").exists()
+    (tmp_path / "one").rename(tmp_path / "three")
+    assert read_data(tmp_path / "three/configs/my set.yaml").train == (tmp_path / "three/apart/images/train",)
+
+
+def test_data_yaml_opens_elsewhere(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """YOLOv5 resolves a relative path against its repository, ultralytics against a folder of data sets."""
+    for stem in "abc":
+        add(folder, stem)
+    lists(folder, train="a\n", val="b\n", test="c\n")
+    monkeypatch.chdir(tmp_path)
+    run(folder, Path("out"))
+    content = yaml.safe_load((tmp_path / "out/data.yaml").read_text())
+    root = Path(content["path"])
+    assert root.is_absolute() and content["names"] == {0: "cat"}
+    for split in ("train", "val", "test"):
+        assert (root / content[split]).resolve() == tmp_path / "out/images" / split
 
 
 def test_second_call_removes_only_what_the_first_has_made(folder: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import tarfile
 import urllib.error
 import urllib.request
 import zipfile
+import zlib
 from collections.abc import Callable
 from http.client import HTTPException
 from pathlib import Path
@@ -12,17 +13,24 @@ from pathlib import Path
 from tqdm import tqdm
 
 from utils.errors import UserError
-from utils.files import atomic
+from utils.files import atomic, exclusive, scratch
 
 TIMEOUT = 20         # seconds without data
 BLOCK = 1 << 16      # bytes
 
 
 def fetch(url: str, path: Path, check: Callable[[Path], bool], mend: str) -> None:
-    """Download `url` to `path`, through a temporary file that must pass `check`.
+    """Download `url` to `path`, which is missing, through a temporary file that must pass `check`.
 
-    UserError with the URL and `mend` (what to do instead) where that fails; nothing is left behind.
+    Of processes that do this at the same time one downloads and the others wait. UserError with the URL and `mend`
+    (what to do instead) where that fails; nothing is left behind.
     """
+    with exclusive(path):
+        if not path.exists():  # while this process has waited, another may have been here
+            _fetch(url, path, check, mend)
+
+
+def _fetch(url: str, path: Path, check: Callable[[Path], bool], mend: str) -> None:
     with atomic(path) as temporary:
         try:
             size = _receive(url, temporary, path.name)
@@ -47,6 +55,38 @@ def _receive(url: str, path: Path, title: str) -> int:
     return size
 
 
+def fetch_folder(url: str, folder: Path, mend: str) -> None:
+    """Download an archive and unpack it, so that `folder`, which is missing, is there whole or not at all.
+
+    The archive holds a folder of that name, whose neighbours get beside `folder` unless something is there; or all of
+    it belongs into `folder`. Errors and several processes as in fetch().
+    """
+    with exclusive(folder):
+        if folder.exists():  # while this process has waited, another may have been here
+            return
+        print(f"{folder} is not there yet: fetching {url}")
+        try:
+            with scratch(folder) as temporary:
+                archive, content = temporary / url.rpartition("/")[2], temporary / "content"
+                fetch(url, archive, is_archive, mend)
+                unpack(archive, content)
+                _move(content, folder)
+        except OSError as error:
+            raise UserError(f"{folder}: can't be written ({error.strerror}); {mend}") from None
+
+
+def _move(content: Path, folder: Path) -> None:
+    """Put what was unpacked where it belongs; `folder` comes last, because it says that all is there."""
+    inner = content / folder.name
+    if not inner.is_dir():
+        content.rename(folder)
+        return
+    for entry in content.iterdir():
+        if entry != inner and not (folder.parent / entry.name).exists():
+            entry.rename(folder.parent / entry.name)
+    inner.rename(folder)
+
+
 def unpack(archive: Path, folder: Path) -> None:
     """Unpack a .zip or .tar* into `folder`. UserError, before anything is written, for members outside the folder."""
     try:
@@ -58,7 +98,7 @@ def unpack(archive: Path, folder: Path) -> None:
         with tarfile.open(archive) as tar:
             _refuse_outside(tar.getnames(), archive, folder)
             tar.extractall(folder, filter="data")  # refuses links out of the folder and devices, ignores owners
-    except (tarfile.TarError, zipfile.BadZipFile, EOFError) as error:
+    except (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, RuntimeError) as error:  # the last: encrypted
         raise UserError(f"{archive}: can't be unpacked ({error})") from None
 
 

@@ -1,11 +1,14 @@
 """Paths of runs and files that are written whole or not at all."""
 from __future__ import annotations
 
+import glob
 import json
 import os
 import shutil
 import sys
 import threading
+import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,7 +19,13 @@ import yaml
 
 from utils.errors import UserError
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 ROOT = Path(__file__).resolve().parents[1]
+STALE = 3600  # seconds; a scratch folder older than this belongs to a killed process
 
 
 def new_run_folder(project: str | Path, name: str = "exp", exist_ok: bool = False) -> Path:
@@ -57,6 +66,64 @@ def atomic(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def exclusive(path: Path) -> Iterator[None]:
+    """One process at a time is in this block for the same `path`; the others wait.
+
+    The system lets go of the lock when its holder dies. Where there are no locks (Windows, some network drives, a
+    folder that can't be written) nobody waits.
+    """
+    file = path.with_name(f".{path.name}.lock")
+    descriptor = _lock(file)
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            with suppress(OSError):
+                file.unlink()
+            os.close(descriptor)
+
+
+def _lock(file: Path) -> int | None:
+    """Descriptor of the lock file, which this process now holds; None where there are no locks."""
+    if fcntl is None:
+        return None
+    while True:
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(file, os.O_RDONLY | os.O_CREAT, 0o644)
+        except OSError:
+            return None
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        except OSError:
+            os.close(descriptor)
+            return None
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), os.stat(file)):
+                return descriptor
+        os.close(descriptor)  # the holder before has removed the file: others may hold a new one
+
+
+@contextmanager
+def scratch(path: Path) -> Iterator[Path]:
+    """A new folder beside `path` to build it in, which is removed in the end. OSError where the disk refuses.
+
+    Folders that killed processes have left go, too.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        with suppress(FileNotFoundError):  # another process may have removed it
+            if time.time() - leftover.stat().st_mtime > STALE:
+                shutil.rmtree(leftover, ignore_errors=True)
+    folder = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        folder.mkdir()
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically."""
     with atomic(path) as temporary:
@@ -88,7 +155,7 @@ def read_yaml_mapping(path: Path, what: str) -> dict:
 
 def newest(pattern: str, folder: Path = Path()) -> Path | None:
     """The most recently written file that matches a glob pattern, or None."""
-    files = [p for p in folder.glob(pattern) if p.is_file()]
+    files = [p for p in map(Path, glob.glob(str(folder / pattern))) if p.is_file()]
     return max(files, key=lambda p: p.stat().st_mtime) if files else None
 
 

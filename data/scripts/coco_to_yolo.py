@@ -1,15 +1,19 @@
 """Convert COCO JSON annotations to the YOLO layout, and write the data yaml.
 
+    python data/scripts/coco_to_yolo.py --coco exported --out ../datasets/mine
+    python train.py --data ../datasets/mine/data.yaml
+
+--coco takes what Roboflow, CVAT and others export, and COCO's own folders: a JSON for each split beside its images, or
+one JSON, which is split at random. Or name them:
+
     python data/scripts/coco_to_yolo.py --json train=instances_train.json val=instances_val.json \\
         --images train=train2017 val=val2017 --out ../datasets/mine
-    python train.py --data ../datasets/mine/data.yaml
 
 The input is only read. What is wrong in it is repaired or left out, and counted in the report at the end.
 """
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
@@ -22,46 +26,40 @@ if not __package__:  # run as a script
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from data.scripts import yolo_layout as layout
+from data.scripts.coco_folder import Annotations, find_image, find_splits
 from data.scripts.yolo_layout import Box, Plan, Skipped
+from utils.data.coco import read_annotations
 from utils.errors import UserError, run_cli
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """An annotation file. UserError if it is none."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        raise UserError(f"--json {path}: no such file") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"--json {path}: not readable as JSON ({str(error)[:80]})") from None
-    needed = ("images", "annotations", "categories")
-    if not isinstance(data, dict) or not all(isinstance(data.get(key), list) for key in needed):
-        raise UserError(f"--json {path}: needs the lists images, annotations and categories")
-    return data
+def class_names(files: Sequence[Annotations], plan: Plan) -> dict[Any, str]:
+    """COCO's category id -> name over all files, in the order of the ids. UserError where files disagree.
 
-
-def class_names(files: dict[str, dict[str, Any]]) -> dict[Any, str]:
-    """COCO's category id -> name over all files, in the order of the ids. UserError where files disagree."""
+    A category without boxes that is another's supercategory (Roboflow writes one) is left out.
+    """
+    categories = [category for data in files for category in data["categories"]]
+    used = {annotation.get("category_id") for data in files for annotation in data["annotations"]}
+    groups = {c.get("supercategory") for c in categories if c.get("supercategory") != c.get("name")}
     names: dict[Any, str] = {}
-    for category in (category for data in files.values() for category in data["categories"]):
+    for category in categories:
         number, name = category.get("id"), str(category.get("name"))
-        if names.setdefault(number, name) != name:
+        if number not in used and name in groups:
+            plan.dropped[f"category '{name}', which only groups others"] = 1
+        elif names.setdefault(number, name) != name:
             raise UserError(f"--json: category {number} is '{names[number]}' in one file and '{name}' in another")
     if not names or len(set(names.values())) < len(names):
         raise UserError("--json: the categories need a name each, and every name once")
     return {number: names[number] for number in sorted(names)}
 
 
-def add_split(plan: Plan, split: str, data: dict[str, Any], folder: Path, names: dict[Any, str],
+def add_split(plan: Plan, split: str, data: Annotations, folder: Path, names: dict[Any, str],
               keep_crowd: bool) -> None:
     """Add the images of one split, which are in `folder`, and their boxes to the plan."""
     annotations = defaultdict(list)
     for annotation in data["annotations"]:
         annotations[annotation.get("image_id")].append(annotation)
     for image in tqdm(data["images"], f"reading {split}", delay=1.0, leave=False, disable=None):
-        source = folder / str(image.get("file_name", ""))
-        if not source.is_file():
-            source = folder / source.name
+        source = find_image(folder, str(image.get("file_name", "")))
         with plan.skipping(source):
             size = layout.displayed_size(source)
             if (image.get("width", size[0]), image.get("height", size[1])) != size:
@@ -96,19 +94,45 @@ def split_and_path(text: str) -> tuple[str, Path]:
     return split, Path(path)
 
 
-def convert(opt: argparse.Namespace) -> str:
-    """Do what the flags say; return the report. UserError for anything the user must mend first."""
+def read_splits(opt: argparse.Namespace) -> dict[str, tuple[Annotations, Path]]:
+    """Split -> its annotations and the folder of its images, as the flags say. UserError where they don't fit."""
     jsons, folders = dict(opt.json), dict(opt.images)
+    if bool(opt.coco) == bool(jsons or folders) or bool(jsons) != bool(folders):
+        raise UserError("give --coco DIR; or --json SPLIT=FILE and --images SPLIT=DIR")
+    if opt.coco:
+        layout.check_output(opt, [opt.coco], "--coco")
+        found = find_splits(opt.coco)
+        if "" not in found:
+            return found
+        data, folder = found[""]
+        return {split: (part, folder) for split, part in split_at_random(data, opt).items()}
     for split in jsons:
         if split not in folders or not folders[split].is_dir():
             where = folders.get(split, "")
             raise UserError(f"--images {split}={where}: no such folder; give the images of every --json")
     layout.check_output(opt, [folders[split] for split in jsons], "--images")
-    files = {split: read_json(path) for split, path in jsons.items()}
-    names, plan = class_names(files), Plan()
-    for split, data in files.items():
-        add_split(plan, split, data, folders[split], names, opt.keep_crowd)
-    plan.require_items("--json")
+    return {split: (read_annotations(path, "--json"), folders[split]) for split, path in jsons.items()}
+
+
+def split_at_random(data: Annotations, opt: argparse.Namespace) -> dict[str, Annotations]:
+    """The images of one file with their annotations as train and val."""
+    chosen = layout.random_split(len(data["images"]), opt)
+    images = {"train": [image for i, image in enumerate(data["images"]) if i not in chosen],
+              "val": [image for i, image in enumerate(data["images"]) if i in chosen]}
+    ids = {image.get("id") for image in images["train"]}
+    parts: dict[str, Annotations] = {split: {**data, "images": images[split], "annotations": []} for split in images}
+    for annotation in data["annotations"]:
+        parts["train" if annotation.get("image_id") in ids else "val"]["annotations"].append(annotation)
+    return parts
+
+
+def convert(opt: argparse.Namespace) -> str:
+    """Do what the flags say; return the report. UserError for anything the user must mend first."""
+    splits, plan = read_splits(opt), Plan()
+    names = class_names([data for data, _ in splits.values()], plan)
+    for split, (data, folder) in splits.items():
+        add_split(plan, split, data, folder, names, opt.keep_crowd)
+    plan.require_items("--json" if opt.json else "--coco")
     return layout.write(plan, list(names.values()), opt, "coco_to_yolo.py")
 
 
@@ -116,9 +140,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Command line -> options."""
     parser = layout.converter_parser(__doc__)
     add = parser.add_argument
-    add("--json", type=split_and_path, nargs="+", required=True, metavar="SPLIT=FILE",
+    add("--coco", type=Path, metavar="DIR", help="a folder with JSON files and their images")
+    add("--json", type=split_and_path, nargs="+", default=[], metavar="SPLIT=FILE",
         help="annotation files, e.g. train=instances_train2017.json")
-    add("--images", type=split_and_path, nargs="+", required=True, metavar="SPLIT=DIR",
+    add("--images", type=split_and_path, nargs="+", default=[], metavar="SPLIT=DIR",
         help="the folder of each split's images")
     add("--keep-crowd", action="store_true", help="keep annotations with iscrowd, which are left out otherwise")
     return parser.parse_args(argv)

@@ -1,16 +1,17 @@
-"""Convert Pascal VOC folders (JPEGImages, Annotations, ImageSets/Main) to the YOLO layout, and write the data yaml.
+"""Convert Pascal VOC annotations, XML beside images, to the YOLO layout, and write the data yaml.
 
     python data/scripts/voc_to_yolo.py --voc VOCdevkit/VOC2007 --out ../datasets/VOC2007 --splits trainval test
     python train.py --data ../datasets/VOC2007/data.yaml
 
-The input is only read. What is wrong in it is repaired or left out, and counted in the report at the end.
+--voc takes what labelImg, CVAT, Roboflow and others write: XML and images in one folder, or in Annotations and
+JPEGImages, annotations and images, and so on; or --xml and --images-dir name the two. Splits are the lists in
+ImageSets/Main, or the folders train, valid and test, or drawn at random. The input is only read. What is wrong in it is
+repaired or left out, and counted in the report at the end.
 """
 from __future__ import annotations
 
 import argparse
-import random
 import sys
-import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from xml.etree import ElementTree
@@ -21,77 +22,12 @@ if not __package__:  # run as a script
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from data.scripts import yolo_layout as layout
+from data.scripts.voc_folder import VocFolder, find_folders, last_part, normal
 from data.scripts.yolo_layout import SPLITS, Box, Plan, Skipped
-from utils.data.image_files import IMAGE_SUFFIXES
 from utils.errors import UserError, run_cli
 
 VOC_NAMES = ("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable",
              "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor")
-
-
-class VocFolder:
-    """The files of one VOC folder by stem. Without Annotations or JPEGImages they are expected in the folder itself."""
-
-    def __init__(self, root: Path):
-        if not root.is_dir():
-            raise UserError(f"--voc {root}: no such folder")
-        self.root = root
-        annotations, images = (d if d.is_dir() else root for d in (root / "Annotations", root / "JPEGImages"))
-        self.xmls = {_normal(p.stem): p for p in _visible(annotations) if p.suffix.lower() == ".xml"}
-        found = [p for p in _visible(images) if p.suffix.lower() in IMAGE_SUFFIXES]
-        self.images = {_normal(p.stem): p for p in reversed(found)}
-        self.images_by_name = {_normal(p.name): p for p in found}
-        if not self.xmls:
-            raise UserError(f"--voc {root}: no Annotations/*.xml; give the folder that holds Annotations")
-        main = root / "ImageSets" / "Main"
-        self.lists = {split: main / f"{split}.txt" for split in SPLITS if (main / f"{split}.txt").is_file()}
-
-    def members(self, split: str) -> list[str]:
-        """The stems in a split's list, in its order."""
-        lines = self.lists[split].read_text(encoding="utf-8-sig", errors="replace").splitlines()
-        return [self._stem(_normal(line.strip())) for line in lines if line.strip()]
-
-    def random_split(self, val_share: float, seed: int) -> dict[str, list[str]]:
-        """All stems, sorted, as train and val: a pure function of the stems, the share and the seed."""
-        stems = sorted(self.xmls.keys() | self.images.keys())
-        if len(stems) < 2:
-            raise UserError(f"--voc {self.root}: one image can't be split into train and val")
-        chosen = set(random.Random(seed).sample(stems, min(max(round(val_share * len(stems)), 1), len(stems) - 1)))
-        return {"train": [s for s in stems if s not in chosen], "val": [s for s in stems if s in chosen]}
-
-    def find_image(self, stem: str, filename: str) -> Path | None:
-        """The image of an annotation: that of its stem. The name in the XML decides if there are several or none."""
-        named = self.images_by_name.get(_normal(filename))
-        if named is not None and (stem not in self.images or _normal(named.stem) == stem):
-            return named
-        return self.images.get(stem)
-
-    def any_file(self, stem: str) -> Path:
-        """A path to name in messages about this stem."""
-        return self.xmls.get(stem) or self.images.get(stem) or self.root / stem
-
-    def _stem(self, line: str) -> str:
-        """'000001', '000001 1', '000001.jpg' or 'JPEGImages/000001.jpg' -> '000001'; a known stem is left as it is."""
-        without_flag = line.rsplit(maxsplit=1)[0] if line.split()[-1] in ("1", "-1", "0") else line
-        for text in (line, without_flag):
-            name = _last_part(text)
-            for stem in (name, name.rsplit(".", 1)[0]):
-                if stem in self.xmls or stem in self.images:
-                    return stem
-        return _last_part(without_flag)
-
-
-def _visible(folder: Path) -> list[Path]:
-    return [p for p in sorted(folder.iterdir()) if not p.name.startswith(".")]  # macOS leaves '._name.xml' behind
-
-
-def _normal(text: str) -> str:
-    """One encoding of accented letters: file systems and editors differ in theirs."""
-    return unicodedata.normalize("NFC", text)
-
-
-def _last_part(path: str) -> str:
-    return path.replace("\\", "/").rsplit("/", 1)[-1]
 
 
 # Annotations ----------------------------------------------------------------------------------------------------------
@@ -147,11 +83,12 @@ def choose_splits(folders: Sequence[VocFolder], asked: Sequence[str] | None) -> 
     missing = [split for split in asked if split not in available]
     if missing:
         there = ", ".join(available) or "none: leave --splits out, to split at random"
-        raise UserError(f"--splits {missing[0]}: no ImageSets/Main/{missing[0]}.txt in any --voc (there: {there})")
+        raise UserError(f"--splits {missing[0]}: no ImageSets/Main/{missing[0]}.txt, and no folder of that name, in "
+                        f"any --voc (there: {there})")
     if "trainval" in asked and {"train", "val"} & set(asked):
         raise UserError("--splits: trainval is train and val together; ask for trainval, or for train and val")
     for folder in folders:
-        if not folder.lists.keys() & set(asked):
+        if not folder.split and not folder.lists.keys() & set(asked):
             raise UserError(f"--voc {folder.root}: has none of the lists {', '.join(asked)} in ImageSets/Main; choose "
                             "others with --splits, or convert it alone")
     return [s for s in SPLITS if s in asked]
@@ -161,31 +98,33 @@ def read_annotations(folders: Sequence[VocFolder], splits: Sequence[str], opt: a
     """The plan of all images and their boxes."""
     plan, jobs = Plan(), []
     for folder in folders:
-        lists = {split: folder.members(split) for split in splits if split in folder.lists}
-        lists = lists or folder.random_split(opt.val_share, opt.seed)
         split_of: dict[str, str] = {}
-        for split, stems in lists.items():
-            for stem in stems:
-                plan.dropped["name listed twice"] += stem in split_of
-                split_of.setdefault(stem, split)
-        jobs += [(folder, split, stem) for stem, split in split_of.items()]
-    for folder, split, stem in tqdm(jobs, "reading annotations", delay=1.0, leave=False, disable=None):
-        with plan.skipping(folder.any_file(stem)):
-            _add_image(plan, folder, split, stem, opt.keep_difficult)
+        for split in splits:
+            for name in folder.lists.get(split, []):
+                plan.dropped["name listed twice"] += name in split_of
+                split_of.setdefault(name, split)
+        jobs += [(folder, split, name) for name, split in split_of.items()]
+    if not splits:
+        names = [(folder, name) for folder in folders for name in folder.names()]
+        chosen = layout.random_split(len(names), opt)
+        jobs = [(folder, "val" if i in chosen else "train", name) for i, (folder, name) in enumerate(names)]
+    for folder, split, name in tqdm(jobs, "reading annotations", delay=1.0, leave=False, disable=None):
+        with plan.skipping(folder.any_file(name)):
+            _add_image(plan, folder, split, name, opt.keep_difficult)
     return plan
 
 
-def _add_image(plan: Plan, folder: VocFolder, split: str, stem: str, keep_difficult: bool) -> None:
+def _add_image(plan: Plan, folder: VocFolder, split: str, name: str, keep_difficult: bool) -> None:
     """Read an image's annotation and add both to the plan. Skipped if one is missing or broken."""
-    if stem not in folder.xmls:
-        raise Skipped("image without XML" if stem in folder.images else "name without image and XML")
-    root = read_xml(folder.xmls[stem])
-    filename = _last_part(_text(root, "filename"))
-    source = folder.find_image(stem, filename)
+    if name not in folder.xmls:
+        raise Skipped("image without XML" if name in folder.images else "name without image and XML")
+    root = read_xml(folder.xmls[name])
+    filename = last_part(_text(root, "filename"))
+    source = folder.find_image(name, filename)
     if source is None:
         raise Skipped("XML without image")
     size = layout.displayed_size(source)
-    if filename and _normal(filename) != _normal(source.name):
+    if filename and normal(filename) != normal(source.name):
         plan.repaired["file name in the XML is another"] += 1
     stated = tuple(_text(root, f"size/{key}").removesuffix(".0") for key in ("width", "height"))
     if stated != tuple(map(str, size)):
@@ -195,7 +134,8 @@ def _add_image(plan: Plan, folder: VocFolder, split: str, stem: str, keep_diffic
     for element in root.findall("object"):
         with plan.skipping():
             boxes.append(read_box(plan, element, size, keep_difficult))
-    plan.add(split, source, stem, folder.root.name, boxes)
+    *parents, stem = name.split("/")
+    plan.add(split, source, stem, "_".join(parents) or folder.root.name, boxes)
 
 
 def choose_classes(found: Sequence[str], asked: Sequence[str] | None) -> list[str]:
@@ -209,15 +149,30 @@ def choose_classes(found: Sequence[str], asked: Sequence[str] | None) -> list[st
     return list(VOC_NAMES) if set(found) == set(VOC_NAMES) else list(found)
 
 
+def choose_folders(opt: argparse.Namespace) -> list[VocFolder]:
+    """The folders that the flags name. UserError where one is missing or without XML."""
+    given = {"--voc": opt.voc, "--xml": [opt.xml], "--images-dir": [opt.images_dir]}
+    for flag, folders in given.items():
+        for folder in filter(None, folders):
+            if not folder.is_dir():
+                raise UserError(f"{flag} {folder}: no such folder")
+        layout.check_output(opt, filter(None, folders), flag)
+    if not (opt.voc or opt.xml or opt.images_dir):
+        raise UserError("give --voc DIR; or --xml DIR and --images-dir DIR")
+    if not (opt.xml or opt.images_dir):
+        roots = dict.fromkeys(path.resolve() for path in opt.voc)
+        return [folder for root in roots for folder in find_folders(root)]
+    if len(opt.voc) > 1:
+        raise UserError("--xml, --images-dir: go with one --voc at most; convert the others alone")
+    root = (opt.voc or [opt.xml or opt.images_dir])[0].resolve()
+    return [VocFolder(root, opt.xml, opt.images_dir)]
+
+
 # Command line ---------------------------------------------------------------------------------------------------------
 
 def convert(opt: argparse.Namespace) -> str:
     """Do what the flags say; return the report. UserError for anything the user must mend first."""
-    if not 0 < opt.val_share < 1:
-        raise UserError(f"--val-share {opt.val_share}: must lie between 0 and 1")
-    sources = list(dict.fromkeys(path.resolve() for path in opt.voc))
-    layout.check_output(opt, sources, "--voc")
-    folders = [VocFolder(source) for source in sources]
+    folders = choose_folders(opt)
     plan = read_annotations(folders, choose_splits(folders, opt.splits), opt)
     plan.require_items("--voc")
     names = choose_classes(sorted(plan.found), opt.classes)
@@ -230,10 +185,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Command line -> options."""
     parser = layout.converter_parser(__doc__, "--images")
     add = parser.add_argument
-    add("--voc", type=Path, nargs="+", required=True, metavar="DIR", help="VOC folders, e.g. VOCdevkit/VOC2007")
-    add("--splits", nargs="+", choices=SPLITS, help="lists of ImageSets/Main to convert (train, val and test if there)")
-    add("--val-share", type=float, default=0.2, help="share of val where there are no lists (0.2)")
-    add("--seed", type=int, default=0, help="seed of that split (0)")
+    add("--voc", type=Path, nargs="+", default=[], metavar="DIR",
+        help="folders with XML and images in them, e.g. VOCdevkit/VOC2007")
+    add("--xml", type=Path, metavar="DIR", help="where the XML files are, if --voc does not find them")
+    add("--images-dir", type=Path, metavar="DIR", help="and where the images are")
+    add("--splits", nargs="+", choices=SPLITS, help="lists or folders to convert (train, val and test if there)")
     add("--classes", nargs="+", metavar="NAME", help="classes by their numbers (all found, sorted; VOC's as usual)")
     add("--keep-difficult", action="store_true", help="keep objects marked difficult, which are left out otherwise")
     return parser.parse_args(argv)

@@ -10,6 +10,8 @@ import itertools
 import json
 import math
 import os
+import random
+import shlex
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,15 +21,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
-from PIL import Image
 from tqdm import tqdm
 
-from utils.data.image_files import read_header
+from utils.data.image_files import UNREADABLE, read_header
 from utils.errors import UserError
 from utils.files import write_json, write_text
 from utils.tables import text_table
 
 SPLITS = ("train", "val", "trainval", "test")
+# What folders and files of a split are called, in lower case.
+SPLIT_WORDS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
+               "trainval": "trainval", "test": "test", "testing": "test"}
 MARKER = ".converted.json"     # in the output folder: lists the files that a converter has written
 YAML_TITLE = "# Written by data/scripts/"
 MOST_NAMED = 10                # files that the report names for each reason to leave them out
@@ -123,8 +127,8 @@ def displayed_size(path: Path) -> tuple[int, int]:
     if not path.is_file():
         raise Skipped("image missing")
     try:
-        return read_header(path)[0]
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return read_header(path).size
+    except UNREADABLE:
         raise Skipped("image unreadable") from None
 
 
@@ -139,8 +143,24 @@ def converter_parser(description: str | None, *place: str) -> argparse.ArgumentP
     add("--yaml", type=Path, metavar="FILE", help="the data yaml to write (OUT/data.yaml)")
     add("--place", *place, dest="place", choices=("copy", "link", "hardlink"), default="copy",
         help="how images get into OUT (copy)")
+    add("--val-share", type=_share, default=0.2, help="share of val where the input knows no splits (0.2)")
+    add("--seed", type=int, default=0, help="seed of that split (0)")
     add("--exist-ok", action="store_true", help="write into a folder, and over a yaml, that no converter made")
     return parser
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 < value < 1:
+        raise UserError(f"--val-share {text}: must lie between 0 and 1")
+    return value
+
+
+def random_split(count: int, opt: argparse.Namespace) -> set[int]:
+    """Which of `count` images are val, the others being train: a pure function of count, --val-share and --seed."""
+    if count < 2:
+        raise UserError("one image can't be split into train and val; give a second one")
+    return set(random.Random(opt.seed).sample(range(count), min(max(round(opt.val_share * count), 1), count - 1)))
 
 
 def check_output(opt: argparse.Namespace, sources: Iterable[Path], flag: str) -> None:
@@ -176,8 +196,8 @@ def write(plan: Plan, names: Sequence[str], opt: argparse.Namespace, script: str
         where = error.filename or opt.out
         raise UserError(f"{where}: can't be written ({error.strerror}); choose another --out") from None
     splits = [split for split in SPLITS if any(item.split == split for item in plan.items)]
-    write_text(opt.yaml, _yaml_text(opt.yaml, opt.out, splits, names, script))
-    return f"{_report(plan, splits, names)}\nnow: python train.py --data {opt.yaml}"
+    write_text(opt.yaml, _yaml_text(opt.out, splits, names, script))
+    return f"{_report(plan, splits, names)}\nnow: python train.py --data {shlex.quote(str(opt.yaml))}"
 
 
 def _write_files(items: Sequence[Item], names: Sequence[str], out: Path, how: str) -> None:
@@ -228,13 +248,9 @@ def _place(source: Path, target: Path, how: str) -> None:
         raise UserError(f"{target}: can't be written ({error.strerror}); {mend}") from None
 
 
-def _yaml_text(path: Path, out: Path, splits: Sequence[str], names: Sequence[str], script: str) -> str:
-    """The data yaml at `path`; it names `out` relative to itself, so that both can be moved together."""
-    try:
-        root = Path(os.path.relpath(out.resolve(), path.parent.resolve())).as_posix()
-    except ValueError:  # another drive of a Windows machine
-        root = out.resolve().as_posix()
-    lines = [f"{YAML_TITLE}{script}", yaml.safe_dump({"path": root}, allow_unicode=True).rstrip()]
+def _yaml_text(out: Path, splits: Sequence[str], names: Sequence[str], script: str) -> str:
+    """The data yaml. YOLOv5 and ultralytics look for a relative path elsewhere, so `out` is absolute."""
+    lines = [f"{YAML_TITLE}{script}", yaml.safe_dump({"path": out.resolve().as_posix()}, allow_unicode=True).rstrip()]
     preferred = {"train": ("train", "trainval"), "val": ("val", "test", "train", "trainval"), "test": ("test",)}
     for role, candidates in preferred.items():
         split = next((s for s in candidates if s in splits), None)

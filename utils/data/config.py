@@ -57,7 +57,10 @@ def read_data(path: str | Path) -> DataConfig:
 
 
 def _find_root(file: Path, content: dict[str, Any]) -> Path:
-    """The folder `path:`: beside the yaml, in the repository, or in `datasets` beside the repository."""
+    """The folder `path:`: beside the yaml, in the repository, or in `datasets` beside the repository.
+
+    A set whose absolute path is gone was moved: if its images are beside the yaml, they are taken.
+    """
     given = content.get("path") or "."
     if not isinstance(given, str):
         raise UserError(f"{file}: 'path:' must be a folder, not {given!r}")
@@ -66,7 +69,15 @@ def _find_root(file: Path, content: dict[str, Any]) -> Path:
     # If none exists yet: a yaml in data/ means a folder of the repository; others, and the built-in set, one beside it.
     relative_to_repository = file.parent == ROOT / "data" and not content.get("builtin")
     default = candidates[1] if relative_to_repository else candidates[0]
-    return next((p for p in candidates if p.is_dir()), default).resolve()
+    moved = [file.parent, *(p / tail.name for p in (file.parent, file.parent.parent))] if tail.is_absolute() else []
+    found = [p for p in candidates if p.is_dir()] + [p for p in moved if _holds_images(p, content)]
+    return (found or [default])[0].resolve()
+
+
+def _holds_images(root: Path, content: dict[str, Any]) -> bool:
+    """Whether the images of train or val are in `root`."""
+    entries = [entry for split in ("train", "val") for entry in _entries(content, split)]
+    return any(_find_source(root, entry).exists() for entry in entries if not Path(entry).is_absolute())
 
 
 def _read_names(file: Path, content: dict[str, Any]) -> dict[int, str]:
@@ -101,20 +112,12 @@ def _make_builtin(file: Path, content: dict[str, Any], root: Path) -> None:
 
 
 def _download(file: Path, content: dict[str, Any], root: Path) -> None:
-    """`download:` with the URL of an archive: download and unpack it beside `root`, if that is missing."""
+    """`download:` with the URL of an archive: download and unpack it as `root`, if that is missing."""
     url = _archive_url(content)
-    if root.exists() or not url:
-        return
-    from utils.downloads import fetch, is_archive, unpack
+    if url and not root.exists():
+        from utils.downloads import fetch_folder
 
-    archive = root.parent / url.rpartition("/")[2]
-    mend = f"fetch it elsewhere and unpack it into {root.parent}, or correct 'path:' in {file}"
-    print(f"{root} is not there yet: fetching {url}")
-    fetch(url, archive, is_archive, mend)
-    try:
-        unpack(archive, root.parent)
-    finally:
-        archive.unlink(missing_ok=True)
+        fetch_folder(url, root, f"fetch it elsewhere and unpack it into {root.parent}, or correct 'path:' in {file}")
 
 
 def _archive_url(content: dict[str, Any]) -> str:
@@ -126,11 +129,17 @@ def _archive_url(content: dict[str, Any]) -> str:
 
 def _find_sources(file: Path, content: dict[str, Any], root: Path, split: str) -> tuple[Path, ...]:
     """The absolute paths of a split: folders, txt lists or single images."""
-    entry = content.get(split)
-    entries = [entry] if isinstance(entry, str) else entry or []
-    if not isinstance(entries, list) or not all(isinstance(e, str) and e for e in entries):
+    entry, entries = content.get(split), _entries(content, split)
+    if (entry or entry == "") and not entries:
         raise UserError(f"{file}: '{split}:' must be a folder, a list (.txt) or several of these, not {entry!r}")
     return tuple(_find_source(root, e) for e in entries)
+
+
+def _entries(content: dict[str, Any], split: str) -> list[str]:
+    """What the yaml says of a split; [] where that is nothing, or nonsense."""
+    entry = content.get(split)
+    entries = [entry] if isinstance(entry, str) else entry
+    return entries if isinstance(entries, list) and all(isinstance(e, str) and e for e in entries) else []
 
 
 def _find_source(root: Path, entry: str) -> Path:

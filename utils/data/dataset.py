@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -31,6 +32,8 @@ from utils.files import write_array
 HYP = ("degrees", "translate", "scale", "shear", "perspective", "mosaic", "mixup", "hsv_h", "hsv_s", "hsv_v", "flipud",
        "fliplr", "copy_paste")
 MOST_NAMED = 5  # refused images that the summary names
+NPY_HEADER = 128    # bytes before the pixels of a .npy file
+PARTNERS = 7    # other images that a sample may use: three in its mosaic, four in the one that is mixed in
 
 # How an image got from its file into the batch: ((h0, w0) of the file, ((gain_h, gain_w), (pad_w, pad_h)))
 Geometry = tuple[tuple[int, int], tuple[tuple[float, float], tuple[float, float]]]
@@ -55,7 +58,8 @@ def in_threads(function: Callable[[T], R], items: Sequence[T], title: str) -> li
 
 
 class DetectionDataset(Dataset[Sample]):
-    """Images with boxes; dataset[epoch, index] is a Sample.
+    """Images with boxes; dataset[epoch, index] is a Sample, and dataset[epoch, index, *partners] one whose mosaic is
+    made with these PARTNERS and not with any images.
 
     imgsz: longest side in pixels. augment: mosaic and the other augmentations, by the gains in `hyp` (YOLOv5's keys; a
     missing one is 0). rect: images are sorted by aspect ratio, every batch_size of them get the smallest shape that
@@ -74,6 +78,7 @@ class DetectionDataset(Dataset[Sample]):
                  cache: str | None = None, single_cls: bool = False, nc: int | None = None, seed: int = 0,
                  prefix: str = ""):
         self.imgsz, self.augment, self.rect, self.batch_size, self.prefix = imgsz, augment, rect, batch_size, prefix
+        self.stride = stride
         self.hyp = {key: float((hyp or {}).get(key, 0.0)) for key in HYP}
         self.seed = seed % 2**63  # numpy takes no negative seed
         self.notes: list[str] = []
@@ -129,10 +134,10 @@ class DetectionDataset(Dataset[Sample]):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, key: tuple[int, int]) -> Sample:
-        epoch, index = key
+    def __getitem__(self, key: tuple[int, ...]) -> Sample:
+        epoch, index, *partners = key
         if self.augment:
-            image, labels = self._augmented(index, np.random.default_rng([self.seed, epoch, index]))
+            image, labels = self._augmented(index, partners, np.random.default_rng([self.seed, epoch, index]))
             w, h = self.shapes[index].tolist()
             geometry: Geometry = ((h, w), ((1.0, 1.0), (0.0, 0.0)))
         else:
@@ -147,12 +152,13 @@ class DetectionDataset(Dataset[Sample]):
 
     # From here on labels are (m, 5): class, xyxy in pixels of their image.
 
-    def _augmented(self, index: int, rng: np.random.Generator) -> aug.Labelled:
+    def _augmented(self, index: int, partners: Sequence[int], rng: np.random.Generator) -> aug.Labelled:
         hyp = self.hyp
         if not self.rect and rng.random() < hyp["mosaic"]:
-            image, labels = self._mosaic(index, rng)
+            image, labels = self._mosaic(index, partners[:3], rng)
             if rng.random() < hyp["mixup"]:
-                other, other_labels = self._mosaic(int(rng.integers(len(self))), rng)
+                second = partners[3] if partners else int(rng.integers(len(self)))
+                other, other_labels = self._mosaic(second, partners[4:], rng)
                 image, labels = aug.mixup(image, labels, other, other_labels, rng)
         else:
             image, labels, _ = self._letterboxed(index)
@@ -164,9 +170,9 @@ class DetectionDataset(Dataset[Sample]):
             image, labels = aug.flip_lr(image, labels)
         return image, labels
 
-    def _mosaic(self, index: int, rng: np.random.Generator) -> aug.Labelled:
-        """imgsz x imgsz of `index` and three other images, in random places."""
-        members = rng.permutation([index, *rng.integers(len(self), size=3)]).tolist()
+    def _mosaic(self, index: int, partners: Sequence[int], rng: np.random.Generator) -> aug.Labelled:
+        """imgsz x imgsz of `index` and three other images (any where there are no `partners`), in random places."""
+        members = rng.permutation([index, *(partners or rng.integers(len(self), size=3))]).tolist()
         tiles = []
         for i in members:
             image = self.load(i)
@@ -245,26 +251,35 @@ class DetectionDataset(Dataset[Sample]):
         self._ram = buffer
 
     def _fill_disk(self) -> None:
-        """Write the .npy files that are missing."""
+        """Write the .npy files that are missing, if they fit."""
         folder = cache_folder("images")
 
         def fill(i: int) -> None:
             self._load_disk(folder, i)
 
         try:
-            in_threads(fill, range(len(self)), f"{self.prefix} onto disk".strip())
+            missing = [i for i in range(len(self)) if not self._cache_file(folder, i).is_file()]
+            need = sum(math.prod(self._scaled_size(i)) * 3 + NPY_HEADER for i in missing)
+            free = shutil.disk_usage(next(p for p in folder.absolute().parents if p.exists())).free
+            if need > 0.9 * free:
+                raise OSError(f"{need / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free for {folder}")
+            in_threads(fill, missing, f"{self.prefix} onto disk".strip())
         except OSError as error:
             self.notes.append(f"--cache disk: going on without ({error}); the variable YOLO_CACHE names the folder")
             return
         self._disk = folder
 
-    def _load_disk(self, folder: Path, index: int) -> np.ndarray:
-        """The image from the cache; decoded and put there if it is missing. OSError if it can't be written."""
+    def _cache_file(self, folder: Path, index: int) -> Path:
+        """Where the image is cached; another name whenever the image changes. OSError if it is gone."""
         path = self.images[index]
         stat = path.stat()
         # The key includes `augment`, because the interpolation depends on it.
         key = f"{path}|{stat.st_mtime_ns}|{stat.st_size}|{self.imgsz}|{self.augment}"
-        file = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:40]}.npy"
+        return folder / f"{hashlib.sha256(key.encode()).hexdigest()[:40]}.npy"
+
+    def _load_disk(self, folder: Path, index: int) -> np.ndarray:
+        """The image from the cache; decoded and put there if it is missing. OSError if it can't be written."""
+        file = self._cache_file(folder, index)
         try:
             image = np.load(file, allow_pickle=False)
             if image.dtype == np.uint8 and image.shape == (*self._scaled_size(index), 3):

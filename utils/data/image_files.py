@@ -17,6 +17,17 @@ from utils.errors import UserError
 IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".mpo", ".png", ".tif", ".tiff", ".webp"})
 LEAST_SIDE = 10          # pixels; smaller images are left out
 EXIF_ORIENTATION = 274   # the tag's number
+CHECKED = ("JPEG", "PNG")   # read_header() notices a damaged one without decoding it
+# What Pillow raises for a file that it can't read, and decode().
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError, UserError)
+
+
+class Header(NamedTuple):
+    """What an image file says about itself."""
+
+    size: tuple[int, int]          # w, h as displayed, after the EXIF rotation
+    orientation: int               # EXIF, 1..8
+    kind: str                      # Pillow's name of the format
 
 
 class Record(NamedTuple):
@@ -57,13 +68,13 @@ def label_path(image: Path) -> Path:
     return Path(*folders, image.stem + ".txt")
 
 
-def read_header(path: Path) -> tuple[tuple[int, int], int]:
-    """((w, h) as displayed, EXIF orientation), mostly without decoding.
+def read_header(path: Path) -> Header:
+    """An image's size, orientation and format, mostly without decoding.
 
-    OSError, SyntaxError or ValueError for a file that is not a whole image.
+    One of UNREADABLE for a file that is not an image, or not a whole one if its format is CHECKED.
     """
     with Image.open(path) as image:
-        size, kind = image.size, image.format
+        size, kind = image.size, image.format or ""
         orientation = 1
         # A PNG's EXIF may follow its pixels, and reading it would decode them. TIFF decoders rotate by themselves.
         if kind not in ("PNG", "TIFF") or (kind == "PNG" and "exif" in image.info):
@@ -78,7 +89,7 @@ def read_header(path: Path) -> tuple[tuple[int, int], int]:
         elif kind != "JPEG" and not cv2.haveImageReader(str(path)):
             raise ValueError(f"OpenCV reads no {kind}")
     orientation = orientation if 1 <= orientation <= 8 else 1
-    return (size[::-1] if orientation >= 5 else size), orientation
+    return Header(size[::-1] if orientation >= 5 else size, orientation, kind)
 
 
 def _ends_with(path: Path, mark: bytes) -> bool:
@@ -169,14 +180,22 @@ def _repair(labels: np.ndarray, problems: Counter[str]) -> np.ndarray:
     return repaired[first]
 
 
+def reason_of(error: Exception, path: Path) -> str:
+    """Why the image is UNREADABLE, in a few words and without its path."""
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image"
+    return str(getattr(error, "strerror", None) or error).removeprefix(f"{path}: ")
+
+
 def scan_image(path: Path, nc: int | None = None, single_cls: bool = False) -> Record:
-    """Read an image's header and labels. UserError for a class not below `nc`, or a label file that can't be read."""
+    """Read an image and its labels. UserError for a class not below `nc`, or a label file that can't be read."""
     no_labels = np.zeros((0, 5), np.float32)
     try:
-        size, orientation = read_header(path)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        unknown = isinstance(error, UnidentifiedImageError)
-        reason = "not an image" if unknown else str(getattr(error, "strerror", None) or error)
+        size, orientation, kind = read_header(path)
+        if kind not in CHECKED:  # nothing but decoding tells, and in the middle of a training is too late
+            decode(path)
+    except UNREADABLE as error:
+        reason = reason_of(error, path)
         return Record(path, (0, 0), 1, no_labels, Counter({"unreadable images skipped": 1}), reason)
     if min(size) < LEAST_SIDE:
         problems = Counter({f"images under {LEAST_SIDE} px skipped": 1})

@@ -20,7 +20,7 @@ from utils.data.image_files import Record, label_path
 from utils.errors import UserError
 from utils.files import write_text
 
-VERSION = 1                          # raise it with every change of what a scan finds
+VERSION = 2                          # raise it with every change of what a scan finds
 FOLDER = "~/.cache/yolov5-slimming"  # the variable YOLO_CACHE names another
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from utils.data.config import DataConfig
-from utils.data.dataset import DetectionDataset, Geometry, Sample
+from utils.data.dataset import PARTNERS, DetectionDataset, Geometry, Sample
 from utils.errors import UserError
 
 
@@ -34,43 +34,52 @@ class Batch:
         return Batch(self.images.pin_memory(), self.targets.pin_memory(), self.paths, self.shapes)
 
 
-class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
+class EpochBatchSampler(Sampler[list[tuple[int, ...]]]):
     """Batches of (epoch, index) for one process of `world_size`; the order is a pure function of (seed, epoch).
 
     Shuffled, every process gets the same number of samples; a few are repeated where world_size does not divide `size`.
     Unshuffled, the processes take whole batches in turn and nothing is repeated. even=True repeats the first batches
-    until every process has the same number, which training in several processes needs.
+    until every process has the same number, which training in several processes needs. A batch of fewer than `least`
+    is filled up with the first images of the process.
+
+    Set .weights to draw from (size,) weights, with replacement. A key then is (epoch, index, ...) with the PARTNERS
+    that the sample may put beside the image, which are drawn from the same weights.
     """
 
     def __init__(self, size: int, batch_size: int, shuffle: bool, seed: int = 0, rank: int = 0, world_size: int = 1,
-                 even: bool = False):
+                 even: bool = False, least: int = 1):
         self.size, self.batch_size, self.shuffle, self.seed = size, batch_size, shuffle, seed % 2**63
-        self.rank, self.world_size, self.even = rank, world_size, even
+        self.rank, self.world_size, self.even, self.least = rank, world_size, even, least
         self.epoch = self.skip = 0
-        self.weights: np.ndarray | None = None  # (size,) sampling weights, with replacement; None = each sample once
+        self.weights: np.ndarray | None = None
 
     def set_epoch(self, epoch: int, skip: int = 0) -> None:
         """Choose the epoch of the next iteration, which leaves out the first `skip` batches."""
         self.epoch, self.skip = epoch, skip
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    def __iter__(self) -> Iterator[list[tuple[int, ...]]]:
         batches = self._shuffled() if self.shuffle else self._in_order()
         for batch in batches[self.skip:]:
-            yield [(self.epoch, int(i)) for i in batch]
+            missing = max(self.least - len(batch), 0)
+            filled = np.concatenate((batch, np.resize(batches[0], (missing, batch.shape[1]))))
+            yield [(self.epoch, *row) for row in filled.tolist()]
 
     def _shuffled(self) -> list[np.ndarray]:
+        """Batches of (n, 1) indices; of (n, 1 + PARTNERS) where there are weights."""
         rng = np.random.default_rng([self.seed, self.epoch])
         if self.weights is None:
-            order = rng.permutation(self.size)
+            rows = rng.permutation(self.size)[:, None]
         else:
-            order = rng.choice(self.size, self.size, p=self.weights / self.weights.sum())
+            chances = self.weights / self.weights.sum()
+            rows = rng.choice(self.size, self.size, p=chances)[:, None]
+            rows = np.hstack((rows, rng.choice(self.size, (self.size, PARTNERS), p=chances)))
         share = math.ceil(self.size / self.world_size)
-        mine = np.resize(order, share * self.world_size)[self.rank::self.world_size]
+        mine = np.resize(rows, (share * self.world_size, rows.shape[1]))[self.rank::self.world_size]
         return [mine[i:i + self.batch_size] for i in range(0, share, self.batch_size)]
 
     def _in_order(self) -> list[np.ndarray]:
-        indices = np.arange(self.size)
-        batches = [indices[i:i + self.batch_size] for i in range(0, self.size, self.batch_size)]
+        rows = np.arange(self.size)[:, None]
+        batches = [rows[i:i + self.batch_size] for i in range(0, self.size, self.batch_size)]
         if self.even and batches:
             missing = -len(batches) % self.world_size
             batches += [batches[i % len(batches)] for i in range(missing)]
@@ -102,7 +111,8 @@ def collate(samples: Sequence[Sample]) -> Batch:
 def usable_workers(wanted: int, world_size: int, batches: int) -> int:
     """The number of worker processes: `wanted`, at most this process's share of the cores, at most one per batch."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(min(wanted, cores // world_size, batches), 0)
+    here = min(int(os.environ.get("LOCAL_WORLD_SIZE") or world_size), world_size)  # torchrun's, on this machine
+    return max(min(wanted, cores // here, batches), 0)
 
 
 def _start_worker(shutdown: Event | None, _: int) -> None:
@@ -119,26 +129,29 @@ def _start_worker(shutdown: Event | None, _: int) -> None:
 
 
 def build_loader(dataset: DetectionDataset, batch_size: int, workers: int, shuffle: bool, seed: int = 0, rank: int = 0,
-                 world_size: int = 1, shutdown: Event | None = None) -> DetectionLoader:
+                 world_size: int = 1, shutdown: Event | None = None, pin_memory: bool = False) -> DetectionLoader:
     """A loader of Batch; call loader.batch_sampler.set_epoch(e) before each epoch.
 
-    shutdown: set before the main process ends; until then workers ignore SIGTERM. ValueError where a rectangular data
-    set is to be shuffled or cut into batches of another size: the images of a batch would differ in shape.
+    shutdown: set before the main process ends; until then workers ignore SIGTERM. pin_memory: for a CUDA device.
+    ValueError where a rectangular data set is to be shuffled or cut into batches of another size: the images of a batch
+    would differ in shape.
     """
     if dataset.rect and (shuffle or batch_size != dataset.batch_size):
         raise ValueError("a rectangular data set keeps its order and its batch size")
-    sampler = EpochBatchSampler(len(dataset), batch_size, shuffle, seed, rank, world_size, even=dataset.augment)
+    # BatchNorm can't be trained on one value a channel: a single image whose last map is one pixel.
+    least = 2 if dataset.augment and dataset.imgsz <= dataset.stride else 1
+    sampler = EpochBatchSampler(len(dataset), batch_size, shuffle, seed, rank, world_size, dataset.augment, least)
     workers = usable_workers(workers, world_size, len(sampler))
     # The loader draws a number in every epoch. A generator of its own leaves the global one unchanged.
     generator = torch.Generator().manual_seed(sampler.seed)
     return DetectionLoader(dataset, batch_sampler=sampler, num_workers=workers, collate_fn=collate, generator=generator,
-                           pin_memory=torch.cuda.is_available(), worker_init_fn=partial(_start_worker, shutdown),
+                           pin_memory=pin_memory, worker_init_fn=partial(_start_worker, shutdown),
                            persistent_workers=workers > 0, prefetch_factor=4 if workers else None)
 
 
 def validation_loader(config: DataConfig, task: str, imgsz: int, batch_size: int, stride: int, workers: int = 8,
                       cache: str | None = None, single_cls: bool = False, rect: bool = True, rank: int = 0,
-                      world_size: int = 1, shutdown: Event | None = None) -> DetectionLoader:
+                      world_size: int = 1, shutdown: Event | None = None, pin_memory: bool = False) -> DetectionLoader:
     """Loader of the train, val or test images without augmentation, in rectangular batches.
 
     In several processes every one has its own batches.
@@ -151,4 +164,4 @@ def validation_loader(config: DataConfig, task: str, imgsz: int, batch_size: int
     if (dataset.problems or dataset.refused) and rank == 0:
         print(dataset.summary())
     return build_loader(dataset, batch_size, workers, shuffle=False, rank=rank, world_size=world_size,
-                        shutdown=shutdown)
+                        shutdown=shutdown, pin_memory=pin_memory)

@@ -6,11 +6,7 @@ colours, but not all of its objects have them: a detector has to learn outlines 
 """
 from __future__ import annotations
 
-import shutil
-import time
-import uuid
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from types import MappingProxyType
 
@@ -20,6 +16,7 @@ from tqdm import tqdm
 
 from utils.boxes import xyxy2xywh
 from utils.errors import UserError
+from utils.files import exclusive, scratch
 
 HUES: Mapping[str, float] = MappingProxyType({"circle": 0, "square": 120, "triangle": 240, "star": 60})  # degrees
 NAMES = tuple(HUES)
@@ -38,7 +35,6 @@ HUE_SPREAD = 35        # degrees
 LEAST_CONTRAST = 70    # grey levels between an object and the background's mean, in the channel that differs most
 FINER = 4              # sub-pixels per pixel and axis
 JPEG_QUALITY = 95
-STALE = 3600           # seconds; an unfinished folder older than this belongs to a killed process
 
 Rng = np.random.Generator
 
@@ -46,30 +42,25 @@ Rng = np.random.Generator
 def generate(root: Path, counts: Mapping[str, int] = COUNTS, seed: int = 0) -> None:
     """Draw the set into root/images/<split>/000001.jpg and root/labels/<split>/000001.txt, unless it is there already.
 
-    The set is written beside `root` and then renamed, so it is whole or absent, and processes that do this at the same
-    time end with one set. UserError where `root` holds anything else; OSError where it can't be written.
+    The set is written beside `root` and then renamed, so it is whole or absent. Of processes that do this at the same
+    time one draws and the others wait. UserError where `root` holds anything else; OSError where it can't be written.
     """
     root = Path(root).resolve()
     if _is_complete(root):
         return
-    root.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in root.parent.glob(f".{root.name}.*.tmp"):
-        with suppress(FileNotFoundError):  # another process may have removed it
-            if time.time() - leftover.stat().st_mtime > STALE:
-                shutil.rmtree(leftover, ignore_errors=True)
-    building = root.with_name(f".{root.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        building.mkdir()
+    with exclusive(root), scratch(root) as folder:
+        if _is_complete(root):
+            return
+        building = folder / root.name
         _write_splits(building, counts, seed)
         (building / MARKER).write_text(f"{VERSION}\n", encoding="utf-8")
-        if root.is_dir():
-            root.rmdir()  # Windows can't rename onto an existing folder, not even an empty one
-        building.rename(root)
-    except OSError:
-        if not _is_complete(root):  # if it is, another process was faster
-            raise
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
+        try:
+            if root.is_dir():
+                root.rmdir()  # Windows can't rename onto an existing folder, not even an empty one
+            building.rename(root)
+        except OSError:
+            if not _is_complete(root):  # if it is, another process was faster: not every system has locks
+                raise
 
 
 def _is_complete(root: Path) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from utils.data.image_files import IMAGE_SUFFIXES, decode, listed_path, read_header
+from utils.data.image_files import IMAGE_SUFFIXES, UNREADABLE, decode, listed_path, read_header, reason_of
 from utils.errors import UserError
 
 VIDEO_SUFFIXES = frozenset({".asf", ".avi", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm",
@@ -47,9 +47,11 @@ def frames(source: str, every: int = 1) -> Iterator[Frame]:
             yield from _video_frames(str(file), every)
             continue
         try:
-            yield Frame(decode(file, read_header(file)[1]), file)
-        except (UserError, OSError, SyntaxError, ValueError) as error:
-            print(f"skipped: {file} ({error})")
+            image = decode(file, read_header(file).orientation)
+        except UNREADABLE as error:
+            print(f"skipped: {file} ({reason_of(error, file)})")
+            continue
+        yield Frame(image, file)
 
 
 def files(source: str) -> list[Path]:
