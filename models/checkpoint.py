@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from models.common import Conv
 from models.yolo import Model, fused
 from utils.downloads import fetch
 from utils.errors import UserError, first_line
@@ -116,7 +117,8 @@ def build(data: dict[str, Any], device: str | torch.device = "cpu", path: str | 
         model = Model(data["yaml"], names=data["names"])
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    if not any(".bn." in key for key in state):  # they are folded into the convolutions
+    convs = [name for name, module in model.named_modules() if isinstance(module, Conv)]
+    if not any(f"{name}.bn.running_mean" in state for name in convs):  # they are folded into the convolutions
         model = fused(model)
     try:
         resize_like(model, state)

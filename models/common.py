@@ -23,20 +23,23 @@ class BlockSpec:
     channels: "first" - the first yaml argument is the number of output channels: it is scaled by the width multiple and
               the block is built as cls(c1, c2, *rest);
               "same"  - channels pass through and the block is built as cls(*args);
+              "input" - channels pass through and the block is told their number: cls(c1, *args);
               "sum"   - several inputs are concatenated: cls(*args), output channels are the sum;
-              "detect" - the head: cls(nc, anchors, list of input channels).
+              "detect" - the head: cls(nc, anchors, list of input channels);
+              a function (c1, *args) -> output channels of a block that is built as cls(*args).
     repeats:  the block takes the row's repeat count itself, as third argument (C3); otherwise it is stacked.
     """
 
     cls: type[nn.Module]
-    channels: str
+    channels: str | Callable[..., int]
     repeats: bool
 
 
 BLOCKS: dict[str, BlockSpec] = {}
 
 
-def block(channels: str = "first", repeats: bool = False, name: str | None = None) -> Callable[[type], type]:
+def block(channels: str | Callable[..., int] = "first", repeats: bool = False,
+          name: str | None = None) -> Callable[[type], type]:
     """Class decorator that makes a block known to model yamls under its class name (or `name`)."""
 
     def add(cls: type) -> type:
@@ -49,17 +52,22 @@ def block(channels: str = "first", repeats: bool = False, name: str | None = Non
 BLOCKS["nn.Upsample"] = BlockSpec(nn.Upsample, "same", False)
 BLOCKS["nn.MaxPool2d"] = BlockSpec(nn.MaxPool2d, "same", False)
 BLOCKS["nn.ZeroPad2d"] = BlockSpec(nn.ZeroPad2d, "same", False)
+BLOCKS["nn.BatchNorm2d"] = BlockSpec(nn.BatchNorm2d, "input", False)
+BLOCKS["nn.ConvTranspose2d"] = BlockSpec(nn.ConvTranspose2d, "first", False)
+EPS, MOMENTUM = 1e-3, 0.03  # of every BatchNorm2d of a model
 
 
 @block()
 class Conv(nn.Module):
     """Convolution, BatchNorm, SiLU: the unit whose BN scale (gamma) network slimming looks at."""
 
-    def __init__(self, c1: int, c2: int, k: int = 1, s: int = 1, p: int | None = None, g: int = 1, act: bool = True):
+    def __init__(self, c1: int, c2: int, k: int | tuple[int, int] = 1, s: int | tuple[int, int] = 1,
+                 p: int | None = None, g: int = 1, act: bool = True):
         super().__init__()
-        self.conv = nn.Conv2d(c1, c2, k, s, k // 2 if p is None else p, groups=g, bias=False)
-        self.bn = nn.BatchNorm2d(c2, eps=1e-3, momentum=0.03)
-        self.act = nn.SiLU(inplace=True) if act else nn.Identity()
+        same = k // 2 if isinstance(k, int) else (k[0] // 2, k[1] // 2)
+        self.conv = nn.Conv2d(c1, c2, k, s, same if p is None else p, groups=g, bias=False)
+        self.bn = nn.BatchNorm2d(c2, EPS, MOMENTUM)
+        self.act: nn.Module = nn.SiLU(inplace=True) if act else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.act(self.bn(self.conv(x)))
@@ -98,6 +106,55 @@ class C3(nn.Module):
 
 
 @block()
+class CrossConv(nn.Module):
+    """1 x k, then k x 1, with the input added where the shape allows it and `shortcut` asks for it."""
+
+    def __init__(self, c1: int, c2: int, k: int = 3, s: int = 1, g: int = 1, e: float = 1.0, shortcut: bool = False):
+        super().__init__()
+        hidden = int(c2 * e)
+        self.cv1 = Conv(c1, hidden, (1, k), (1, s))
+        self.cv2 = Conv(hidden, c2, (k, 1), (s, 1), g=g)
+        self.add = shortcut and c1 == c2
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.cv2(self.cv1(x))
+        return x + y if self.add else y
+
+
+@block(repeats=True)
+class C3x(C3):
+    """C3 with CrossConvs."""
+
+    def __init__(self, c1: int, c2: int, n: int = 1, shortcut: bool = True, g: int = 1, e: float = 0.5):
+        super().__init__(c1, c2, 0, shortcut, g, e)
+        hidden = int(c2 * e)
+        self.m = nn.Sequential(*(CrossConv(hidden, hidden, 3, 1, g, 1.0, shortcut) for _ in range(n)))
+
+
+@block(repeats=True)
+class BottleneckCSP(nn.Module):
+    """The block before C3: two bare convolutions share the BatchNorm behind their concat.
+
+    Wang et al. 2019, arXiv 1911.11929.
+    """
+
+    def __init__(self, c1: int, c2: int, n: int = 1, shortcut: bool = True, g: int = 1, e: float = 0.5):
+        super().__init__()
+        hidden = int(c2 * e)
+        self.cv1 = Conv(c1, hidden, 1, 1)
+        self.cv2 = nn.Conv2d(c1, hidden, 1, 1, bias=False)
+        self.cv3 = nn.Conv2d(hidden, hidden, 1, 1, bias=False)
+        self.cv4 = Conv(2 * hidden, c2, 1, 1)
+        self.bn = nn.BatchNorm2d(2 * hidden, EPS, MOMENTUM)
+        self.act = nn.SiLU()
+        self.m = nn.Sequential(*(Bottleneck(hidden, hidden, shortcut, g, e=1.0) for _ in range(n)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        both = torch.cat((self.cv3(self.m(self.cv1(x))), self.cv2(x)), 1)
+        return self.cv4(self.act(self.bn(both)))
+
+
+@block()
 class SPP(nn.Module):
     """Spatial pyramid pooling (v5.0 models): parallel max-pools of three sizes beside the input."""
 
@@ -111,6 +168,17 @@ class SPP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.cv1(x)
         return self.cv2(torch.cat([x] + [pool(x) for pool in self.m], 1))
+
+
+@block()
+class C3SPP(C3):
+    """C3 with an SPP in the place of the bottlenecks (n, which a yaml row never gives it, counts for nothing)."""
+
+    def __init__(self, c1: int, c2: int, k: tuple[int, ...] = (5, 9, 13), n: int = 1, shortcut: bool = True, g: int = 1,
+                 e: float = 0.5):
+        super().__init__(c1, c2, 0, shortcut, g, e)
+        hidden = int(c2 * e)
+        self.m = SPP(hidden, hidden, k)
 
 
 @block()
@@ -142,6 +210,42 @@ class Focus(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         cells = [x[..., row::2, column::2] for column in (0, 1) for row in (0, 1)]
         return self.conv(torch.cat(cells, 1))
+
+
+@block(channels=lambda c1, gain=2: c1 * gain ** 2)
+class Contract(nn.Module):
+    """The pixels of each gain x gain cell become channels: (B, C, H, W) -> (B, gain^2 C, H / gain, W / gain)."""
+
+    def __init__(self, gain: int = 2):
+        super().__init__()
+        self.gain = gain
+
+    def forward(self, x: Tensor) -> Tensor:
+        s = self.gain
+        return torch.cat([x[..., row::s, column::s] for row in range(s) for column in range(s)], 1)
+
+
+@block(channels=lambda c1, gain=2: c1 // gain ** 2)
+class Expand(nn.Module):
+    """The reverse of Contract: (B, C, H, W) -> (B, C / gain^2, gain H, gain W)."""
+
+    def __init__(self, gain: int = 2):
+        super().__init__()
+        self.gain = gain
+
+    def forward(self, x: Tensor) -> Tensor:
+        s = self.gain
+        pixels = x.chunk(s * s, 1)  # one pixel of each cell after the other
+        rows = [torch.stack(pixels[i * s:(i + 1) * s], 4).flatten(3) for i in range(s)]
+        return torch.stack(rows, 3).flatten(2, 3)
+
+
+@block()
+class DWConvTranspose2d(nn.ConvTranspose2d):
+    """Transposed convolution, depthwise as far as the channel counts allow. p1: padding, p2: output padding."""
+
+    def __init__(self, c1: int, c2: int, k: int = 1, s: int = 1, p1: int = 0, p2: int = 0):
+        super().__init__(c1, c2, k, s, p1, p2, groups=math.gcd(c1, c2))
 
 
 @block()

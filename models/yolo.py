@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.common import BLOCKS, Conv, block
+import models.experimental  # noqa: F401  (registers its block)
+from models.common import BLOCKS, EPS, MOMENTUM, Conv, block
 from models.config import read_yaml
 from utils.errors import UserError, first_line
 
 # What a block raises that is given the wrong arguments.
-BUILD_ERRORS = (TypeError, ValueError, IndexError, KeyError, AssertionError, RuntimeError, OverflowError)
+BUILD_ERRORS = (TypeError, ValueError, IndexError, KeyError, AssertionError, RuntimeError, ArithmeticError)
 ACTIVATIONS = {"nn.SiLU": nn.SiLU, "nn.ReLU": nn.ReLU, "nn.LeakyReLU": nn.LeakyReLU, "nn.Hardswish": nn.Hardswish,
                "nn.ReLU6": nn.ReLU6, "nn.Mish": nn.Mish, "nn.GELU": nn.GELU, "nn.Identity": nn.Identity}
 
@@ -114,12 +115,16 @@ def _layer(row: list, cfg: dict, c1: list[int]) -> tuple[nn.Module, int]:
     if spec.channels == "detect":
         anchors = args[1] if isinstance(args[1], list) else [list(range(args[1] * 2))] * len(c1)
         return spec.cls(args[0], anchors, c1), 0
+    repeat = max(round(number * cfg.get("depth_multiple", 1.0)), 1) if number > 1 else number
+    c2 = sum(c1) if spec.channels == "sum" else c1[0]
     if spec.channels == "first":
         c2 = math.ceil(args[0] * cfg.get("width_multiple", 1.0) / 8) * 8
         args = [c1[0], c2, *args[1:]]
-    else:
-        c2 = sum(c1) if spec.channels == "sum" else c1[0]
-    repeat = max(round(number * cfg.get("depth_multiple", 1.0)), 1) if number > 1 else number
+    elif spec.channels == "input":
+        args = [c1[0], *args]
+    elif callable(spec.channels):
+        for _ in range(repeat):
+            c2 = spec.channels(c2, *args)
     if spec.repeats:
         return spec.cls(*args[:2], repeat, *args[2:]), c2
     return (spec.cls(*args) if repeat == 1 else nn.Sequential(*_stack(spec, args, repeat))), c2
@@ -156,6 +161,9 @@ class Model(nn.Module):
         self.kept = frozenset(j for i, read in enumerate(self.inputs) for j in read if j != i - 1)
         self.names = dict(names) if names else {i: str(i) for i in range(self.yaml["nc"])}
         self.masks: dict[str, Tensor] = {}
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm2d):  # of your own blocks, too, as in YOLOv5
+                module.eps, module.momentum = EPS, MOMENTUM
         if "activation" in self.yaml:
             self._set_activation(str(self.yaml["activation"]))
         self._set_strides(ch)
@@ -240,7 +248,7 @@ def fused(model: Model) -> Model:
     """A copy for inference: every BatchNorm folded into the convolution before it."""
     model = deepcopy(model).eval()
     for module in model.modules():
-        if isinstance(module, Conv) and isinstance(module.bn, nn.BatchNorm2d):
+        if isinstance(module, Conv) and isinstance(module.bn, nn.BatchNorm2d) and isinstance(module.conv, nn.Conv2d):
             module.conv = nn.utils.fuse_conv_bn_eval(module.conv, module.bn)
             setattr(module, "bn", nn.Identity())  # noqa: B010  (the attribute is annotated as a BatchNorm2d)
     return model
@@ -252,3 +260,9 @@ def on_device(model: Model, device: torch.device | str) -> Model:
         if parameter.dim() == 4:
             parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
     return model.to(device)
+
+
+def whole_strides(imgsz: int, stride: Tensor | int) -> int:
+    """`imgsz` pixels, rounded up to a multiple of the (largest) stride."""
+    largest = int(torch.as_tensor(stride).max())
+    return math.ceil(imgsz / largest) * largest

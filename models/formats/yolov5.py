@@ -19,10 +19,12 @@ from models.yolo import Model
 from utils.errors import UserError
 from utils.files import atomic
 
-# What models/common.py and models/yolo.py of YOLOv5 v6.0 have, with the same parts as the blocks of the same name here.
-SHARED = {"models.yolo": {"Model", "Detect"}, "models.common": {
-    "Conv", "DWConv", "Bottleneck", "C3", "SPP", "SPPF", "Focus", "Concat", "GhostConv", "GhostBottleneck", "C3Ghost",
-    "TransformerLayer", "TransformerBlock", "C3TR"}}
+# What YOLOv5 v6.0 has in these files, with the same parts as the blocks of the same name here. (CrossConv, C3x and
+# DWConvTranspose2d are there from v6.2 on.)
+SHARED = {"models.yolo": {"Model", "Detect"}, "models.experimental": {"MixConv2d"}, "models.common": {
+    "Conv", "DWConv", "Bottleneck", "BottleneckCSP", "C3", "C3SPP", "SPP", "SPPF", "Focus", "Contract", "Expand",
+    "Concat", "GhostConv", "GhostBottleneck", "C3Ghost", "TransformerLayer", "TransformerBlock", "C3TR", "CrossConv",
+    "C3x", "DWConvTranspose2d"}}
 
 
 def write(model: Model, path: Path, options: ExportOptions) -> None:

@@ -19,12 +19,16 @@ def absorb(model: M, graph: ChannelGraph, masks: Masks, images: Iterable[Tensor]
     A cut channel was about act(beta), and exactly that where gamma is 0. A convolution that reads it adds sum(W) times
     that to its output. This goes into the mean of the BatchNorm behind the convolution, or into its own bias. The means
     are measured on `images`, batches (B, C, H, W), so any activation, pool, concat or sum between is covered. Exact for
-    constant channels and 1x1 convolutions; zero padding makes the border of larger ones differ.
+    constant channels and 1x1 convolutions; zero padding makes the border of larger ones differ. Grouped and transposed
+    convolutions are left alone, and so is one that a BatchNorm without a scale may follow first.
     """
     keep = graph.kept(masks)
     new = deepcopy(model).eval()
-    convs, norms = convolutions(new, graph.inputs), batch_norms(new, graph.norms)
-    gone = {name: torch.from_numpy(~keep[graph.inputs[name]]) for name, conv in convs.items() if conv.groups == 1}
+    norms = batch_norms(new, graph.norms)
+    unscaled = {int(i) for ids in graph.unscaled.values() for i in ids}
+    convs = {name: conv for name, conv in convolutions(new, graph.inputs).items()
+             if isinstance(conv, nn.Conv2d) and conv.groups == 1 and int(graph.outputs[name][0]) not in unscaled}
+    gone = {name: torch.from_numpy(~keep[graph.inputs[name]]) for name in convs}
     gone = {name: channels for name, channels in gone.items() if channels.any()}
     means = _input_means({name: convs[name] for name in gone}, new, images)
     following: dict[int, str] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -39,15 +40,17 @@ def profile(model: nn.Module, imgsz: int = 640, channels: int = 3) -> Cost:
 
 
 def _meta_pass(model: nn.Module, names: Iterable[str], imgsz: int, channels: int) -> tuple[dict[str, int], int]:
-    """(name of a convolution -> pixels of its output maps over all calls, FLOPs of the whole model)."""
+    """(name of a convolution -> positions of its kernel over all calls, FLOPs of the whole model)."""
     meta_model = deepcopy(model).to("meta").eval()
     pixels = dict.fromkeys(names, 0)
 
-    def count(name: str, y: Tensor) -> None:
+    def count(name: str, conv: nn.Module, args: tuple, kwargs: dict, y: Tensor) -> None:
+        if isinstance(conv, nn.ConvTranspose2d):
+            y = args[0] if args else kwargs["input"]  # the kernel is laid on each pixel that is read
         pixels[name] += y.shape[2] * y.shape[3]  # of every call: a layer may be shared
 
     for name in pixels:
-        meta_model.get_submodule(name).register_forward_hook(lambda _, __, y, name=name: count(name, y))
+        meta_model.get_submodule(name).register_forward_hook(partial(count, name), with_kwargs=True)
     image = torch.empty(1, channels, imgsz, imgsz, device="meta", dtype=next(meta_model.parameters()).dtype)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         meta_model(image)
@@ -69,7 +72,8 @@ class CostModel:
     """What is left of a model after any cut, counted from its channel graph without making the cut.
 
     A convolution with r output channels, c input channels and k x k taps on a map of p pixels has r * c * k^2 weights
-    (a group's share of them where it is grouped) and takes 2 * r * c * k^2 * p FLOPs.
+    (a group's share of them where it is grouped) and takes 2 * r * c * k^2 * p FLOPs. The map is that which it makes,
+    of a transposed one that which it reads.
     """
 
     def __init__(self, model: nn.Module, graph: ChannelGraph, imgsz: int = 640, channels: int = 3):

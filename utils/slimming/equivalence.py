@@ -29,7 +29,7 @@ def largest_difference(a: nn.Module, b: nn.Module, channels: int = 3,
 @torch.no_grad()
 def _outputs(model: nn.Module, channels: int, sizes: Sequence[tuple[int, int, int]], seed: int) -> list[Tensor]:
     """All outputs for all sizes. There is one float64 copy at a time: large models are checked in little memory."""
-    model, generator = deepcopy(model).double().eval(), torch.Generator().manual_seed(seed)
+    model, generator = deepcopy(model).cpu().double().eval(), torch.Generator().manual_seed(seed)
     images = (torch.rand(n, channels, h, w, dtype=torch.float64, generator=generator) for n, h, w in sizes)
     return [y for x in images for y in _tensors(model(x))]
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+Convolution = nn.Conv2d | nn.ConvTranspose2d
 Masks = dict[str, Tensor]  # BatchNorm name -> bool (channels,) over the channels that it has now; True is kept
 
 
@@ -25,6 +26,7 @@ class ChannelGraph:
     inputs: dict[str, np.ndarray] = field(default_factory=dict)   # convolution name -> ids of its input channels
     outputs: dict[str, np.ndarray] = field(default_factory=dict)  # convolution name -> ids of its output channels
     norms: dict[str, np.ndarray] = field(default_factory=dict)    # BatchNorm name -> ids of its channels
+    unscaled: dict[str, np.ndarray] = field(default_factory=dict)  # the same of those without scale and shift: frozen
     group: np.ndarray = field(default_factory=lambda: np.zeros(0, int))
     frozen: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))   # (ids,) must be kept
     coupled: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))  # (ids,) united with others by an addition
@@ -69,6 +71,8 @@ class ChannelGraph:
         keep = keep[self.group]
         if (~keep & self.frozen).any():
             raise ValueError("the masks cut channels that must stay (an output, or what an unknown operation reads)")
+        if emptied := [name for name, ids in self.outputs.items() if not keep[ids].any()]:
+            raise ValueError(f"nothing is left of {', '.join(emptied)}: a convolution needs an output channel")
         for name, mask in masks.items():
             if not np.array_equal(keep[self.norms[name]], mask.numpy()):
                 raise ValueError(f"mask for '{name}' disagrees with that of a layer that shares its channels")
@@ -85,14 +89,22 @@ def batch_norms(model: nn.Module, names: Iterable[str]) -> dict[str, _BatchNorm]
     return found
 
 
-def convolutions(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Conv2d]:
+def convolutions(model: nn.Module, names: Iterable[str]) -> dict[str, Convolution]:
     """Name -> convolution of the model, for the names of a graph."""
     found = {}
     for name in names:
         module = model.get_submodule(name)
-        assert isinstance(module, nn.Conv2d)
+        assert isinstance(module, Convolution)
         found[name] = module
     return found
+
+
+def filters(conv: Convolution) -> Tensor:
+    """(out, in / groups, h, w) the weight of a convolution by output channels, also of a transposed one."""
+    weight = conv.weight.detach()
+    if isinstance(conv, nn.Conv2d):
+        return weight
+    return weight.unflatten(0, (conv.groups, -1)).transpose(1, 2).flatten(0, 1)  # it is stored by input channels
 
 
 def matching(names: Iterable[str], patterns: Sequence[str]) -> set[str]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from utils.slimming.cost import CostModel
-from utils.slimming.graph import ChannelGraph, Masks, batch_norms, convolutions, matching
+from utils.slimming.graph import ChannelGraph, Masks, batch_norms, convolutions, filters, matching
 from utils.slimming.surgery import M
 from utils.slimming.tracing import trace
 
@@ -59,6 +59,8 @@ class TracedModel(Generic[M]):
     losses: model -> the loss of one batch after another, for scores that want gradients on data.
     Raises ValueError where the model has no BatchNorm whose channels can be cut.
     """
+
+    batch = 1  # images, for target latency
 
     def __init__(self, model: M, imgsz: int = 640, channels: int = 3, *,
                  evaluate: Callable[[M], Mapping[str, float]] | None = None,
@@ -113,8 +115,8 @@ def gamma_score(traced: TracedModel) -> np.ndarray:
 def l1_score(traced: TracedModel) -> np.ndarray:
     """Mean |weight| of the filters that make the channel (Li et al. 2017, arXiv 1608.08710)."""
     convs = convolutions(traced.model, traced.graph.outputs)
-    filters = {name: conv.weight.detach().abs().flatten(1).mean(1) for name, conv in convs.items()}
-    return group_mean(traced.graph, filters, traced.graph.outputs)
+    means = {name: filters(conv).abs().flatten(1).mean(1) for name, conv in convs.items()}
+    return group_mean(traced.graph, means, traced.graph.outputs)
 
 
 def gamma_l1_score(traced: TracedModel) -> np.ndarray:
@@ -134,7 +136,7 @@ def group_mean(graph: ChannelGraph, values: Mapping[str, Tensor], ids: Mapping[s
     """
     total, count = np.zeros(len(graph.group)), np.zeros(len(graph.group))
     for name, value in values.items():
-        np.add.at(total, graph.group[ids[name]], value.double().cpu().numpy())
+        np.add.at(total, graph.group[ids[name]], value.cpu().double().numpy())
         np.add.at(count, graph.group[ids[name]], 1)
     return total / np.maximum(count, 1)
 
@@ -181,6 +183,9 @@ class Ranking:
             protected[best[:rules.min_channels]] = True
             share = best[:math.ceil(rules.min_share * len(ids))]
             protected[share[self.scores[share] > 0]] = True
+        for ids in graph.outputs.values():  # several convolutions may share a BatchNorm: none is left without channels
+            groups = graph.group[ids]
+            protected[groups[np.argmax(self.scores[groups])]] = True
         return protected
 
     def keep_percent(self, percent: float) -> np.ndarray:

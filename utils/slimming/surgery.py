@@ -7,7 +7,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from utils.slimming.graph import ChannelGraph, Masks, batch_norms, convolutions
+from utils.slimming.graph import ChannelGraph, Convolution, Masks, batch_norms, convolutions
 from utils.slimming.tracing import trace
 
 M = TypeVar("M", bound=nn.Module)
@@ -25,13 +25,13 @@ def slim(model: M, masks: Masks, graph: ChannelGraph | None = None) -> M:
     keep = graph.kept(masks)
     new = deepcopy(model)
     for name, conv in convolutions(new, graph.outputs).items():
-        rows = torch.from_numpy(keep[graph.outputs[name]])
-        columns = torch.from_numpy(keep[graph.inputs[name]])
+        outputs, inputs = (torch.from_numpy(keep[ids[name]]) for ids in (graph.outputs, graph.inputs))
+        rows, columns = (outputs, inputs) if isinstance(conv, nn.Conv2d) else (inputs, outputs)
         weight = conv.weight.detach()[rows]
-        width = weight.shape[1]  # channels that a group reads; every group keeps those at the same positions
+        width = weight.shape[1]  # channels of one group; every group keeps those at the same positions
         _replace(conv, "weight", weight if width == 1 else weight[:, columns[:width]])
         if conv.bias is not None:
-            _replace(conv, "bias", conv.bias.detach()[rows])
+            _replace(conv, "bias", conv.bias.detach()[outputs])
     for name, norm in batch_norms(new, graph.norms).items():
         for key in ("weight", "bias", "running_mean", "running_var"):
             if (old := getattr(norm, key)) is not None:
@@ -95,12 +95,13 @@ def _replace(module: nn.Module, key: str, value: Tensor) -> None:
 
 def _set_counts(module: nn.Module) -> None:
     """Make a layer's own channel counts agree with the shapes of its tensors."""
-    if isinstance(module, nn.Conv2d):
-        rows, columns = module.weight.shape[:2]
+    if isinstance(module, Convolution):
+        rows, columns = module.weight.shape[:2]  # of a transposed one: inputs, outputs of a group
         was_depthwise = module.groups == module.in_channels == module.out_channels
         became_depthwise = columns == 1 and rows < module.groups  # by an earlier cut
         if module.groups > 1 and (was_depthwise or became_depthwise):
             module.groups = rows
-        module.in_channels, module.out_channels = columns * module.groups, rows
+        counts = (columns * module.groups, rows)
+        module.in_channels, module.out_channels = counts if isinstance(module, nn.Conv2d) else counts[::-1]
     elif isinstance(module, nn.modules.batchnorm._BatchNorm) and module.weight is not None:
         module.num_features = len(module.weight)

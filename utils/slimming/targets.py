@@ -39,7 +39,7 @@ def latency_left(traced: TracedModel, keep: np.ndarray) -> float:
     """Milliseconds after the cut, relative to before; both are measured now."""
     after = slim(traced.model, traced.graph.masks(keep), traced.graph)
     models: list[nn.Module] = [traced.prepare(m) for m in (traced.model, after)]
-    before_ms, after_ms = latency(models, traced.imgsz, channels=traced.channels)
+    before_ms, after_ms = latency(models, traced.imgsz, traced.batch, channels=traced.channels)
     return after_ms / before_ms
 
 
