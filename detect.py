@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from models import formats
+from models.yolo import whole_strides
 from utils.boxes import label_rows, letterbox, nms, scale_boxes
 from utils.data.augmentations import to_tensor_layout
 from utils.data.sources import Frame, frames
@@ -140,7 +141,7 @@ def main(argv: list[str] | None = None) -> Path:
     device = select_device(opt.device, half=opt.half)
     model, data = formats.load(opt.weights, device, opt.half, opt.augment)
     stride = int(torch.as_tensor(model.stride).max())
-    imgsz = -(-(opt.imgsz or data.get("imgsz") or 640) // stride) * stride
+    imgsz = whole_strides(opt.imgsz or data.get("imgsz") or 640, stride)
     square = bool(model.input_shape[2])
     folder = new_run_folder(opt.project, opt.name, opt.exist_ok)
     output, counts = Output(folder, model.names, opt), dict.fromkeys(model.names, 0)

@@ -21,16 +21,17 @@ from models import checkpoint
 from models.config import check_cfg
 from models.pruning import model_pruner
 from models.speed import milliseconds
-from models.yolo import Model, on_device
+from models.yolo import Model, on_device, whole_strides
 from utils.errors import UserError, run_cli
 from utils.files import command_line, copy_file, new_run_folder, write_json
-from utils.options import HelpfulParser, add_common, add_ranking_flags, fraction, fractions, named_fraction, resolve
+from utils.options import pruning_parser, resolve
 from utils.plots.slimming import plot_gammas, plot_kept, plot_sensitivity, plot_sweep
 from utils.slimming import TARGETS, Pruner, PruneResult, Rules, report, slim
 from utils.slimming.calibration import absorb, recalibrate
 from utils.slimming.cost import profile
 from utils.slimming.ranking import NOTHING_TO_CUT, knee
 from utils.tables import write_csv
+from utils.training.calibration import CalibrationImages
 from utils.training.distributed import select_device
 from utils.training.resume import newest_run
 from val import accuracy, dataset_loader
@@ -48,11 +49,15 @@ def rank(model: Model, opt: Namespace, device: torch.device) -> Pruner[Model]:
         return {key: found[key] for key in ("mAP50", "mAP50-95")}
 
     try:
-        return model_pruner(model, opt.imgsz, device, evaluate).rank(opt.score, rules, opt.per_flop)
+        pruner = model_pruner(model, opt.imgsz, device, evaluate)
+        pruner.batch = opt.latency_batch
+        return pruner.rank(opt.score, rules, opt.per_flop)
     except ValueError as error:
         if str(error) == NOTHING_TO_CUT:
             raise UserError(f"{error} (a fused or exported model? give the file from before fusing)") from None
-        raise UserError(f"--keep: {error}; the names are in the table that prune.py prints") from None
+        if opt.keep and "no BatchNorm is called" in str(error):
+            raise UserError(f"--keep: {error}; the names are in the table that prune.py prints") from None
+        raise UserError(f"{opt.weights}: {error}") from None
 
 
 def cut(pruner: Pruner[Model], opt: Namespace) -> PruneResult[Model]:
@@ -61,31 +66,30 @@ def cut(pruner: Pruner[Model], opt: Namespace) -> PruneResult[Model]:
         result = pruner.cut(target=opt.target) if opt.target else pruner.cut(opt.percent)
     except ValueError as error:
         raise UserError(f"{error}; nothing was written") from None
+    if (found := result.target) and found.name == "latency" and not found.reached:
+        raise UserError(f"--target latency={found.wanted:g}: with all that the rules let go it is still "
+                        f"{found.value:.3f}; nothing was written. Give more, or lower --min-share")
     asked, requested = opt.percent, f"{opt.percent:.1%} of the prunable channels"
-    if found := result.target:
+    if found:
         asked, requested = result.achieved, f"{found.name}={found.wanted:g}"
         again = TARGETS[found.name].value(pruner, pruner.graph.kept(result.masks)) if found.name == "latency" else None
         print(report.target_note(found, again))
-    if opt.strict and asked > (limit := result.safe.percent):
-        raise UserError(f"--strict: {asked:.3f} of the channels is above the limit of {limit:.3f}; "
-                        "give less, or train to more sparsity")
     channels = "channels" if opt.min_channels > 1 else "channel"
     floors = f"at least {opt.min_channels} {channels} and {opt.min_share:.0%} of its own"
     print(report.describe(result, asked, requested, floors))
+    if opt.strict and asked > (limit := result.safe.percent):
+        raise UserError(f"--strict: {asked:.3f} of the channels is above the limit of {limit:.3f}; "
+                        "give less, or train to more sparsity")
     return result
 
 
 def repair(pruner: Pruner[Model], result: PruneResult[Model], opt: Namespace, device: torch.device) -> dict[str, Model]:
     """--absorb and --recalibrate. Returns the models of all stages by name; the last one is what is written."""
     stages = {"before": result.model, "masked": result.masked, "slim": result.slim}
-    count = opt.recalibrate or (64 if opt.absorb else 0)
-    if count:
-        dense = on_device(result.model, device)
-        batches = zip(dataset_loader(dense, opt, "train"), range(-(-count // opt.batch_size)))
-        images = [batch.images.to(device, torch.float32) / 255 for batch, _ in batches]
+    images = CalibrationImages(opt, int(result.model.stride.max()), opt.recalibrate or 64, device)
     if opt.absorb:
-        result.slim = slim(absorb(dense, pruner.graph, result.masks, images), result.masks, pruner.graph)
-        stages["absorbed"] = result.slim
+        dense = absorb(on_device(result.model, device), pruner.graph, result.masks, images)
+        stages["absorbed"] = result.slim = slim(dense, result.masks, pruner.graph)
     if opt.recalibrate:
         stages["recalibrated"] = result.slim = recalibrate(on_device(result.slim, device), images)
     return stages
@@ -129,35 +133,9 @@ def write(result: PruneResult[Model], opt: Namespace, source: dict[str, Any]) ->
     return folder
 
 
-def parse(argv: list[str] | None = None) -> Namespace:
-    """Command line -> options."""
-    parser = HelpfulParser(__doc__)
-    add = parser.add_argument
-    add("--weights", help="checkpoint to cut (not given: last.pt of the newest sparsity run)")
-    add("--percent", type=fraction(one=False, hint="0.5 cuts half of the prunable channels"), default=0.5,
-        help="share of the prunable channels to cut, 0..1")
-    add("--cfg", help="model yaml to check the checkpoint against; never needed")
-    add_common(parser, "runs/prune")
-    add("--target", type=named_fraction(TARGETS, "params=0.5, flops=0.5, latency=0.6 or map-drop=0.01"),
-        help="cut as much as this takes, instead of --percent: params=0.5, flops=0.5, latency=0.6 (what is left), "
-             "map-drop=0.01")
-    add("--sweep", type=fractions,
-        help="first:last:step; show what each of these percents would give, and write no model")
-    add("--sensitivity", action="store_true",
-        help="show what cutting --percent of each layer alone would give, and write no model")
-    add_ranking_flags(parser)
-    add("--absorb", action="store_true", help="move the mean of the cut channels into the layers that read them")
-    add("--recalibrate", type=int, default=0, metavar="N",
-        help="measure the BatchNorms' statistics anew on N training images")
-    add("--strict", action="store_true",
-        help="refuse a cut above the limit (the smallest of the layers' largest gammas)")
-    add("--noval", action="store_true", help="do not measure accuracy and speed")
-    return parser.parse_args(argv)
-
-
 def main(argv: list[str] | None = None) -> Path:
     """Command line -> slim checkpoint; returns the run's folder."""
-    opt = parse(argv)
+    opt = pruning_parser(__doc__).parse_args(argv)
     if not opt.weights:
         opt.weights = str(newest_run("train_sparsity.py"))
         print(f"--weights not given: taking the newest sparsity run, {opt.weights}")
@@ -166,6 +144,8 @@ def main(argv: list[str] | None = None) -> Path:
     if opt.cfg:
         check_cfg(model.yaml, opt.cfg)
     opt = resolve(opt, source)
+    opt.hyp = source.get("hyp") or {}
+    opt.imgsz = whole_strides(opt.imgsz, model.stride)
     trained = {**(source.get("opt") or {}), **source.get("sparsity", {})}
     opt.shortcuts = opt.shortcuts or trained.get("shortcuts", "skip")
     opt.round_to = opt.round_to or trained.get("round_to") or 1

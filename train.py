@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from models import checkpoint
-from models.yolo import Model, on_device
+from models.yolo import Model, on_device, whole_strides
 from utils.data.config import DataConfig, read_data
 from utils.data.dataset import DetectionDataset
 from utils.data.loader import Batch, DetectionLoader, build_loader, validation_loader
@@ -39,6 +39,7 @@ from utils.training.loggers import RunLog
 from utils.training.loss import DetectionLoss, scale_gains
 from utils.training.optimizer import EarlyStopping, ModelEMA, Schedule, build_optimizer, ema_tau
 from utils.training.resume import (
+    move_away,
     require_finite,
     restore,
     restore_hooks,
@@ -47,11 +48,12 @@ from utils.training.resume import (
     save_epoch,
     whole,
 )
-from utils.training.run import Hook, Run
-from utils.training.start import adapt_anchors, freeze, start_model, synchronised
+from utils.training.run import Hook, Run, amp_name
+from utils.training.start import adapt_anchors, freeze, make_deterministic, start_model, synchronised
 from val import Evaluation, evaluate, plot_curves, print_table
 
 LOSSES = ("box_loss", "obj_loss", "cls_loss")
+MOST_SKIPPED = 50  # steps in a row that the scaler may skip; it needs some twenty to go down from its first scale
 
 
 def train(opt: Namespace, hooks: Sequence[Hook] = ()) -> Run:
@@ -70,10 +72,12 @@ def train(opt: Namespace, hooks: Sequence[Hook] = ()) -> Run:
             share_buffers((run.model, run.ema.ema), world.size)  # all validate the model that is saved
             require_finite(run)
             validated = final or not run.opt.noval
-            best = validated and validate(run, log)
+            fitness = validate(run, log) if validated else -1.0
+            eligible = validated and all(hook.may_be_best() for hook in run.hooks)
+            best = eligible and run.stopper.better(epoch, fitness)
             for hook in run.hooks:
                 hook.epoch_end(log)
-            stop = validated and not final and run.stopper.over(epoch)
+            stop = eligible and not final and run.stopper.over(epoch)
             if run.log is not None:
                 run.results = log
                 run.log.epoch(epoch, log)
@@ -112,9 +116,9 @@ def train_epoch(run: Run) -> dict[str, float]:
             run.scaler.scale(loss * run.world.size).backward()
         mean, step_loss = (mean * i + items) / (i + 1), step_loss + loss.detach()
         if stepping:
-            shown = complete_gradients(run, mean, step_loss, paths)
+            shown, skipped = complete_gradients(run, mean, step_loss, paths)
             run.batch_fraction = images / run.opt.nbs
-            optimizer_step(run)
+            optimizer_step(run, skipped)
             accumulated, images, paths = 0, 0, []
             step_loss.zero_()
             if not bar.disable:
@@ -156,7 +160,7 @@ def rescaled(run: Run, x: Tensor) -> Tensor:
     stride, imgsz = int(run.model.stride.max()), run.opt.imgsz
     rng = np.random.default_rng([run.opt.seed, run.iteration])
     size = int(rng.integers(imgsz // 2, imgsz * 3 // 2 + stride)) // stride * stride
-    scale = max(size, stride) / max(x.shape[2:])
+    scale = max(size, min(2 * stride, imgsz)) / max(x.shape[2:])  # a map of 1x1 has no variance for BatchNorm
     sides = [math.ceil(s * scale / stride) * stride for s in x.shape[2:]]
     return nn.functional.interpolate(x, sides, mode="bilinear", align_corners=False)
 
@@ -168,31 +172,36 @@ def gradient_sync(run: Run, stepping: bool) -> AbstractContextManager:
     return run.wrapped.no_sync()
 
 
-def complete_gradients(run: Run, mean: Tensor, step_loss: Tensor, paths: Sequence[str]) -> list[float]:
-    """Unscale, clip, and stop where something is not finite; returns the mean losses."""
+def complete_gradients(run: Run, mean: Tensor, step_loss: Tensor, paths: Sequence[str]) -> tuple[list[float], bool]:
+    """Unscale, clip, and stop where something is not finite.
+
+    Returns the mean losses, and whether the scaler is going to skip the step.
+    """
     run.scaler.unscale_(run.optimizer)
     norm = nn.utils.clip_grad_norm_(run.model.parameters(), max_norm=10.0, foreach=True)
     # The one read in a step that waits for a GPU.
     values = torch.cat((mean, step_loss, norm.view(1), run.statistics_norm().view(1)))
     *shown, total, length, statistics = values.tolist()
-    found = {"loss": total, "gradient": length, "running statistic of a BatchNorm": statistics}
-    if run.scaler.is_enabled():
-        del found["gradient"]  # normal now and then: the scaler skips the step and tries a smaller scale
+    # With a scaler an infinite gradient is normal now and then: it skips the step and tries a smaller scale.
+    skipped = run.scaler.is_enabled() and not math.isfinite(length)
+    run.skipped = run.skipped + 1 if skipped else 0
+    names = ", ".join(Path(p).name for p in paths[:4])
+    if run.skipped >= MOST_SKIPPED:
+        raise NonFiniteError(f"the gradient was not finite in {run.skipped} steps in a row, the last in epoch "
+                             f"{run.epoch + 1}, batch of {names} ...; {whole(run)}")
+    found = {"loss": total, "gradient": 0.0 if skipped else length, "running statistic of a BatchNorm": statistics}
     for what, value in found.items():
         if not math.isfinite(value):
-            names = ", ".join(Path(p).name for p in paths[:4])
             raise NonFiniteError(f"a {what} is not finite in epoch {run.epoch + 1}, batch of {names} ...; {whole(run)}")
-    return shown
+    return shown, skipped
 
 
-def optimizer_step(run: Run) -> None:
+def optimizer_step(run: Run, skipped: bool) -> None:
     """Hooks, step, EMA. What hooks do to gradients comes after unscaling, or AMP would shrink it to nothing."""
     for hook in run.hooks:
         hook.before_step()
-    scale = run.scaler.get_scale()
     run.scaler.step(run.optimizer)
     run.scaler.update()
-    skipped = run.scaler.get_scale() < scale  # the scaler backs off exactly when it met an infinity and skipped
     run.optimizer.zero_grad(set_to_none=True)
     if not skipped:
         run.ema.update()
@@ -200,12 +209,13 @@ def optimizer_step(run: Run) -> None:
         hook.after_step(skipped)
 
 
-def validate(run: Run, log: dict[str, float]) -> bool:
-    """Evaluate the EMA model, every process on its share of the images; is it the best so far?
+def validate(run: Run, log: dict[str, float]) -> float:
+    """Evaluate the EMA model, every process on its share of the images; returns the fitness.
 
-    Adds the numbers to `log` and prints the epoch's line.
+    Adds the numbers to `log` and prints the epoch's line. A GPU computes in the training's precision.
     """
-    result = evaluate(run.ema.ema, run.val_loader, run.world.device, loss=run.loss, processes=run.world.size)
+    amp = run.amp if run.world.device.type == "cuda" else None
+    result = evaluate(run.ema.ema, run.val_loader, run.world.device, loss=run.loss, processes=run.world.size, amp=amp)
     run.ap = result.ap
     log.update(result.metrics())
     log.update({f"val/{name}": float(value) for name, value in zip(LOSSES, result.losses)})
@@ -213,7 +223,7 @@ def validate(run: Run, log: dict[str, float]) -> bool:
         losses = "  ".join(f"{log[f'train/{name}']:>7.4f}" for name in LOSSES)
         metrics = "".join(f"{value:>10.3f}" for value in result.metrics().values())
         print(f"{run.epoch + 1:>5}/{run.opt.epochs:<5}{losses}  {metrics}", flush=True)
-    return run.stopper.better(run.epoch, result.fitness)
+    return result.fitness
 
 
 # Beginning and end ----------------------------------------------------------------------------------------------------
@@ -224,11 +234,12 @@ def build_run(opt: Namespace, world: World, hooks: Sequence[Hook], signals: List
     if opt.resume:
         opt, resumed = resumed_options(opt)
     torch.manual_seed(opt.seed)
+    if opt.deterministic:
+        make_deterministic()
     config = read_data(opt.data)
-    opt.amp = opt.amp or ("fp16" if world.device.type == "cuda" else "off")
     model = start_model(opt, {0: "object"} if opt.single_cls else config.names, resumed, world)
     stride = int(model.stride.max())
-    opt.imgsz = math.ceil(opt.imgsz / stride) * stride
+    opt.imgsz = whole_strides(opt.imgsz, stride)
     loader = training_loader(opt, config, stride, world, signals)
     if not resumed:
         adapt_anchors(opt, model, loader.dataset, world)
@@ -238,17 +249,20 @@ def build_run(opt: Namespace, world: World, hooks: Sequence[Hook], signals: List
     freeze(model, opt.freeze)
     val_loader = validation_loader(config, "val", opt.imgsz, max(opt.batch_size // world.size, 1) * 2, stride,
                                    opt.workers, opt.cache, opt.single_cls, rank=world.rank, world_size=world.size,
-                                   shutdown=signals.shutdown)
+                                   shutdown=signals.shutdown, pin_memory=world.device.type == "cuda")
     folder = Path(resumed["folder"]) if resumed else shared_run_folder(opt, world)
     schedule = Schedule(opt.hyp, opt.epochs, len(loader), opt.batch_size, opt.nbs, opt.cos_lr)
     step_fraction = opt.batch_size * schedule.accumulate(schedule.warmup) / opt.nbs
+    scaled = amp_name(opt, world.device) == "fp16"
+    scaler = torch.amp.GradScaler(world.device.type, enabled=scaled)
     optimizer = build_optimizer(model, opt.optimizer, opt.hyp["lr0"], opt.hyp["momentum"],
-                                opt.hyp["weight_decay"] * step_fraction)
+                                opt.hyp["weight_decay"] * step_fraction, scaled)
     gains = scale_gains(opt.hyp, model.detect.nl, model.detect.nc, opt.imgsz)
     loss = DetectionLoss(model, gains | {"label_smoothing": opt.label_smoothing})
     if opt.image_weights:
         hooks = [ImageWeights(), *hooks]
-    scaler = torch.amp.GradScaler(world.device.type, enabled=opt.amp == "fp16")
+    if len({hook.name for hook in hooks}) < len(hooks):
+        raise ValueError("two hooks have the same name, under which a checkpoint keeps their state")
     run = Run(opt, world, folder, config, model, model, optimizer, scaler, schedule,
               ModelEMA(model, tau=ema_tau(schedule.steps)), loss, loader, val_loader, hooks,
               EarlyStopping(opt.patience), signals, resumed=resumed)
@@ -269,8 +283,10 @@ def build_run(opt: Namespace, world: World, hooks: Sequence[Hook], signals: List
 
 def shared_run_folder(opt: Namespace, world: World) -> Path:
     """A new folder for the run, the same one for all processes."""
-    folder = str(new_run_folder(opt.project, opt.name, opt.exist_ok)) if world.main else ""
-    return Path(str(broadcast(folder, world.size)))
+    folder = new_run_folder(opt.project, opt.name, opt.exist_ok) if world.main else Path()
+    if world.main:
+        move_away(folder / "weights")
+    return Path(str(broadcast(str(folder), world.size)))
 
 
 def training_loader(opt: Namespace, config: DataConfig, stride: int, world: World,
@@ -287,7 +303,7 @@ def training_loader(opt: Namespace, config: DataConfig, stride: int, world: Worl
     if world.main:
         print(dataset.summary())
     return build_loader(dataset, per_process, opt.workers, shuffle=not opt.rect, seed=opt.seed, rank=world.rank,
-                        world_size=world.size, shutdown=signals.shutdown)
+                        world_size=world.size, shutdown=signals.shutdown, pin_memory=world.device.type == "cuda")
 
 
 def describe(run: Run) -> None:
@@ -296,7 +312,7 @@ def describe(run: Run) -> None:
     cost = profile(run.model, opt.imgsz)
     kind, processes = "slim" if run.model.masks else "dense", "processes" if world.size > 1 else "process"
     print(f"{kind} model: {cost.parameters:,} parameters, {cost.gflops:.2f} GFLOPs at {opt.imgsz} px; "
-          f"{world.device}, {world.size} {processes}, amp {opt.amp}")
+          f"{world.device}, {world.size} {processes}, amp {amp_name(opt, world.device)}")
     if opt.resume:
         now, end = (opt.hyp["lr0"] * schedule.factor(epoch) for epoch in (run.epoch, opt.epochs))
         print(f"resumed at epoch {run.epoch + 1}, batch {run.batches_done + 1}; the learning rate follows the schedule "
@@ -317,14 +333,17 @@ def describe(run: Run) -> None:
 def finish(run: Run, hours: float) -> Evaluation:
     """The best model's table and the run's pictures."""
     opt, device, weights = run.opt, run.world.device, run.folder / "weights"
-    best = weights / "best.pt"
-    model: Model = checkpoint.load(best if best.is_file() else weights / "last.pt", device)
+    file, epoch = weights / "best.pt", run.stopper.best_epoch
+    if not file.is_file():  # --nosave keeps the last epoch, and only that
+        file, epoch = weights / "last.pt", run.epoch
+    model: Model = checkpoint.load(file, device)
     loader = run.val_loader
     if run.world.size > 1:  # it has this process's images only
         loader = validation_loader(run.config, "val", opt.imgsz, max(opt.batch_size // run.world.size, 1) * 2,
-                                   int(model.stride.max()), opt.workers, single_cls=opt.single_cls)
+                                   int(model.stride.max()), opt.workers, single_cls=opt.single_cls,
+                                  pin_memory=device.type == "cuda")
     result = evaluate(on_device(model, device), loader, device, confusion=True)
-    print(f"\n{run.epoch + 1} epochs in {hours:.3f} hours. {best.name}, epoch {run.stopper.best_epoch + 1}:")
+    print(f"\n{run.epoch + 1} epochs in {hours:.3f} hours. {file.name}, epoch {epoch + 1}:")
     print_table(result, run.model.names, per_class=run.config.nc <= 20)
     if not opt.noplots:
         from utils.plots.training import plot_results

@@ -130,12 +130,16 @@ class SparsityHook(Hook):
         total = sum(isinstance(module, _BatchNorm) for module in self.run.model.modules())
         channels = sum(len(norm.weight) for norm in self.norms.values())
         text = f"sparsity: {how}, on {len(self.norms)} of {total} BatchNorms, {channels} channels"
-        return text + (f"; the others are {' or '.join(others)}" if others else "")
+        text += f"; the others are {' or '.join(others)}" if others else ""
+        if self.target:
+            text += (f"\nsparsity: the zeros are final after {self.target.LAST:.0%} of the run; best.pt is one of the "
+                     "epochs from there on, and --patience counts from there")
+        return text
 
     def before_step(self) -> None:
-        self.penalty.add_to_gradients(self.run.epoch, self.run.batch_fraction)
         if self.target:
-            self.target.observe()
+            self.target.observe()  # the loss's gradients, without the penalty's
+        self.penalty.add_to_gradients(self.run.epoch, self.run.batch_fraction)
 
     def after_step(self, skipped: bool) -> None:
         if self.target and not skipped:
@@ -197,6 +201,10 @@ class SparsityHook(Hook):
             run.log.tb.add_image("bn_weights/over_epochs", pixels, run.epoch, dataformats="HWC")
         plot_gammas(history[-1], run.folder / "gammas.png", title="BatchNorm scales after the last epoch")
 
+    def may_be_best(self) -> bool:
+        """With --target-sparsity: once the zeros are final. Epochs before have more channels than the run ends with."""
+        return self.target is None or self.target.settled
+
     def state_dict(self) -> dict[str, Any]:
         return {"history": self.history, "target": self.target.state_dict() if self.target else None}
 
@@ -225,7 +233,7 @@ def l1_note(run: Run, penalty: GammaL1) -> str:
     every = schedule.accumulate(schedule.warmup)
     # One entry per step: its rate is that of its first batch, its penalty the share of a nominal batch that it sees.
     epochs = [i // batches for i in range(0, run.opt.epochs * batches, every)]
-    batch_fraction = min(every * run.opt.batch_size / run.opt.nbs, 1.0)
+    batch_fraction = every * run.opt.batch_size / run.opt.nbs
     rates = [hyp["lr0"] * schedule.factor(epoch) for epoch in epochs]
     coefficients = [penalty.coefficient(epoch) * batch_fraction for epoch in epochs]
     adam = run.opt.optimizer != "SGD"
@@ -250,6 +258,8 @@ def check(opt: Namespace) -> Namespace:
         raise UserError(f"--round-to {opt.round_to}: needs --target-sparsity (without it give --round-to to prune.py)")
     if opt.sr is None:
         opt.sr = 0.0 if opt.target_sparsity else 0.0001
+    if opt.percent is None:
+        opt.percent = opt.target_sparsity or 0.5
     if not opt.st:
         opt.sr, opt.sr_bias, opt.target_sparsity = 0.0, 0.0, None
     return opt
@@ -278,8 +288,8 @@ def add_sparsity_flags(parser: HelpfulParser) -> None:
         help="channels that shortcuts tie together are left alone (skip), or taken as one (joint)")
     add("--keep", nargs="+", default=[], metavar="PATTERN", help="BatchNorms to leave alone, such as 'model.0.*'")
     add("--only", nargs="+", default=[], metavar="PATTERN", help="act on no BatchNorms but these")
-    add("--percent", type=fraction(one=False), default=0.5,
-        help="the prune.py --percent that every epoch's preview is for")
+    add("--percent", type=fraction(one=False),
+        help="the prune.py --percent that every epoch's preview is for (0.5, or --target-sparsity)")
     add("--masked-val", type=int, default=0, metavar="N",
         help="every N epochs also validate the model without those channels (0: never)")
 

@@ -20,7 +20,7 @@ from models import formats
 from models.formats.format import Detector
 from models.yolo import Model, fused, on_device
 from utils.boxes import label_rows, nms, scale_boxes, xywh2xyxy
-from utils.data.coco import coco_predictions, pycocotools_map
+from utils.data.coco import CocoResults
 from utils.data.config import read_data
 from utils.data.dataset import DetectionDataset
 from utils.data.loader import Batch, DetectionLoader, validation_loader
@@ -59,13 +59,13 @@ class Evaluation:
 @torch.inference_mode()
 def evaluate(model: Detector, loader: DetectionLoader, device: torch.device, conf: float = 0.001, iou: float = 0.6,
              max_det: int = 300, loss: Callable | None = None, confusion: bool = False, on_batch: OnBatch | None = None,
-             single_cls: bool = False, processes: int = 1) -> Evaluation:
+             single_cls: bool = False, processes: int = 1, amp: torch.dtype | None = None) -> Evaluation:
     """Detect in every image of `loader` and compare with its labels.
 
     model: in eval mode and in its own precision. loss: a DetectionLoss, for the mean losses. on_batch gets every batch
     with its detections in the batch's pixels (list of (n, 6)). single_cls: all detections count as class 0.
-    processes: more than 1 where every process of a training calls this with its own share of the images; all of them
-    get the result for all images.
+    amp: type of autocast. processes: more than 1 where every process of a training calls this with its own share of
+    the images; all of them get the result for all images.
     """
     nc = 1 if single_cls else len(model.names)
     matrix = ConfusionMatrix(nc) if confusion else None
@@ -76,7 +76,8 @@ def evaluate(model: Detector, loader: DetectionLoader, device: torch.device, con
         t0 = _now(device)
         x = batch.images.to(device, non_blocking=True).to(model.dtype, memory_format=torch.channels_last) / 255
         t1 = _now(device)
-        decoded, raw = model(x)
+        with torch.autocast(device.type, amp, enabled=amp is not None):
+            decoded, raw = model(x)
         t2 = _now(device)
         if loss is not None:
             losses += loss(raw, batch.targets.to(device))[1]
@@ -128,7 +129,8 @@ def dataset_loader(model: Detector, opt: Namespace, task: str = "val") -> Detect
                         "give the --data it was trained on")
     return validation_loader(config, task, opt.imgsz, opt.batch_size, largest_stride(model), opt.workers,
                              cache="ram" if task == "val" else None, single_cls=opt.single_cls,
-                             rect=not model.input_shape[2])
+                             rect=not model.input_shape[2],
+                             pin_memory=torch.cuda.is_available() and opt.device != "cpu")
 
 
 def largest_stride(model: Detector) -> int:
@@ -164,8 +166,11 @@ def parse(argv: list[str] | None = None) -> Namespace:
     add_detection_flags(parser, conf=0.001, iou=0.6, max_det=300)
     add("--task", choices=["train", "val", "test"], default="val", help="which images of the data yaml")
     add("--save-json", action="store_true",
-        help="write predictions.json and ask pycocotools for its figures, for any data set")
-    add("--save-txt", action="store_true", help="write labels/*.txt: class x y w h confidence")
+        help="write predictions.json and ask pycocotools for its figures, for any data set; COCO's get COCO's ids")
+    add("--anns", type=Path, metavar="JSON", help="with --save-json (which it implies): COCO annotations to take the "
+                                                  "ids of images and categories from, and to measure against")
+    add("--save-txt", action="store_true", help="write labels/*.txt: class x y w h")
+    add("--save-conf", action="store_true", help="with --save-txt: a sixth column, the confidence")
     add("--noplots", action="store_true", help="make no pictures")
     add("--verbose", action="store_true", help="show every class even if there are many")
     return parser.parse_args(argv)
@@ -207,7 +212,7 @@ class Outputs:
 
     def __init__(self, folder: Path, dataset: DetectionDataset, names: dict[int, str], opt: Namespace):
         self.folder, self.dataset, self.names, self.opt = folder, dataset, names, opt
-        self.predictions: list[dict] = []
+        self.coco = CocoResults(names, opt.anns) if opt.save_json or opt.anns else None
 
     def add(self, i: int, batch: Batch, detections: list[Tensor]) -> None:
         """Every batch's detections, in the batch's pixels."""
@@ -215,10 +220,10 @@ class Outputs:
         for found, file, geometry in zip(detections, batch.paths, batch.shapes):
             native, path = scale_boxes(size, found, *geometry), Path(file)
             if self.opt.save_txt:
-                rows = label_rows(native, geometry[0], confidence=True)
+                rows = label_rows(native, geometry[0], self.opt.save_conf)
                 write_text(self.folder / "labels" / f"{path.stem}.txt", rows)
-            if self.opt.save_json:
-                self.predictions += coco_predictions(native, path)
+            if self.coco is not None:
+                self.coco.add(native, path)
         if i < 3 and not self.opt.noplots:
             from utils.plots.detections import detections_to_targets, plot_batch
 
@@ -230,11 +235,13 @@ class Outputs:
         """Pictures and pycocotools figures after the last batch; returns what goes into metrics.json."""
         if not self.opt.noplots:
             plot_curves(result, self.names, self.folder)
-        if not self.opt.save_json:
+        if self.coco is None:
             return {}
         path = self.folder / "predictions.json"
-        write_json(path, self.predictions)
-        map50_95, map50 = pycocotools_map(self.dataset, self.predictions, self.names)
+        write_json(path, self.coco.rows)
+        if self.coco.unknown:
+            print(f"{self.coco.unknown} images are not in {self.opt.anns} and left out of {path}")
+        map50_95, map50 = self.coco.figures(self.dataset)
         print(f"pycocotools: mAP50 {map50:.3f}, mAP50-95 {map50_95:.3f} ({path})")
         return {"pycocotools": {"mAP_0.5": map50, "mAP_0.5:0.95": map50_95}}
 

@@ -21,19 +21,20 @@ import numpy as np
 import torch
 from columns import ENGINE, RESULTS, Row, formatted
 
-import prune
 from models import checkpoint
+from models.pruning import model_pruner
 from models.yolo import Model
 from tests.blocks import randomised
 from utils.errors import run_cli
 from utils.options import HelpfulParser
+from utils.slimming.ranking import MIN_SHARE, Rules
 from utils.tables import text_table, write_csv
 
 
 def prune_ours(model: Model, path: Path) -> Model:
     """Rank, cut, check and save."""
-    opt = prune.parse(["--percent", "0.5", "--imgsz", "640", "--shortcuts", "joint", "--round-to", "1"])
-    slim = prune.cut(prune.rank(model, opt, torch.device("cpu")), opt).slim
+    rules = Rules(min_share=MIN_SHARE, coupled=True)
+    slim = model_pruner(model, 640).rank(rules=rules).cut(percent=0.5).slim
     checkpoint.save(path, slim)
     return slim
 

@@ -50,7 +50,8 @@ COMMANDS = [
 # What differs between two runs of one checkout: times, sizes of files with a path in them, paths.
 VOLATILE = re.compile(r"\d+(\.\d+)? ?(ms|MB|hours|s|minutes)\b"
                       r"|^(milliseconds|ms an image|Speed|note: pruned_model).*$", re.M)
-UNSTABLE_KEYS = {"folder", "command", "ms", "ms_per_image", "device", "threads", "weights", "data", "opt", "hooks"}
+UNSTABLE_KEYS = {"folder", "command", "ms", "ms_per_image", "device", "threads", "weights", "data", "opt", "hooks",
+                 "class_map"}
 
 
 def short_hash(content: bytes) -> str:

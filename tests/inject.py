@@ -102,8 +102,8 @@ def after_steps(harm: Any) -> None:
 
     step = train.optimizer_step
 
-    def harmful(run: Any) -> None:
-        step(run)
+    def harmful(run: Any, skipped: bool) -> None:
+        step(run, skipped)
         if run.epoch == EPOCH:
             harm(run)
 

@@ -67,13 +67,13 @@ class _Penalty(Hook):
 def one_module_run(m: nn.Module, hook: Hook, scaler: torch.amp.GradScaler) -> SimpleNamespace:
     """What a step of the loop looks at, for one module."""
     return SimpleNamespace(scaler=scaler, optimizer=torch.optim.SGD(m.parameters(), lr=1.0), model=m, hooks=[hook],
-                           ema=ModelEMA(m), statistics_norm=lambda: torch.zeros(()))
+                           ema=ModelEMA(m), statistics_norm=lambda: torch.zeros(()), skipped=0)
 
 
 def step(run: SimpleNamespace) -> None:
     """What the loop does once a step's gradients are there."""
-    complete_gradients(run, torch.zeros(3), torch.zeros(1), ["a.jpg"])
-    optimizer_step(run)
+    _, skipped = complete_gradients(run, torch.zeros(3), torch.zeros(1), ["a.jpg"])
+    optimizer_step(run, skipped)
 
 
 @pytest.mark.parametrize("scale", [1.0, 65536.0])
@@ -322,7 +322,8 @@ def test_what_is_not_finite_stops_the_step_and_is_named(loss, gradient, statisti
     run.scaler.scale((m.weight * gradient).sum()).backward()
     arguments = run, torch.tensor([0.1, 0.2, 0.3]), torch.tensor([loss]), ["d/a.jpg"]
     if word is None:
-        assert complete_gradients(*arguments) == pytest.approx([0.1, 0.2, 0.3])
+        losses, skipped = complete_gradients(*arguments)
+        assert losses == pytest.approx([0.1, 0.2, 0.3]) and skipped
         return
     with pytest.raises(NonFiniteError, match=rf"a {word} is not finite in epoch 5, batch of a.jpg .*last.pt is whole"):
         complete_gradients(*arguments)

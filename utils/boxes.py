@@ -12,7 +12,6 @@ import cv2
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.ops import nms as greedy_nms
 
 EPS = 1e-7
 MAX_CANDIDATES = 30000  # most confident candidates of an image that NMS looks at
@@ -217,6 +216,8 @@ def _nms_first(boxes: Tensor, score: Tensor, iou: float, max_det: int) -> Tensor
     A box is judged by more confident ones alone, so NMS of a prefix gives a prefix of the answer. NMS is quadratic:
     growing the prefix until it holds max_det survivors gives the same boxes and saves most of the work.
     """
+    from torchvision.ops import nms as greedy_nms  # here, because it takes as long to import as torch itself
+
     chunk = FIRST_CHUNK
     while True:
         keep = greedy_nms(boxes[:chunk], score[:chunk], iou)

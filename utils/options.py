@@ -8,6 +8,7 @@ import math
 import re
 from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter, ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable, Collection
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from utils.data.config import read_data
 from utils.errors import UserError
 from utils.files import ROOT, read_yaml_mapping
 from utils.slimming.ranking import MIN_SHARE, SCORES
+from utils.slimming.targets import TARGETS
 
 BUILT_IN_DATA = "data/shapes.yaml"
 # What holds when neither a flag nor the data yaml says otherwise: YOLOv5's defaults.
@@ -33,6 +35,15 @@ class HelpfulParser(ArgumentParser):
 
     def __init__(self, description: str | None):
         super().__init__(description=description, formatter_class=_Formatter, allow_abbrev=False)
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As ArgumentParser's. `.given` lists the flags that were given, by the names of their values."""
+        unset = object()
+        opt = super().parse_args(args, Namespace(**{a.dest: unset for a in self._actions if a.dest != "help"}))
+        opt.given = [name for name, value in vars(opt).items() if value is not unset]
+        for name in [name for name, value in vars(opt).items() if value is unset]:
+            setattr(opt, name, deepcopy(self.get_default(name)))
+        return opt
 
     def error(self, message: str) -> Any:
         """Raise UserError for what a validator below refuses; anything else is said in argparse's way."""
@@ -136,21 +147,6 @@ def add_detection_flags(parser: ArgumentParser, conf: float, iou: float, max_det
     add("--augment", action="store_true", help="test-time augmentation: three sizes, one of them mirrored")
 
 
-def add_ranking_flags(parser: ArgumentParser) -> None:
-    """Flags that say how channels are ranked and what every cut keeps to."""
-    add = parser.add_argument
-    add("--score", choices=list(SCORES), default="gamma", help="what channels are ranked by")
-    add("--per-flop", action="store_true", help="rank by score per FLOP that goes with the channel: faster models")
-    add("--min-channels", type=at_least(1), default=1, help="channels that every layer keeps")
-    add("--min-share", type=fraction(), default=MIN_SHARE,
-        help="share of its channels that every layer keeps at least, unless their score is 0; 0..1")
-    add("--round-to", type=at_least(1), help="layers that are cut keep a multiple of this, 8 say; "
-                                             "default: what the sparsity training did, else 1")
-    add("--shortcuts", choices=["skip", "joint"], help="channels that shortcuts tie together stay (skip), or go all "
-        "at once (joint); default: what the sparsity training did, else skip")
-    add("--keep", nargs="+", default=[], metavar="PATTERN", help="BatchNorms that stay whole, such as 'model.0.*'")
-
-
 def training_parser(description: str | None, project: str = "runs/train") -> HelpfulParser:
     """The flags of train.py; train_sparsity.py and finetune_pruned.py add theirs."""
     parser = HelpfulParser(description)
@@ -186,6 +182,44 @@ def training_parser(description: str | None, project: str = "runs/train") -> Hel
         help="layers to freeze: a count (10 = backbone) or a list (0 1 2)")
     add("--save-period", type=int, default=-1, help="also keep a checkpoint every so many epochs")
     add("--seed", type=int, default=0, help="seed of weights and augmentation")
+    add("--deterministic", action="store_true",
+        help="on a GPU, too, the same seed gives the same result, as far as PyTorch can; slower")
+    return parser
+
+
+def pruning_parser(description: str | None) -> HelpfulParser:
+    """The flags of prune.py."""
+    parser = HelpfulParser(description)
+    add = parser.add_argument
+    add("--weights", help="checkpoint to cut (not given: last.pt of the newest sparsity run)")
+    add("--percent", type=fraction(one=False, hint="0.5 cuts half of the prunable channels"), default=0.5,
+        help="share of the prunable channels to cut, 0..1")
+    add("--cfg", help="model yaml to check the checkpoint against; never needed")
+    add_common(parser, "runs/prune")
+    add("--target", type=named_fraction(TARGETS, "params=0.5, flops=0.5, latency=0.6 or map-drop=0.01"),
+        help="cut as much as this takes, instead of --percent: params=0.5, flops=0.5, latency=0.6 (what is left), "
+             "map-drop=0.01")
+    add("--latency-batch", type=at_least(1), default=1, help="with --target latency: images a batch")
+    add("--sweep", type=fractions,
+        help="first:last:step; show what each of these percents would give, and write no model")
+    add("--sensitivity", action="store_true",
+        help="show what cutting --percent of each layer alone would give, and write no model")
+    add("--score", choices=list(SCORES), default="gamma", help="what channels are ranked by")
+    add("--per-flop", action="store_true", help="rank by score per FLOP that goes with the channel: faster models")
+    add("--min-channels", type=at_least(1), default=1, help="channels that every layer keeps")
+    add("--min-share", type=fraction(), default=MIN_SHARE,
+        help="share of its channels that every layer keeps at least, unless their score is 0; 0..1")
+    add("--round-to", type=at_least(1), help="layers that are cut keep a multiple of this, 8 say; "
+                                             "default: what the sparsity training did, else 1")
+    add("--shortcuts", choices=["skip", "joint"], help="channels that shortcuts tie together stay (skip), or go all "
+        "at once (joint); default: what the sparsity training did, else skip")
+    add("--keep", nargs="+", default=[], metavar="PATTERN", help="BatchNorms that stay whole, such as 'model.0.*'")
+    add("--absorb", action="store_true", help="move the mean of the cut channels into the layers that read them")
+    add("--recalibrate", type=int, default=0, metavar="N",
+        help="measure the BatchNorms' statistics anew on N random training images, augmented as in training")
+    add("--strict", action="store_true",
+        help="refuse a cut above the limit (the smallest of the layers' largest gammas)")
+    add("--noval", action="store_true", help="do not measure accuracy and speed")
     return parser
 
 
@@ -195,7 +229,7 @@ def resolve(opt: Namespace, checkpoint: dict[str, Any] | None = None) -> Namespa
     `checkpoint` (read()'s dict) supplies data, image size, optimizer and hyper-parameters to the scripts that go on
     with somebody's training. Raises UserError for settings that can't be.
     """
-    opt = Namespace(**vars(opt))
+    opt = Namespace(**{name: value for name, value in vars(opt).items() if name != "given"})
     if getattr(opt, "adam", False):
         opt.optimizer = opt.optimizer or "AdamW"
     _take_from_training(opt, (checkpoint or {}).get("opt") or {})

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.utils import make_grid
 
 from utils.boxes import xywh2xyxy, xyxy2xywh
 from utils.files import atomic
@@ -87,6 +86,8 @@ def plot_batch(images: Tensor, targets: Tensor, paths: Sequence[str | Path], nam
     images: (B, 3, H, W) uint8 RGB. targets: (n, 6) image, class, x, y, w, h normalised, or (n, 7) with the confidence
     last; boxes with a confidence below MIN_CONFIDENCE are left out. paths: one per image. All on the CPU.
     """
+    from torchvision.utils import make_grid  # takes as long to import as torch itself
+
     path, rows = Path(path), targets.numpy()
     if rows.shape[1] > 6:
         rows = rows[rows[:, 6] >= MIN_CONFIDENCE]

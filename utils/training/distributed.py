@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -14,6 +15,8 @@ from torch import nn
 from utils.errors import UserError
 
 T = TypeVar("T")
+# Processes wait for one another so long: the main one alone scans images, draws pictures and writes files.
+TIMEOUT = timedelta(hours=6)
 
 
 @dataclass(frozen=True)
@@ -31,32 +34,50 @@ class World:
 
 
 def select_device(name: str, half: bool = False) -> torch.device:
-    """"" (the first GPU if there is one), "cpu", "0", "cuda:1" or "mps" -> device.
+    """"" (the first GPU if there is one), "cpu", "0", "cuda:1" or "mps" -> device. A GPU becomes the current one.
 
     half: it will compute in fp16. UserError for a device that is not there, or can't.
     """
-    device = _named_device(name)
+    name = str(name or "").strip().lower().removeprefix("cuda:")
+    if "," in name:
+        count = len(name.split(","))
+        raise UserError(f"--device {name}: several GPUs are started with: "
+                        f"torchrun --nproc_per_node {count} train.py ... --device {name}")
+    device = _gpu("0") if name in ("", "cuda") and torch.cuda.is_available() else _named_device(name)
     if half and device.type == "cpu":
         raise UserError("--half: fp16 needs a GPU; leave it out on a CPU")
     return device
 
 
 def _named_device(name: str) -> torch.device:
-    name = str(name or "").strip().lower().removeprefix("cuda:")
-    if name in ("", "cuda"):
-        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-    if name in ("cpu", "mps"):
-        return torch.device(name)
-    if "," in name:
-        count = len(name.split(","))
-        raise UserError(f"--device {name}: several GPUs are started with: "
-                        f"torchrun --nproc_per_node {count} train.py ... (without --device)")
-    if not name.isdigit():
-        raise UserError(f"--device {name}: give cpu, mps or the number of a GPU")
-    if not torch.cuda.is_available() or int(name) >= torch.cuda.device_count():
-        raise UserError(f"--device {name}: this PyTorch sees {torch.cuda.device_count()} GPUs; "
+    if name in ("", "cuda", "cpu"):
+        return torch.device("cpu")
+    return torch.device("mps") if name == "mps" else _gpu(name)
+
+
+def _gpu(number: str) -> torch.device:
+    """The GPU of this number, made the current one: what is not told a device goes there."""
+    if not number.isdigit():
+        raise UserError(f"--device {number}: give cpu, mps or the number of a GPU")
+    if not torch.cuda.is_available() or int(number) >= torch.cuda.device_count():
+        raise UserError(f"--device {number}: this PyTorch sees {torch.cuda.device_count()} GPUs; "
                         "use --device cpu or another number")
-    return torch.device(f"cuda:{name}")
+    device = torch.device(f"cuda:{number}")
+    torch.cuda.set_device(device)
+    return device
+
+
+def device_of_rank(name: str, local_rank: int) -> torch.device:
+    """The device of one of torchrun's processes: its GPU out of --device ("2,3"), or of all; or the CPU."""
+    name = str(name or "").strip().lower()
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    numbers = [n.strip() for n in name.split(",") if n.strip()] or [str(i) for i in range(torch.cuda.device_count())]
+    if local_rank >= len(numbers):
+        processes = os.environ.get("LOCAL_WORLD_SIZE", local_rank + 1)
+        raise UserError(f"torchrun --nproc_per_node {processes}: there are {len(numbers)} GPUs ({', '.join(numbers)}); "
+                        f"start {len(numbers)} processes, or use --device cpu")
+    return _gpu(numbers[local_rank])
 
 
 @contextmanager
@@ -66,14 +87,10 @@ def process_group(device_name: str = "") -> Iterator[World]:
     if size == 1:
         yield World(0, 1, select_device(device_name))
         return
-    rank, local = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", 0))
-    on_gpu = torch.cuda.is_available() and device_name != "cpu"
-    device = torch.device(f"cuda:{local}" if on_gpu else "cpu")
-    if on_gpu:
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if on_gpu else "gloo")
+    device = device_of_rank(device_name, int(os.environ.get("LOCAL_RANK", 0)))
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
     try:
-        yield World(rank, size, device)
+        yield World(int(os.environ["RANK"]), size, device)
     finally:
         dist.destroy_process_group()
 

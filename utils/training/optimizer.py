@@ -14,10 +14,13 @@ from torch.nn.modules.batchnorm import _NormBase
 AnyModel = TypeVar("AnyModel", bound=nn.Module)
 
 
-def build_optimizer(model: nn.Module, name: str, lr: float, momentum: float, decay: float) -> torch.optim.Optimizer:
+def build_optimizer(model: nn.Module, name: str, lr: float, momentum: float, decay: float,
+                    scaled: bool = False) -> torch.optim.Optimizer:
     """An optimizer (SGD, Adam or AdamW) with three groups: biases, weights (the only ones that decay), norm weights.
 
-    Frozen parameters are left out. Fused kernels where there are any: one pass over memory a step.
+    Frozen parameters are left out. Fused kernels where there are any: one pass over memory a step. scaled: a GradScaler
+    will skip steps. SGD is not fused then: where the first step is skipped, its fused kernel keeps a momentum buffer
+    that it has not filled.
     """
     norms = (_NormBase, nn.LayerNorm, nn.GroupNorm)
     groups: dict[str, list[nn.Parameter]] = {"bias": [], "weight": [], "norm": []}
@@ -29,7 +32,7 @@ def build_optimizer(model: nn.Module, name: str, lr: float, momentum: float, dec
     settings = [{"params": p, "weight_decay": decay if kind == "weight" else 0.0} for kind, p in groups.items()]
     fused = next(model.parameters()).device.type in ("cpu", "cuda")
     if name == "SGD":
-        return torch.optim.SGD(settings, lr=lr, momentum=momentum, nesterov=True, fused=fused)
+        return torch.optim.SGD(settings, lr=lr, momentum=momentum, nesterov=True, fused=fused and not scaled)
     cls = {"Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW}[name]
     return cls(settings, lr=lr, betas=(momentum, 0.999), fused=fused)
 
@@ -124,7 +127,7 @@ def ema_tau(steps: int) -> float:
 
 
 class EarlyStopping:
-    """Stops when the fitness has not risen for `patience` epochs (0: never)."""
+    """Stops when the fitness has not risen for `patience` epochs (0: never). Epochs that are not noted do not count."""
 
     def __init__(self, patience: int):
         self.patience, self.best, self.best_epoch = patience or 10 ** 9, -1.0, 0
@@ -138,4 +141,4 @@ class EarlyStopping:
 
     def over(self, epoch: int) -> bool:
         """Has it been too long?"""
-        return epoch - self.best_epoch >= self.patience
+        return self.best >= 0 and epoch - self.best_epoch >= self.patience

@@ -66,8 +66,15 @@ def record(run: Run) -> dict[str, Any]:
             **from_hooks}
 
 
+# Flags that --resume takes. All others belong to the schedule, the optimizer's state or the model, and stay.
+CHANGEABLE = ("resume", "data", "amp", "patience", "sync_bn", "workers", "cache", "device", "epochs", "project")
+
+
 def resumed_options(opt: Namespace) -> tuple[Namespace, dict[str, Any]]:
-    """--resume: the options of the interrupted run, with this command's device, workers, --cache and --epochs."""
+    """--resume: the options of the interrupted run, but for those that this command gives and a run can change.
+
+    Also returns the checkpoint. Raises UserError for a flag that can't change.
+    """
     path = resume_file(opt)
     data = checkpoint.read(path)
     if not data.get("training"):
@@ -75,13 +82,29 @@ def resumed_options(opt: Namespace) -> tuple[Namespace, dict[str, Any]]:
     before = Namespace(**{**vars(opt), **data["opt"]})  # a flag that is newer than the file has its default
     if before.script != opt.script:
         raise UserError(f"{path}: was made by {before.script}; resume it with: python {before.script} --resume {path}")
-    before.device, before.workers, before.cache = opt.device, opt.workers, opt.cache or before.cache
-    before.epochs, before.resume = opt.epochs or before.epochs, str(path)
+    for name in opt.given:
+        was, now = getattr(before, name), getattr(opt, name)
+        if name not in CHANGEABLE and was != now:
+            raise UserError(f"--{name.replace('_', '-')}: a run that goes on keeps it ({was}), its schedule, optimizer "
+                            f"or model depends on it; leave it out, or start from the weights: --weights {path}")
+        setattr(before, name, now)
+    before.device, before.workers, before.resume = opt.device, opt.workers, str(path)
+    if before.amp == "fp16" and "amp" not in opt.given:
+        before.amp = None  # on a GPU it is the default; the run may go on on a CPU
+    del before.given
     if data["training"]["epoch"] >= before.epochs:
         raise UserError(f"{path}: all {before.epochs} epochs are done; give more, "
                         f"as in --resume {path} --epochs {before.epochs * 2}")
     data["folder"] = str(path.resolve().parent.parent)
     return before, data
+
+
+def move_away(weights: Path) -> None:
+    """--exist-ok: give the checkpoints of an earlier run in this folder another name, such as best.old.pt."""
+    for file in (weights / "best.pt", weights / "last.pt"):
+        if file.exists():
+            taken = sum(1 for _ in weights.glob(f"{file.stem}.old*.pt"))
+            file.rename(file.with_name(f"{file.stem}.old{taken + 1 if taken else ''}.pt"))
 
 
 def resume_file(opt: Namespace) -> Path:
@@ -113,13 +136,14 @@ def restore(run: Run, data: dict[str, Any]) -> None:
     run.epoch, run.batches_done = training["epoch"], training.get("batches_done", 0)
     run.mean = training.get("mean", run.mean)
     run.optimizer.load_state_dict(training["optimizer"])
-    run.scaler.load_state_dict(training["scaler"])
+    if training["scaler"] and run.scaler.is_enabled():  # empty where the run had none
+        run.scaler.load_state_dict(training["scaler"])
     run.ema.ema.load_state_dict(data["ema"])
     run.ema.updates = training["updates"]
     run.stopper.best, run.stopper.best_epoch = training["stopper"]["best"], training["stopper"]["best_epoch"]
     torch.set_rng_state(training["rng"]["torch"])
-    if training["rng"]["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(training["rng"]["cuda"])
+    if torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(training["rng"]["cuda"][:torch.cuda.device_count()])
 
 
 def restore_hooks(run: Run, training: dict[str, Any]) -> None:
@@ -127,12 +151,14 @@ def restore_hooks(run: Run, training: dict[str, Any]) -> None:
     states = training["hooks"]
     if isinstance(states, list):  # files from before hooks had names: in the order of the script's own hooks
         own = [hook.name for hook in run.hooks if hook.name != "ImageWeights"]
-        states = dict(zip(own, states)) | {"ImageWeights": {"class_map": training.get("class_map", [0.0])}}
-        states = {name: state for name, state in states.items() if name in {hook.name for hook in run.hooks}}
+        states = dict(zip(own, states))
+        if len(training.get("class_map", ())) == run.model.detect.nc and len(own) < len(run.hooks):
+            states["ImageWeights"] = {"class_map": training["class_map"]}
     for hook in run.hooks:
         if hook.name in states:
             hook.load_state_dict(states[hook.name])
         elif run.world.main:
             print(f"note: the checkpoint has no state of {hook.name}; it starts anew")
-    if unused := states.keys() - {hook.name for hook in run.hooks}:
+    unused = states.keys() - {hook.name for hook in run.hooks}
+    if unused and run.world.main:
         print(f"note: the checkpoint's state of {', '.join(sorted(unused))} is not used")

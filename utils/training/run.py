@@ -51,6 +51,10 @@ class Hook:
     def end(self) -> None:
         """The last epoch is over. Called in the main process only: time for pictures."""
 
+    def may_be_best(self) -> bool:
+        """May this epoch's weights become best.pt? Only such epochs count for --patience."""
+        return True
+
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs, as plain data and tensors."""
         return {}
@@ -90,6 +94,7 @@ class Run:
     batches_done: int = 0         # of this epoch, when it begins: not 0 only where an interrupted one goes on
     mean: Tensor = field(default_factory=lambda: torch.zeros(3))  # of the losses over those
     batch_fraction: float = 1.0   # images of this step / nominal batch: 1 for a whole step
+    skipped: int = 0              # steps in a row that the scaler has skipped
     ap: APResult | None = None    # of the last validation, over all processes' images
     results: dict[str, float] = field(default_factory=dict)
     _statistics: list[Tensor] | None = None
@@ -111,4 +116,9 @@ class Run:
     @property
     def amp(self) -> torch.dtype | None:
         """Type of autocast, or None."""
-        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.opt.amp)
+        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp_name(self.opt, self.world.device))
+
+
+def amp_name(opt: Namespace, device: torch.device) -> str:
+    """--amp, or what holds without it: fp16 on a GPU, off elsewhere."""
+    return opt.amp or ("fp16" if device.type == "cuda" else "off")

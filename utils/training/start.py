@@ -1,6 +1,7 @@
 """The model that a training starts from, its anchors, its frozen layers and its kind of BatchNorm."""
 from __future__ import annotations
 
+import os
 from argparse import Namespace
 from collections.abc import Sequence
 from typing import Any
@@ -20,7 +21,11 @@ from utils.training.distributed import World
 def start_model(opt: Namespace, names: dict[int, str], resumed: dict[str, Any], world: World) -> Model:
     """From a resumed run, a checkpoint (slim ones stay slim), a yaml, or a yaml with a checkpoint's weights."""
     if resumed:
-        return checkpoint.build(resumed, ema=False)
+        model = checkpoint.build(resumed, ema=False)
+        if len(names) != model.detect.nc:
+            raise UserError(f"{opt.data}: names {len(names)} classes, the run that goes on has {model.detect.nc}; "
+                            "--data may name the same set at another place")
+        return model
     if opt.weights and not opt.cfg:
         model = with_classes(checkpoint.load(opt.weights), names)
         if not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()):
@@ -59,6 +64,16 @@ def synchronised(model: Model, world: World) -> Model:
     if world.device.type != "cuda":
         raise UserError("--sync-bn: PyTorch synchronises BatchNorm on GPUs only; leave it out here")
     return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+
+
+def make_deterministic() -> None:
+    """--deterministic: GPU kernels whose result does not depend on the order in which threads finish.
+
+    An operation that has none warns and runs all the same. PyTorch documents the limits under "Reproducibility".
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
 
 
 def freeze(model: Model, layers: Sequence[int]) -> None:

@@ -1,0 +1,347 @@
+"""What a GPU, a scaler, a resumed run or a reused folder could break. Where a GPU is needed, the CPU stands in."""
+from __future__ import annotations
+
+import os
+from argparse import Namespace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import prune
+import train
+import train_sparsity
+from models import checkpoint
+from models.yolo import Model
+from tests.blocks import randomised
+from utils.errors import NonFiniteError, UserError
+from utils.files import newest
+from utils.options import at_least, training_parser
+from utils.slimming.sparsity import GammaL1
+from utils.training import distributed, resume
+from utils.training.calibration import CalibrationImages
+from utils.training.distributed import device_of_rank
+from utils.training.optimizer import EarlyStopping, build_optimizer
+from utils.training.run import Hook, amp_name
+from val import evaluate
+
+FAST = ["--imgsz", "64", "--batch-size", "4", "--workers", "0", "--device", "cpu", "--noplots"]
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def start(tiny, cfg, *more):
+    return ["--data", str(tiny), "--weights", "", "--cfg", str(cfg), *FAST, *map(str, more)]
+
+
+# Scaled gradients -----------------------------------------------------------------------------------------------------
+
+def test_a_skipped_first_step_leaves_no_garbage_in_the_momentum():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8))
+    optimizer = build_optimizer(model, "SGD", 0.1, 0.9, 0.0, scaled=True)
+    scaler = torch.amp.GradScaler("cpu")
+    before = {k: v.clone() for k, v in model.named_parameters()}
+    for gradient in (float("inf"), 0.0, 0.0):
+        for p in model.parameters():
+            p.grad = torch.full_like(p, gradient)
+        scaler.scale(torch.ones(1))  # the scale is made when it is first used
+        scaler.step(optimizer)
+        scaler.update()
+    assert all(torch.equal(p, before[k]) for k, p in model.named_parameters())
+
+
+class NonFiniteGradients(Hook):
+    """The gradient of every step is infinite, as it is under a scale that is too large."""
+
+    def start(self, run):
+        self.run = run
+        next(p for p in run.model.parameters() if p.dim() == 4).register_hook(lambda g: g * float("inf"))
+
+
+@pytest.mark.slow
+def test_gradients_that_stay_infinite_under_a_scaler_stop_the_run(tiny, cfg, here):
+    opt = train.training_parser("").parse_args(start(tiny, cfg, "--amp", "fp16", "--epochs", 20, "--nbs", 4, "--noval"))
+    opt.script = "train.py"
+    with pytest.raises(NonFiniteError, match="not finite in 50 steps in a row"):
+        train.train(train.resolve(opt), [NonFiniteGradients()])
+    saved = checkpoint.read(here / "runs/train/exp/weights/last.pt")
+    assert all(bool(v.isfinite().all()) for v in saved["state_dict"].values() if v.is_floating_point())
+
+
+@pytest.mark.slow
+def test_a_skipped_step_is_known_without_asking_the_scaler(tiny, cfg, here, monkeypatch):
+    """Reading the scale waits for a GPU; the norm was read already."""
+    get_scale, in_step, seen = torch.amp.GradScaler.get_scale, [False], []
+    monkeypatch.setattr(torch.amp.GradScaler, "get_scale",
+                        lambda self: pytest.fail("a second read") if in_step[0] else get_scale(self))
+
+    class Note(Hook):
+        def before_step(self):
+            in_step[0] = True
+
+        def after_step(self, skipped):
+            in_step[0] = False
+            seen.append(skipped)
+
+    opt = train.training_parser("").parse_args(start(tiny, cfg, "--amp", "fp16", "--epochs", 1))
+    opt.script = "train.py"
+    train.train(train.resolve(opt), [Note()])
+    assert seen
+
+
+def test_validation_computes_in_the_precision_it_is_given(tiny, cfg):
+    from utils.data.config import read_data
+    from utils.data.loader import validation_loader
+
+    model = Model(str(cfg), nc=2, names={0: "square", 1: "circle"}).eval()
+    types = []
+    model.model[0].conv.register_forward_hook(lambda _, __, y: types.append(y.dtype))
+    loader = validation_loader(read_data(tiny), "val", 64, 4, 32, workers=0)
+    for amp in (None, torch.bfloat16):
+        evaluate(model, loader, torch.device("cpu"), amp=amp)
+    assert set(types[:2]) == {torch.float32} and set(types[2:]) == {torch.bfloat16}
+
+
+# Sparsity -------------------------------------------------------------------------------------------------------------
+
+def test_patience_counts_from_the_first_epoch_that_may_be_best():
+    stopper = EarlyStopping(3)
+    assert not any(stopper.over(epoch) for epoch in range(10))  # none was noted yet
+    assert stopper.better(10, 0.5) and not stopper.better(11, 0.4)
+    assert not stopper.over(12) and stopper.over(13)
+
+
+@pytest.mark.slow
+def test_a_run_with_a_target_ends_with_its_zeros_whatever_the_patience(tiny, cfg, here):
+    """From weights whose first epochs are the best ones: --patience 1 would end the run before there is a zero."""
+    flags = start(tiny, cfg, "--epochs", 10, "--nbs", 4, "--target-sparsity", 0.5, "--patience", 1, "--round-to", 1)
+    run = train_sparsity.main(flags)
+    hook = run.hooks[-1]
+    assert run.epoch >= 8
+    assert run.stopper.best_epoch >= 7  # the zeros are final after 80% of the run
+    best = checkpoint.load(run.folder / "weights/best.pt")
+    zeros = sum(int((best.get_submodule(name).weight == 0).sum()) for name in hook.norms)
+    total = sum(len(norm.weight) for norm in hook.norms.values())
+    assert zeros / total == pytest.approx(0.5, abs=0.02)
+
+
+def test_importance_does_not_see_the_penalty():
+    order = []
+    hook = train_sparsity.SparsityHook()
+    hook.run = SimpleNamespace(epoch=0, batch_fraction=1.0)
+    hook.target = SimpleNamespace(observe=lambda: order.append("observe"))
+    hook.penalty = SimpleNamespace(add_to_gradients=lambda *_: order.append("penalty"))
+    hook.before_step()
+    assert order == ["observe", "penalty"]
+
+
+def test_the_reach_of_a_batch_above_the_nominal_one_counts_in_full():
+    from utils.training.optimizer import Schedule
+
+    hyp = {"lr0": 0.01, "lrf": 1.0, "momentum": 0.9, "warmup_epochs": 0.0}
+    norm = torch.nn.BatchNorm2d(4)
+
+    def reach(batch_size):
+        schedule = Schedule(hyp, 10, 100, batch_size, 64)
+        opt = Namespace(hyp=hyp, epochs=10, batch_size=batch_size, nbs=64, optimizer="SGD")
+        run = SimpleNamespace(opt=opt, schedule=schedule, loader=range(100))
+        text = train_sparsity.l1_note(run, GammaL1([norm], 0.001, 10))
+        return float(text.split("holds by ")[1].split()[0])
+
+    assert reach(128) == pytest.approx(2 * reach(64), rel=0.05)
+
+
+def test_the_preview_speaks_of_the_target():
+    parse = training_parser("")
+    train_sparsity.add_sparsity_flags(parse)
+
+    def percent(*flags):
+        return train_sparsity.check(parse.parse_args(list(flags))).percent
+
+    assert percent("--target-sparsity", "0.55") == 0.55
+    assert percent("--target-sparsity", "0.55", "--percent", "0.3") == 0.3 and percent("--sr", "0.1") == 0.5
+
+
+# Files of a run -------------------------------------------------------------------------------------------------------
+
+@pytest.mark.slow
+def test_the_file_that_was_measured_is_named_and_an_old_best_is_moved_away(tiny, cfg, here, capsys):
+    flags = start(tiny, cfg, "--epochs", 2, "--exist-ok")
+    train.main(flags)
+    old = (here / "runs/train/exp/weights/best.pt").read_bytes()
+    capsys.readouterr()
+    run = train.main([*flags, "--nosave", "--seed", "5"])
+    said = capsys.readouterr().out
+    weights = here / "runs/train/exp/weights"
+    assert (weights / "best.old.pt").read_bytes() == old
+    measured = "best.pt" if (weights / "best.pt").is_file() else "last.pt"
+    assert f"{measured}, epoch 2:" in said and (measured == "last.pt" or run.stopper.best_epoch == 1)
+    train.main(flags)
+    assert (weights / "best.old.pt").read_bytes() == old  # a third run moves its predecessor's beside it
+
+
+def test_bare_resume_finds_a_run_under_an_absolute_project(tmp_path):
+    file = tmp_path / "runs" / "exp" / "weights" / "last.pt"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"x")
+    assert newest(f"{tmp_path}/runs/*/weights/last.pt") == file
+    assert resume.resume_file(Namespace(resume=True, project=str(tmp_path / "runs"))) == file
+
+
+# --resume -------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def interrupted(tiny, cfg, tmp_path_factory):
+    """last.pt of a run of one of two epochs."""
+    folder = tmp_path_factory.mktemp("interrupted")
+    train.main([*start(tiny, cfg, "--epochs", 1), "--project", str(folder)])
+    return folder / "exp" / "weights" / "last.pt"
+
+
+def options(interrupted, *flags):
+    opt = training_parser("").parse_args(["--resume", str(interrupted), "--epochs", "2", *map(str, flags)])
+    opt.script = "train.py"
+    return resume.resumed_options(opt)[0]
+
+
+@pytest.mark.slow
+def test_resume_takes_what_can_change_and_refuses_the_rest_by_name(interrupted, tiny):
+    opt = options(interrupted, "--patience", 0, "--amp", "bf16", "--cache", "ram", "--data", tiny, "--workers", 0)
+    assert (opt.patience, opt.amp, opt.cache, opt.data, opt.workers) == (0, "bf16", "ram", str(tiny), 0)
+    assert options(interrupted, "--batch-size", 4).batch_size == 4  # the same as before: nothing to refuse
+    for flag, value in (("--batch-size", 8), ("--nbs", 16), ("--optimizer", "Adam"), ("--imgsz", 96), ("--seed", 7)):
+        with pytest.raises(UserError, match=f"^{flag}: a run that goes on keeps it"):
+            options(interrupted, flag, value)
+
+
+@pytest.mark.slow
+def test_a_gpus_fp16_run_goes_on_on_a_cpu_without(interrupted, monkeypatch):
+    data = checkpoint.read(interrupted)
+    data["opt"]["amp"] = "fp16"
+    monkeypatch.setattr(resume.checkpoint, "read", lambda path: data)
+    opt = options(interrupted)
+    assert amp_name(opt, torch.device("cpu")) == "off" and amp_name(opt, torch.device("cuda:0")) == "fp16"
+
+
+@pytest.mark.slow
+def test_resume_across_scalers_and_with_fewer_gpus(interrupted, here, monkeypatch):
+    """A file without a scaler's state, and with the RNG states of more GPUs than there are now."""
+    data = checkpoint.read(interrupted)
+    data["training"]["rng"]["cuda"] = [torch.get_rng_state()] * 4
+    torch.save(data, here / "last.pt")
+    restored = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    run = train.main(["--resume", str(here / "last.pt"), "--epochs", "2", "--amp", "fp16", "--device", "cpu"])
+    assert run.epoch == 1 and run.scaler.is_enabled()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_rng_state_all", restored.append)
+    resume.restore(run, data | {"ema": data["ema"]})
+    assert len(restored[0]) == 2
+
+
+@pytest.mark.slow
+def test_resume_with_data_of_other_classes_is_refused(interrupted, tiny, tmp_path):
+    other = tmp_path / "other.yaml"
+    text = tiny.read_text().replace("path: .", f"path: {tiny.parent}")
+    other.write_text(text.replace("[square, circle]", "[a, b, c]"))
+    with pytest.raises(UserError, match="names 3 classes, the run that goes on has 2"):
+        train.main(["--resume", str(interrupted), "--epochs", "2", "--data", str(other), "--device", "cpu"])
+
+
+# Devices --------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def four_gpus(monkeypatch):
+    """Four GPUs as far as PyTorch says; the list of those that were made the current one."""
+    current: list[str] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: current.append(str(device)))
+    return current
+
+
+def test_torchruns_processes_take_the_gpus_of_the_flag(four_gpus):
+    assert [str(device_of_rank("2,3", rank)) for rank in (0, 1)] == ["cuda:2", "cuda:3"]
+    assert [str(device_of_rank("", rank)) for rank in range(4)] == [f"cuda:{i}" for i in range(4)]
+    assert str(device_of_rank("cpu", 1)) == "cpu"
+    with pytest.raises(UserError, match=r"there are 2 GPUs \(2, 3\); start 2 processes"):
+        device_of_rank("2,3", 2)
+
+
+def test_a_single_gpu_becomes_the_current_one(four_gpus):
+    assert str(distributed.select_device("1")) == "cuda:1" and four_gpus == ["cuda:1"]
+    with pytest.raises(UserError, match="torchrun --nproc_per_node 2"):
+        distributed.select_device("0,1")
+
+
+def test_processes_wait_for_the_main_one_longer_than_nccls_ten_minutes(monkeypatch):
+    asked = {}
+    monkeypatch.setattr(distributed.dist, "init_process_group", lambda backend, **options: asked.update(options))
+    monkeypatch.setattr(distributed.dist, "destroy_process_group", lambda: None)
+    for key, value in (("WORLD_SIZE", "2"), ("RANK", "1"), ("LOCAL_RANK", "1")):
+        monkeypatch.setitem(os.environ, key, value)
+    with distributed.process_group("cpu") as world:
+        assert world.rank == 1
+    assert asked["timeout"].total_seconds() > 3600
+
+
+@pytest.mark.slow
+def test_deterministic_asks_pytorch_for_it(tiny, cfg, here):
+    try:
+        train.main(start(tiny, cfg, "--epochs", 1, "--deterministic"))
+        assert torch.are_deterministic_algorithms_enabled() and torch.backends.cudnn.deterministic
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.backends.cudnn.deterministic = False
+
+
+# prune.py -------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def weights(cfg, here, tiny):
+    model = randomised(Model(str(cfg), nc=2, names={0: "square", 1: "circle"})).eval()
+    checkpoint.save(here / "model.pt", model, imgsz=64, opt={"data": str(tiny), "imgsz": 64}, hyp={"mosaic": 1.0})
+    return here / "model.pt"
+
+
+@pytest.mark.slow
+def test_an_image_size_between_strides_is_rounded_up(weights, tiny):
+    folder = prune.main(["--weights", str(weights), "--data", str(tiny), "--imgsz", "70", "--workers", "0"])
+    assert checkpoint.read(folder / "pruned_model.pt")["imgsz"] == 96
+
+
+@pytest.mark.slow
+def test_a_latency_out_of_reach_is_refused_and_its_batch_can_be_chosen(weights, tiny, here, monkeypatch):
+    from utils.slimming import targets
+
+    asked = []
+    monkeypatch.setattr(targets, "latency", lambda models, imgsz, batch, **_: asked.append(batch) or [1.0, 0.9])
+    with pytest.raises(UserError, match="it is still 0.900; nothing was written"):
+        prune.main(["--weights", str(weights), "--data", str(tiny), "--target", "latency=0.5", "--latency-batch", "4"])
+    assert set(asked) == {4} and not (here / "pruned_model.pt").exists()
+
+
+def test_calibration_images_are_a_random_subset_as_training_sees_them(tiny):
+    hyp = {"mosaic": 1.0, "scale": 0.5}
+    opt = Namespace(data=str(tiny), imgsz=64, hyp=hyp, single_cls=False, batch_size=4, workers=0)
+    images = CalibrationImages(opt, 32, 6, torch.device("cpu"))
+    first, second = (torch.cat(list(images)) for _ in range(2))
+    assert first.shape == (6, 3, 64, 64) and torch.equal(first, second)
+    assert float((first * 255 == 114).all(1).float().mean()) < 0.5  # letterboxed, a quarter of 96 x 72 would be grey
+    assert next(iter(images)).shape[0] == 4
+
+
+def test_validators_name_the_flag_and_the_parser_knows_what_was_given():
+    from utils.options import HelpfulParser
+
+    parser = HelpfulParser("")
+    parser.add_argument("--n", type=at_least(1))
+    with pytest.raises(UserError, match="^--n 0: must be at least 1$"):
+        parser.parse_args(["--n", "0"])
+    assert parser.parse_args(["--n", "2"]).given == ["n"] and parser.parse_args([]).given == []
