@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,7 +42,10 @@ def profile(model: nn.Module, imgsz: int = 640, channels: int = 3) -> Cost:
 
 def _meta_pass(model: nn.Module, names: Iterable[str], imgsz: int, channels: int) -> tuple[dict[str, int], int]:
     """(name of a convolution -> positions of its kernel over all calls, FLOPs of the whole model)."""
-    meta_model = deepcopy(model).to("meta").eval()
+    # deepcopy takes what the memo has in the place of a tensor: no weight is copied.
+    memo: dict[int, Any] = {id(b): b.to("meta") for b in model.buffers()}
+    memo |= {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in model.parameters()}
+    meta_model = deepcopy(model, memo).eval()
     pixels = dict.fromkeys(names, 0)
 
     def count(name: str, conv: nn.Module, args: tuple, kwargs: dict, y: Tensor) -> None:

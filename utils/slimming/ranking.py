@@ -74,7 +74,11 @@ class TracedModel(Generic[M]):
         if not self.graph.norms:
             raise ValueError(NOTHING_TO_CUT)
         self.norms: dict[str, _BatchNorm] = batch_norms(model, self.graph.norms)
-        self.costs = CostModel(model, self.graph, imgsz, channels)
+
+    @cached_property
+    def costs(self) -> CostModel:
+        """What is left of the model after any cut. A cut by percent does not ask for it."""
+        return CostModel(self.model, self.graph, self.imgsz, self.channels)
 
     @cached_property
     def accuracy(self) -> Mapping[str, float]:
