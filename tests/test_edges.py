@@ -345,3 +345,32 @@ def test_validators_name_the_flag_and_the_parser_knows_what_was_given():
     with pytest.raises(UserError, match="^--n 0: must be at least 1$"):
         parser.parse_args(["--n", "0"])
     assert parser.parse_args(["--n", "2"]).given == ["n"] and parser.parse_args([]).given == []
+
+
+# Apple's GPUs ---------------------------------------------------------------------------------------------------------
+
+def test_timings_wait_for_every_kind_of_gpu(monkeypatch):
+    from utils.slimming.timing import synchronize
+
+    waited = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: waited.append("cuda"))
+    monkeypatch.setattr(torch.mps, "synchronize", lambda: waited.append("mps"))
+    for name in ("cuda:0", "mps", "cpu"):
+        synchronize(torch.device(name))
+    assert waited == ["cuda", "mps"]
+
+
+def test_scores_leave_the_gpu_before_they_become_float64():
+    """mps knows no float64."""
+    from utils.slimming import group_mean
+    from utils.slimming.graph import ChannelGraph
+
+    class OnGpu:
+        def cpu(self):
+            return torch.ones(2)
+
+        def double(self):
+            raise TypeError("no float64 here")
+
+    graph = ChannelGraph(norms={"bn": torch.arange(2).numpy()}, group=torch.arange(2).numpy())
+    assert group_mean(graph, {"bn": OnGpu()}, graph.norms).tolist() == [1.0, 1.0]
