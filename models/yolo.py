@@ -237,7 +237,8 @@ def with_classes(model: Model, names: dict[int, str]) -> Model:
     head = model.detect
     if len(names) != head.nc:
         head.nc, head.no = len(names), len(names) + 5
-        head.m = nn.ModuleList(nn.Conv2d(conv.in_channels, head.no * head.na, 1) for conv in head.m)  # type: ignore[arg-type]
+        widths = [int(conv.weight.shape[1]) for conv in head.m]  # type: ignore[union-attr, index, arg-type]
+        head.m = nn.ModuleList(nn.Conv2d(width, head.no * head.na, 1) for width in widths)
         head.init_biases()
         model.yaml["nc"] = len(names)
     model.names = dict(names)

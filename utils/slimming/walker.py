@@ -13,7 +13,7 @@ import numpy as np
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from utils.slimming import operations as ops
+import utils.slimming.operations as ops
 from utils.slimming.graph import ChannelGraph, Convolution
 
 
