@@ -185,13 +185,14 @@ def complete_gradients(run: Run, mean: Tensor, step_loss: Tensor, paths: Sequenc
     # With a scaler an infinite gradient is normal now and then: it skips the step and tries a smaller scale.
     skipped = run.scaler.is_enabled() and not math.isfinite(length)
     run.skipped = run.skipped + 1 if skipped else 0
-    names = ", ".join(Path(p).name for p in paths[:4])
     if run.skipped >= MOST_SKIPPED:
+        names = ", ".join(Path(p).name for p in paths[:4])
         raise NonFiniteError(f"the gradient was not finite in {run.skipped} steps in a row, the last in epoch "
                              f"{run.epoch + 1}, batch of {names} ...; {whole(run)}")
     found = {"loss": total, "gradient": 0.0 if skipped else length, "running statistic of a BatchNorm": statistics}
     for what, value in found.items():
         if not math.isfinite(value):
+            names = ", ".join(Path(p).name for p in paths[:4])
             raise NonFiniteError(f"a {what} is not finite in epoch {run.epoch + 1}, batch of {names} ...; {whole(run)}")
     return shown, skipped
 
