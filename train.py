@@ -32,6 +32,7 @@ from utils.errors import NonFiniteError, UserError, run_cli
 from utils.files import new_run_folder, write_yaml
 from utils.options import resolve, training_parser
 from utils.slimming.cost import profile
+from utils.training.distillation import Teacher
 from utils.training.distributed import World, barrier, broadcast, process_group, share_buffers
 from utils.training.image_weights import ImageWeights
 from utils.training.interruption import Listener, listen
@@ -143,6 +144,7 @@ def forward(run: Run, batch: Batch) -> tuple[Tensor, Tensor]:
     x = batch.images.to(device, non_blocking=True).to(torch.float32, memory_format=torch.channels_last) / 255
     if run.opt.multi_scale:
         x = rescaled(run, x)
+    run.images = x
     with torch.autocast(device.type, run.amp, enabled=run.amp is not None):
         outputs = run.wrapped(x)
     loss, items = run.loss(outputs, batch.targets.to(device, non_blocking=True))
@@ -260,8 +262,7 @@ def build_run(opt: Namespace, world: World, hooks: Sequence[Hook], signals: List
                                 opt.hyp["weight_decay"] * step_fraction, scaled)
     gains = scale_gains(opt.hyp, model.detect.nl, model.detect.nc, opt.imgsz)
     loss = DetectionLoss(model, gains | {"label_smoothing": opt.label_smoothing})
-    if opt.image_weights:
-        hooks = [ImageWeights(), *hooks]
+    hooks = [*standard_hooks(opt), *hooks]
     if len({hook.name for hook in hooks}) < len(hooks):
         raise ValueError("two hooks have the same name, under which a checkpoint keeps their state")
     run = Run(opt, world, folder, config, model, model, optimizer, scaler, schedule,
@@ -280,6 +281,12 @@ def build_run(opt: Namespace, world: World, hooks: Sequence[Hook], signals: List
         # The first file of the run: what hooks refuse leaves none.
         run.log = RunLog(folder, run.epoch if resumed else None)
     return run
+
+
+def standard_hooks(opt: Namespace) -> list[Hook]:
+    """The hooks that flags of every training script ask for."""
+    hooks: list[Hook] = [ImageWeights()] if opt.image_weights else []
+    return [*hooks, Teacher(opt.teacher, opt.teacher_weight)] if opt.teacher else hooks
 
 
 def shared_run_folder(opt: Namespace, world: World) -> Path:

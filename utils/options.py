@@ -178,6 +178,8 @@ def training_parser(description: str | None, project: str = "runs/train") -> Hel
     add("--label-smoothing", type=fraction(one=False), default=0.0, help="epsilon of label smoothing")
     add("--patience", type=at_least(0), default=100,
         help="epochs without a better fitness before stopping (0 = never stop)")
+    add("--teacher", metavar="PT", help="also learn from the outputs of this trained model, of the same classes")
+    add("--teacher-weight", type=at_least(0, float), default=1.0, help="weight of the teacher's part of the loss")
     add("--freeze", nargs="+", type=int, default=[0],
         help="layers to freeze: a count (10 = backbone) or a list (0 1 2)")
     add("--save-period", type=int, default=-1, help="also keep a checkpoint every so many epochs")

@@ -36,7 +36,10 @@ class Hook:
         """Everything is built, nothing has been trained."""
 
     def extra_loss(self, batch: Batch, outputs: list[Tensor]) -> Tensor | None:
-        """A term to add to the loss of a micro-batch."""
+        """A term (1,) to add to the loss of a micro-batch, which is a sum over its images.
+
+        run.images holds the images as the model saw them.
+        """
         return None
 
     def before_step(self) -> None:
@@ -94,6 +97,7 @@ class Run:
     batches_done: int = 0         # of this epoch, when it begins: not 0 only where an interrupted one goes on
     mean: Tensor = field(default_factory=lambda: torch.zeros(3))  # of the losses over those
     batch_fraction: float = 1.0   # images of this step / nominal batch: 1 for a whole step
+    images: Tensor = field(default_factory=lambda: torch.empty(0))  # (B, C, h, w) in 0..1, this micro-batch's
     skipped: int = 0              # steps in a row that the scaler has skipped
     ap: APResult | None = None    # of the last validation, over all processes' images
     results: dict[str, float] = field(default_factory=dict)
