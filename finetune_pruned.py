@@ -2,17 +2,30 @@
 
     python finetune_pruned.py --weights pruned_model.pt --adam --epochs 100
 
-The shape stays slim in every checkpoint. Data, image size and hyper-parameters are the checkpoint's unless given.
+The shape stays slim in every checkpoint. Data, image size and hyper-parameters are the checkpoint's unless given. The
+model that was cut is the teacher where its file is still there; --teacher names another one, --teacher none takes none.
 """
 from __future__ import annotations
 
 import os
+from pathlib import Path
+from typing import Any
 
 from models import checkpoint
 from train import train
 from utils.errors import UserError, run_cli
 from utils.options import resolve, training_parser
 from utils.training.run import Run
+
+
+def known_teacher(data: dict[str, Any]) -> str | None:
+    """The teacher of the sparsity training, or the model that was cut, if the file is still there."""
+    taught = (data.get("opt") or {}).get("teacher")
+    files = [file for file in (taught, data.get("parent")) if file]
+    found = next((file for file in files if Path(file).is_file()), None)
+    if files and not found:
+        print(f"note: no teacher, {files[0]} is not there any more; --teacher names one")
+    return found
 
 
 def main(argv: list[str] | None = None) -> Run:
@@ -29,6 +42,7 @@ def main(argv: list[str] | None = None) -> Run:
         if not data["masks"]:
             print(f"note: {opt.weights} is a dense model, nothing was cut from it yet (python prune.py)")
         opt.cfg = ""
+        opt.teacher = known_teacher(data) if opt.teacher is None else opt.teacher
         opt = resolve(opt, data)
     return train(opt)
 

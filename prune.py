@@ -24,19 +24,20 @@ from models.speed import milliseconds
 from models.yolo import Model, on_device, whole_strides
 from utils.errors import UserError, run_cli
 from utils.files import command_line, copy_file, new_run_folder, write_json
-from utils.options import pruning_parser, resolve
+from utils.options import pruning_parser, read_hyp, resolve
 from utils.plots.slimming import plot_gammas, plot_kept, plot_sensitivity, plot_sweep
 from utils.slimming import TARGETS, Pruner, PruneResult, Rules, report, slim
 from utils.slimming.calibration import absorb, recalibrate
 from utils.slimming.cost import profile
 from utils.slimming.ranking import NOTHING_TO_CUT, knee
 from utils.tables import write_csv
-from utils.training.calibration import CalibrationImages
+from utils.training.calibration import TrainingSample
 from utils.training.distributed import select_device
 from utils.training.resume import newest_run
 from val import accuracy, dataset_loader
 
 OUTPUT = "pruned_model.pt"
+IMAGES = 128  # training images that scores on data and repairs look at
 
 
 def rank(model: Model, opt: Namespace, device: torch.device) -> Pruner[Model]:
@@ -49,7 +50,7 @@ def rank(model: Model, opt: Namespace, device: torch.device) -> Pruner[Model]:
         return {key: found[key] for key in ("mAP50", "mAP50-95")}
 
     try:
-        pruner = model_pruner(model, opt.imgsz, device, evaluate)
+        pruner = model_pruner(model, opt.imgsz, device, evaluate, TrainingSample(opt, model, IMAGES, device).losses)
         pruner.batch = opt.latency_batch
         return pruner.rank(opt.score, rules, opt.per_flop)
     except ValueError as error:
@@ -74,6 +75,8 @@ def cut(pruner: Pruner[Model], opt: Namespace) -> PruneResult[Model]:
         asked, requested = result.achieved, f"{found.name}={found.wanted:g}"
         again = TARGETS[found.name].value(pruner, pruner.graph.kept(result.masks)) if found.name == "latency" else None
         print(report.target_note(found, again))
+    if opt.score != result.score:
+        print(report.score_note(result.score, IMAGES))
     channels = "channels" if opt.min_channels > 1 else "channel"
     floors = f"at least {opt.min_channels} {channels} and {opt.min_share:.0%} of its own"
     print(report.describe(result, asked, requested, floors))
@@ -86,11 +89,12 @@ def cut(pruner: Pruner[Model], opt: Namespace) -> PruneResult[Model]:
 def repair(pruner: Pruner[Model], result: PruneResult[Model], opt: Namespace, device: torch.device) -> dict[str, Model]:
     """--absorb and --recalibrate. Returns the models of all stages by name; the last one is what is written."""
     stages = {"before": result.model, "masked": result.masked, "slim": result.slim}
-    images = CalibrationImages(opt, int(result.model.stride.max()), opt.recalibrate or 64, device)
+    count = opt.recalibrate if opt.recalibrate is not None else 0 if result.small_gammas else IMAGES
+    images = TrainingSample(opt, result.model, count or IMAGES, device)
     if opt.absorb:
         dense = absorb(on_device(result.model, device), pruner.graph, result.masks, images)
         stages["absorbed"] = result.slim = slim(dense, result.masks, pruner.graph)
-    if opt.recalibrate:
+    if count:
         stages["recalibrated"] = result.slim = recalibrate(on_device(result.slim, device), images)
     return stages
 
@@ -119,6 +123,7 @@ def write(result: PruneResult[Model], opt: Namespace, source: dict[str, Any]) ->
     folder = new_run_folder(opt.project, opt.name, opt.exist_ok)
     carried = {key: source.get(key) for key in ("opt", "data", "hyp")}
     carried |= {"sparsity": source["sparsity"]} if "sparsity" in source else {}
+    carried["parent"] = str(Path(opt.weights).resolve())
     checkpoint.save(folder / OUTPUT, result.slim, imgsz=opt.imgsz, command=command_line(), **carried,
                     metrics={"proof": result.difference, "percent": result.achieved})
     plot_gammas(result.gammas.numpy(), folder / "gammas.png", threshold=result.threshold, percent=result.achieved,
@@ -144,7 +149,7 @@ def main(argv: list[str] | None = None) -> Path:
     if opt.cfg:
         check_cfg(model.yaml, opt.cfg)
     opt = resolve(opt, source)
-    opt.hyp = source.get("hyp") or {}
+    opt.hyp = read_hyp(source.get("hyp") or {})
     opt.imgsz = whole_strides(opt.imgsz, model.stride)
     trained = {**(source.get("opt") or {}), **source.get("sparsity", {})}
     opt.shortcuts = opt.shortcuts or trained.get("shortcuts", "skip")

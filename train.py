@@ -38,7 +38,7 @@ from utils.training.image_weights import ImageWeights
 from utils.training.interruption import Listener, listen
 from utils.training.loggers import RunLog
 from utils.training.loss import DetectionLoss, scale_gains
-from utils.training.optimizer import EarlyStopping, ModelEMA, Schedule, build_optimizer, ema_tau
+from utils.training.optimizer import EarlyStopping, ModelEMA, Schedule, build_optimizer, ema_tau, suited_nbs
 from utils.training.resume import (
     move_away,
     require_finite,
@@ -254,6 +254,7 @@ def build_run(opt: Namespace, world: World, hooks: Sequence[Hook], signals: List
                                    opt.workers, opt.cache, opt.single_cls, rank=world.rank, world_size=world.size,
                                    shutdown=signals.shutdown, pin_memory=world.device.type == "cuda")
     folder = Path(resumed["folder"]) if resumed else shared_run_folder(opt, world)
+    opt.nbs = opt.nbs or suited_nbs(opt.epochs * len(loader), opt.batch_size)
     schedule = Schedule(opt.hyp, opt.epochs, len(loader), opt.batch_size, opt.nbs, opt.cos_lr)
     step_fraction = opt.batch_size * schedule.accumulate(schedule.warmup) / opt.nbs
     scaled = amp_name(opt, world.device) == "fp16"
@@ -327,7 +328,8 @@ def describe(run: Run) -> None:
               f"of a run of {opt.epochs} epochs: {now:.3g} now, {end:.3g} at the end")
     print(f"{opt.optimizer}, {len(run.loader.dataset)} training images, "
           f"{len(run.loader)} batches of {opt.batch_size} an epoch, "
-          f"a step every {schedule.accumulate(schedule.warmup)}; epochs {run.epoch + 1} to {opt.epochs}")
+          f"a step every {schedule.accumulate(schedule.warmup)} (--nbs {opt.nbs}), {schedule.steps} steps; "
+          f"epochs {run.epoch + 1} to {opt.epochs}")
     write_yaml(run.folder / "opt.yaml", {key: value for key, value in vars(opt).items() if key != "hyp"})
     write_yaml(run.folder / "hyp.yaml", opt.hyp)
     if not opt.noplots:

@@ -19,7 +19,7 @@ from utils.files import newest
 from utils.options import at_least, training_parser
 from utils.slimming.sparsity import GammaL1
 from utils.training import distributed, resume
-from utils.training.calibration import CalibrationImages
+from utils.training.calibration import TrainingSample
 from utils.training.distributed import device_of_rank
 from utils.training.optimizer import EarlyStopping, build_optimizer
 from utils.training.run import Hook, amp_name
@@ -330,11 +330,13 @@ def test_a_latency_out_of_reach_is_refused_and_its_batch_can_be_chosen(weights, 
 def test_calibration_images_are_a_random_subset_as_training_sees_them(tiny):
     hyp = {"mosaic": 1.0, "scale": 0.5}
     opt = Namespace(data=str(tiny), imgsz=64, hyp=hyp, single_cls=False, batch_size=4, workers=0)
-    images = CalibrationImages(opt, 32, 6, torch.device("cpu"))
-    first, second = (torch.cat(list(images)) for _ in range(2))
+    images = TrainingSample(opt, Namespace(stride=torch.tensor([8.0, 32.0])), 6, torch.device("cpu"))
+    first, second = (torch.cat([pixels for pixels, _ in images]) for _ in range(2))
     assert first.shape == (6, 3, 64, 64) and torch.equal(first, second)
     assert float((first * 255 == 114).all(1).float().mean()) < 0.5  # letterboxed, a quarter of 96 x 72 would be grey
-    assert next(iter(images)).shape[0] == 4
+    batches = list(images)
+    assert [len(pixels) for pixels, _ in batches] == [4, 2]
+    assert all(bool((targets[:, 0] < len(pixels)).all()) for pixels, targets in batches)
 
 
 def test_validators_name_the_flag_and_the_parser_knows_what_was_given():

@@ -209,7 +209,10 @@ RULES = [Rules(), Rules(coupled=True), Rules(round_to=8), Rules(coupled=True, ro
 @pytest.mark.parametrize("rules", RULES, ids=str)
 @pytest.mark.parametrize("score", SCORES)
 def test_every_rule_is_kept_and_every_cut_exact(model, rules, score):
-    pruner = Pruner(model, 64).rank(score, rules, per_flop=score == "l1")
+    def losses(candidate):
+        yield sum(y.square().mean() for y in candidate(torch.rand(2, 3, 64, 64))[1])
+
+    pruner = Pruner(model, 64, losses=losses).rank(score, rules, per_flop=score == "l1")
     masks = pruner.preview(0.5)[0]
     prunable = pruner.graph.prunable()
     for name, mask in masks.items():
@@ -220,6 +223,46 @@ def test_every_rule_is_kept_and_every_cut_exact(model, rules, score):
     coupled = [n for n, free in prunable.items() if not free.any()]
     assert any(not masks[n].all() for n in coupled) == rules.coupled
     assert largest_difference(masked(model, masks), slim(model, masks)) < 1e-9
+
+
+@pytest.fixture
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return randomised(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 6, 1), nn.BatchNorm2d(6),
+                                    nn.Conv2d(6, 2, 1)))
+
+
+def test_the_taylor_score_is_what_a_loss_loses_to_first_order(net):
+    """A loss that is linear in gamma and beta loses exactly gamma * dL/dgamma + beta * dL/dbeta where both become 0."""
+    images = torch.rand(2, 3, 32, 32, dtype=torch.float64)
+
+    def losses(model):
+        yield model.double()(images).sum()
+
+    pruner = Pruner(net, 32, losses=losses)
+    scores = pruner.rank("taylor").ranking.scores
+    name = list(pruner.norms)[-1]
+    before = float(next(losses(deepcopy(net))).detach())
+    for channel, group in enumerate(pruner.graph.group[pruner.graph.norms[name]]):
+        mask = torch.ones(len(pruner.norms[name].weight), dtype=torch.bool)
+        mask[channel] = False
+        lost = before - float(next(losses(masked(net, {name: mask}))).detach())
+        assert scores[group] == pytest.approx(lost ** 2, rel=1e-6)
+    assert all(p.grad is None for p in net.parameters())
+
+
+def test_auto_ranks_by_gamma_only_where_gammas_tell(net):
+    def losses(model):
+        yield model(torch.rand(2, 3, 32, 32)).square().mean()
+
+    pruner = Pruner(net, 32, losses=losses)
+    for norm in pruner.norms.values():
+        norm.weight.data.fill_(1.0)
+    assert pruner.rank("auto").cut(0.4).score == "taylor"
+    for norm in pruner.norms.values():
+        norm.weight.data[::2] = 0.05
+    result = pruner.rank("auto").cut(0.4)
+    assert result.score == "gamma" and result.small_gammas
 
 
 @pytest.mark.parametrize("change", [{"min_channels": 0}, {"round_to": 0}, {"min_share": 1.1}, {"min_share": -0.1}])

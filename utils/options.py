@@ -21,7 +21,7 @@ from utils.slimming.targets import TARGETS
 BUILT_IN_DATA = "data/shapes.yaml"
 # What holds when neither a flag nor the data yaml says otherwise: YOLOv5's defaults.
 DEFAULTS: dict[str, Any] = {"weights": "yolov5s.pt", "cfg": "", "imgsz": 640, "epochs": 100, "batch_size": 16,
-                            "nbs": 64, "optimizer": "SGD", "cache": None, "hyp": None}
+                            "nbs": None, "optimizer": "SGD", "cache": None, "hyp": None}
 LEAST = {"imgsz": 32, "epochs": 1, "batch_size": 1, "nbs": 1}
 # Optimizer -> its hyper-parameters.
 HYP_FOR = {"SGD": "data/hyps/hyp.scratch-low.yaml", "Adam": "data/hyps/hyp.adamw.yaml",
@@ -110,6 +110,11 @@ def named_fraction(names: Collection[str], hint: str) -> Callable[[str], tuple[s
     return parse
 
 
+def path_or_none(text: str) -> str:
+    """An absolute path; '' for 'none'."""
+    return "" if text == "none" else str(Path(text).absolute())
+
+
 # Flags ----------------------------------------------------------------------------------------------------------------
 
 def add_run_flags(parser: ArgumentParser, project: str) -> None:
@@ -157,7 +162,8 @@ def training_parser(description: str | None, project: str = "runs/train") -> Hel
     add("--hyp", help="hyper-parameter yaml (data/hyps/hyp.scratch-low.yaml; hyp.adamw.yaml with Adam and AdamW)")
     add("--epochs", type=at_least(LEAST["epochs"]), help="epochs in all (100)")
     add("--nbs", type=at_least(LEAST["nbs"]),
-        help="nominal batch: gradients are gathered until a step has seen about so many images (64)")
+        help="nominal batch: gradients are gathered until a step has seen about so many images (64; 32 or 16 where a "
+             "run has few batches)")
     add("--rect", action="store_true", help="rectangular batches, no mosaic, no shuffling")
     add("--resume", nargs="?", const=True, default=False,
         help="go on with an interrupted run: its last.pt, or the newest")
@@ -178,7 +184,8 @@ def training_parser(description: str | None, project: str = "runs/train") -> Hel
     add("--label-smoothing", type=fraction(one=False), default=0.0, help="epsilon of label smoothing")
     add("--patience", type=at_least(0), default=100,
         help="epochs without a better fitness before stopping (0 = never stop)")
-    add("--teacher", metavar="PT", help="also learn from the outputs of this trained model, of the same classes")
+    add("--teacher", type=path_or_none, metavar="PT",
+        help="also learn from the outputs of this trained model, of the same classes; 'none': of no model")
     add("--teacher-weight", type=at_least(0, float), default=1.0, help="weight of the teacher's part of the loss")
     add("--freeze", nargs="+", type=int, default=[0],
         help="layers to freeze: a count (10 = backbone) or a list (0 1 2)")
@@ -206,7 +213,9 @@ def pruning_parser(description: str | None) -> HelpfulParser:
         help="first:last:step; show what each of these percents would give, and write no model")
     add("--sensitivity", action="store_true",
         help="show what cutting --percent of each layer alone would give, and write no model")
-    add("--score", choices=list(SCORES), default="gamma", help="what channels are ranked by")
+    add("--score", choices=["auto", *SCORES], default="auto",
+        help="what channels are ranked by; auto: gamma, and where gammas do not tell channels apart taylor, which is "
+             "what the loss on training images would lose")
     add("--per-flop", action="store_true", help="rank by score per FLOP that goes with the channel: faster models")
     add("--min-channels", type=at_least(1), default=1, help="channels that every layer keeps")
     add("--min-share", type=fraction(), default=MIN_SHARE,
@@ -217,8 +226,9 @@ def pruning_parser(description: str | None) -> HelpfulParser:
         "at once (joint); default: what the sparsity training did, else skip")
     add("--keep", nargs="+", default=[], metavar="PATTERN", help="BatchNorms that stay whole, such as 'model.0.*'")
     add("--absorb", action="store_true", help="move the mean of the cut channels into the layers that read them")
-    add("--recalibrate", type=int, default=0, metavar="N",
-        help="measure the BatchNorms' statistics anew on N random training images, augmented as in training")
+    add("--recalibrate", type=at_least(0), metavar="N",
+        help="measure the BatchNorms' statistics anew on N random training images, augmented as in training "
+             "(128 where gammas do not tell channels apart, else 0)")
     add("--strict", action="store_true",
         help="refuse a cut above the limit (the smallest of the layers' largest gammas)")
     add("--noval", action="store_true", help="do not measure accuracy and speed")

@@ -11,16 +11,18 @@ from torch.optim.swa_utils import update_bn
 from utils.slimming.graph import ChannelGraph, Masks, batch_norms, convolutions
 from utils.slimming.surgery import M
 
+Images = Tensor | tuple[Tensor, ...]
+
 
 @torch.no_grad()
-def absorb(model: M, graph: ChannelGraph, masks: Masks, images: Iterable[Tensor]) -> M:
+def absorb(model: M, graph: ChannelGraph, masks: Masks, images: Iterable[Images]) -> M:
     """A copy whose other layers carry the mean of the channels that are about to be cut; nothing is cut yet.
 
     A cut channel was about act(beta), and exactly that where gamma is 0. A convolution that reads it adds sum(W) times
     that to its output. This goes into the mean of the BatchNorm behind the convolution, or into its own bias. The means
-    are measured on `images`, batches (B, C, H, W), so any activation, pool, concat or sum between is covered. Exact for
-    constant channels and 1x1 convolutions; zero padding makes the border of larger ones differ. Grouped and transposed
-    convolutions are left alone, and so is one that a BatchNorm without a scale may follow first.
+    are measured on `images`, as recalibrate() takes them, so any activation, pool, concat or sum between is covered.
+    Exact for constant channels and 1x1 convolutions; zero padding makes the border of larger ones differ. Grouped and
+    transposed convolutions are left alone, and so is one that a BatchNorm without a scale may follow first.
     """
     keep = graph.kept(masks)
     new = deepcopy(model).eval()
@@ -47,7 +49,7 @@ def absorb(model: M, graph: ChannelGraph, masks: Masks, images: Iterable[Tensor]
     return new
 
 
-def _input_means(layers: dict[str, nn.Conv2d], model: nn.Module, images: Iterable[Tensor]) -> dict[str, Tensor]:
+def _input_means(layers: dict[str, nn.Conv2d], model: nn.Module, images: Iterable[Images]) -> dict[str, Tensor]:
     """Mean of each input channel (channels,) of the layers over all images and pixels."""
     total: dict[str, Tensor] = {}
     count = dict.fromkeys(layers, 0)
@@ -59,14 +61,17 @@ def _input_means(layers: dict[str, nn.Conv2d], model: nn.Module, images: Iterabl
     handles = [layer.register_forward_pre_hook(lambda _, inputs, name=name: add(name, inputs[0]))
                for name, layer in layers.items()]
     for batch in images:
-        model(batch)
+        model(batch if isinstance(batch, Tensor) else batch[0])
     for handle in handles:
         handle.remove()
     return {name: value / count[name] for name, value in total.items()}
 
 
-def recalibrate(model: M, images: Iterable[Tensor]) -> M:
-    """A copy whose BatchNorms have the means and variances of `images`, batches (B, C, H, W) of what it will see."""
+def recalibrate(model: M, images: Iterable[Images]) -> M:
+    """A copy whose BatchNorms have the means and variances of `images`.
+
+    images: batches (B, C, H, W) of what it will see, or tuples that begin with one.
+    """
     new = deepcopy(model).eval()
     update_bn(images, new)
     return new

@@ -36,9 +36,11 @@ class Pruner(TracedModel[M]):
     def rank(self, score: str = "gamma", rules: Rules = Rules(), per_flop: bool = False) -> Pruner[M]:  # noqa: B008
         """Rank the channels by one of SCORES, per FLOP or not, as the weights are now. Returns this pruner.
 
+        score="auto": by gamma; a cut for which gammas do not tell channels apart is made by taylor instead.
         Raises ValueError where no channel may go, and for a pattern in rules.keep that no BatchNorm fits.
         """
-        self.ranking = Ranking(self, rules, score, per_flop)
+        self.automatic, self.score = score == "auto", "gamma" if score == "auto" else score
+        self.ranking = Ranking(self, rules, self.score, per_flop)
         if not self.ranking.total:
             raise ValueError(NOTHING_TO_CUT)
         return self
@@ -51,6 +53,14 @@ class Pruner(TracedModel[M]):
         """
         if (percent is None) == (target is None):
             raise ValueError("give either percent or target")
+        result = self._cut(percent, target)
+        if not self.automatic or result.small_gammas:
+            return result
+        self.rank("taylor", self.ranking.rules, self.ranking.per_flop)
+        return self._cut(percent, target)
+
+    def _cut(self, percent: float | None, target: tuple[str, float] | None) -> PruneResult[M]:
+        """cut() by the ranking as it is."""
         keep, outcome = (self.ranking.keep_percent(percent or 0.0), None) if target is None else self._reach(*target)
         masks = self.graph.masks(keep)
         zeroed, narrow = masked(self.model, masks), slim(self.model, masks, self.graph)
@@ -64,7 +74,8 @@ class Pruner(TracedModel[M]):
         prunable = self.ranking.prunable
         return PruneResult(self.model, narrow, zeroed, masks, prunable, torch.cat(list(self.gammas(prunable).values())),
                            self.safe_threshold(prunable), float(gone.max()) if len(gone) else 0.0,
-                           len(gone) / self.ranking.total, difference, outcome, self.graph.notes)
+                           len(gone) / self.ranking.total, difference, outcome, self.graph.notes,
+                           self.score)
 
     def _reach(self, name: str, wanted: float) -> tuple[np.ndarray, TargetOutcome]:
         """What the cut keeps that just reaches a target, and the outcome."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Generic
@@ -128,9 +129,27 @@ def gamma_l1_score(traced: TracedModel) -> np.ndarray:
     return gamma_score(traced) * l1_score(traced)
 
 
+def taylor_score(traced: TracedModel) -> np.ndarray:
+    """What the loss would lose with a group of channels, to first order, on the batches of traced.losses.
+
+    The sum over batches and channels of (gamma * dL/dgamma + beta * dL/dbeta)^2 (Molchanov et al. 2019, arXiv
+    1906.10771, eq. 8).
+    """
+    model, graph = deepcopy(traced.model), traced.graph
+    norms = batch_norms(model, graph.norms)
+    parameters = [p for norm in norms.values() for p in (norm.weight.requires_grad_(), norm.bias.requires_grad_())]
+    total = np.zeros(len(graph.group))
+    for loss in traced.losses(model):
+        gradients = torch.autograd.grad(loss.sum(), parameters, materialize_grads=True)
+        first_order = [(p.detach() * g).double().cpu().numpy() for p, g in zip(parameters, gradients)]
+        for ids, of_gamma, of_beta in zip(graph.norms.values(), first_order[::2], first_order[1::2]):
+            np.add.at(total, graph.group[ids], (of_gamma + of_beta) ** 2)
+    return total
+
+
 # prune.py --score: name -> a function that gives every id of the graph a score, (ids,); the lowest go first.
 SCORES: dict[str, Callable[[TracedModel], np.ndarray]] = {
-    "gamma": gamma_score, "l1": l1_score, "gamma-l1": gamma_l1_score}
+    "gamma": gamma_score, "l1": l1_score, "gamma-l1": gamma_l1_score, "taylor": taylor_score}
 
 
 def group_mean(graph: ChannelGraph, values: Mapping[str, Tensor], ids: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -156,7 +175,7 @@ class Ranking:
 
     def __init__(self, traced: TracedModel, rules: Rules, score: str = "gamma", per_flop: bool = False):
         graph = traced.graph
-        self.graph, self.rules = graph, rules
+        self.graph, self.rules, self.per_flop = graph, rules, per_flop
         self.scores = SCORES[score](traced)
         if per_flop:
             divisor = np.ones(len(graph.group))

@@ -66,6 +66,14 @@ def target_note(target: TargetOutcome, again: float | None = None) -> str:
     return text
 
 
+def score_note(score: str, images: int) -> str:
+    """What --score auto has chosen; images: what a score on data looks at."""
+    if score == "gamma":
+        return "ranked by gamma: the gammas that go are far below those that stay"
+    return (f"ranked by {score}, what the loss on {images} training images would lose, for the gammas do not tell "
+            "channels apart (--score gamma: by gamma all the same)")
+
+
 def describe(result: PruneResult, asked: float, requested: str, floors: str) -> str:
     """What the threshold rule allows, what was requested, what came of it, and the table of the layers.
 

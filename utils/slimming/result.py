@@ -4,11 +4,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Generic
 
+import torch
 from torch import Tensor, nn
 
 from utils.slimming.graph import Masks
 from utils.slimming.ranking import SafeThreshold
 from utils.slimming.surgery import M
+
+FAR_BELOW = 0.1  # largest |gamma| of a channel that goes, relative to the median of those that stay
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,13 @@ class PruneResult(Generic[M]):
     difference: float            # of the equivalence check: largest relative |slim - masked|
     target: TargetOutcome | None
     graph_notes: list[str]
+    score: str                   # one of SCORES, by which the channels were ranked
+
+    @property
+    def small_gammas(self) -> bool:
+        """Do the gammas tell which channels to cut: are those that go far below those that stay?"""
+        kept = torch.cat([self.masks[name][prunable] for name, prunable in self.prunable.items()])
+        return not kept.any() or self.threshold <= FAR_BELOW * float(self.gammas[kept].median())
 
     @property
     def layers(self) -> list[dict[str, Any]]:

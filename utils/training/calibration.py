@@ -1,4 +1,4 @@
-"""Training images for repairs after a cut."""
+"""Training images for what looks at data after a training: repairs of a cut, scores, a loss."""
 from __future__ import annotations
 
 from argparse import Namespace
@@ -7,33 +7,46 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from models.yolo import Model, on_device
 from utils.data.config import read_data
 from utils.data.dataset import DetectionDataset
 from utils.data.loader import build_loader
 from utils.errors import UserError
+from utils.training.loss import DetectionLoss, scale_gains
 
 
-class CalibrationImages:
-    """`count` training images in random order, as training sees them, in batches (B, 3, H, W) in 0..1 on `device`.
+class TrainingSample:
+    """`count` training images in random order, as training sees them: batches of (images, targets) on `device`.
 
-    BatchNorm's statistics must be those of training: letterboxed images would bring in the grey of their borders. The
-    images are read when they are asked for, and are the same ones each time.
+    images (B, 3, H, W) in 0..1, targets (n, 6). They are augmented, for BatchNorm's statistics must be those of
+    training: letterboxed images would bring in the grey of their borders. They are read when they are asked for, and
+    are the same ones each time.
     """
 
-    def __init__(self, opt: Namespace, stride: int, count: int, device: torch.device):
-        self.opt, self.stride, self.count, self.device = opt, stride, count, device
+    def __init__(self, opt: Namespace, model: Model, count: int, device: torch.device):
+        self.opt, self.stride, self.count, self.device = opt, int(model.stride.max()), count, device
 
-    def __iter__(self) -> Iterator[Tensor]:
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         opt, config = self.opt, read_data(self.opt.data)
         if not config.train:
-            raise UserError(f"{config.file}: has no 'train:' entry, whose images --absorb and --recalibrate look at")
+            raise UserError(f"{config.file}: has no 'train:' entry, whose images --score taylor, --absorb and "
+                            "--recalibrate look at (--score gamma looks at none)")
         dataset = DetectionDataset(config.train, opt.imgsz, hyp=opt.hyp, augment=True, stride=self.stride,
                                    single_cls=opt.single_cls, nc=config.nc, prefix="train")
         loader = build_loader(dataset, opt.batch_size, opt.workers, shuffle=True)
         left = self.count
         for batch in loader:
             images = batch.images[:left].to(self.device, torch.float32) / 255
-            yield images.contiguous(memory_format=torch.channels_last)
+            targets = batch.targets[batch.targets[:, 0] < left].to(self.device)
+            yield images.contiguous(memory_format=torch.channels_last), targets
             left -= len(images)
             if left <= 0:
                 return
+
+    def losses(self, model: Model) -> Iterator[Tensor]:
+        """The detection loss (1,) of a model in evaluation mode on every batch; moves the model to the device."""
+        on_device(model, self.device).detect.train()  # a head in training mode returns raw outputs
+        gains = scale_gains(self.opt.hyp, model.detect.nl, model.detect.nc, self.opt.imgsz)
+        loss = DetectionLoss(model, gains)
+        for images, targets in self:
+            yield loss(model(images), targets)[0] / len(images)

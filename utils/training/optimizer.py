@@ -37,6 +37,9 @@ def build_optimizer(model: nn.Module, name: str, lr: float, momentum: float, dec
     return cls(settings, lr=lr, betas=(momentum, 0.999), fused=fused)
 
 
+ENOUGH = 2000  # optimizer steps
+
+
 @dataclass(frozen=True)
 class Schedule:
     """Learning rate, momentum and accumulation as pure functions of the iteration: a resumed run needs no state.
@@ -90,6 +93,12 @@ class Schedule:
                 group["momentum"] = momentum
             else:
                 group["betas"] = (momentum, group["betas"][1])
+
+
+def suited_nbs(iterations: int, batch_size: int) -> int:
+    """Nominal batch of a run of so many iterations: YOLOv5's 64; less, down to 16, where it has too few steps."""
+    sizes = (64, 32, 16)
+    return next((nbs for nbs in sizes if iterations * batch_size / max(nbs, batch_size) >= ENOUGH), sizes[-1])
 
 
 class ModelEMA(Generic[AnyModel]):

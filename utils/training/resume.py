@@ -67,7 +67,8 @@ def record(run: Run) -> dict[str, Any]:
 
 
 # Flags that --resume takes. All others belong to the schedule, the optimizer's state or the model, and stay.
-CHANGEABLE = ("resume", "data", "amp", "patience", "sync_bn", "workers", "cache", "device", "epochs", "project")
+CHANGEABLE = ("resume", "data", "amp", "patience", "sync_bn", "workers", "cache", "device", "epochs", "project",
+              "teacher")
 
 
 def resumed_options(opt: Namespace) -> tuple[Namespace, dict[str, Any]]:
