@@ -96,3 +96,15 @@ def script() -> Script:
         return done
 
     return run
+
+
+@pytest.fixture(scope="session")
+def teacher(cfg: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint for the tiny set, as if it had been trained."""
+    from models import checkpoint
+    from models.yolo import Model
+    from tests.blocks import randomised
+
+    model = randomised(Model(str(cfg), nc=2, names={0: "square", 1: "circle"})).eval()
+    checkpoint.save(path := tmp_path_factory.mktemp("teacher") / "teacher.pt", model, imgsz=64)
+    return path

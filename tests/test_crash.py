@@ -19,11 +19,11 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def flags(tiny, cfg) -> list[str]:
+def flags(tiny, cfg, teacher) -> list[str]:
     """Three batches an epoch, three epochs."""
     return ["--data", str(tiny), "--weights", "", "--cfg", str(cfg), "--epochs", "3", "--imgsz", "64",
             "--batch-size", "4", "--nbs", "4", "--workers", "0", "--device", "cpu", "--noplots",
-            "--target-sparsity", "0.4"]
+            "--target-sparsity", "0.4", "--teacher", str(teacher)]
 
 
 @pytest.fixture(scope="module")

@@ -50,13 +50,14 @@ def slim_file(cfg, tmp_path_factory) -> Path:
     pytest.param("train", [], id="train"),
     pytest.param("train_sparsity", ["--sr", "0.05"], id="l1"),
     pytest.param("train_sparsity", ["--target-sparsity", "0.4"], id="target"),
-    pytest.param("finetune_pruned", [], id="finetune")])
-def test_two_processes_follow_one(tiny, cfg, slim_file, tmp_path, script, mode):
+    pytest.param("finetune_pruned", ["--teacher"], id="finetune with a teacher")])
+def test_two_processes_follow_one(tiny, cfg, slim_file, teacher, tmp_path, script, mode):
     """Every step's gammas are equal, up to float32 sums in another order.
 
     With the same images a step, BatchNorm in eval mode and a loss that adds up over images.
     """
     start = ["--weights", slim_file] if script == "finetune_pruned" else ["--weights", "", "--cfg", cfg]
+    mode = [*mode, teacher] if "--teacher" in mode else mode
     one, increments = trajectory.go(flags(tiny, tmp_path / "one", *start, *mode), 4, script=script)
     done = torchrun(tmp_path, ROOT / "tests" / "trajectory.py", tmp_path / "out", 4, script,
                     *flags(tiny, tmp_path / "two", *start, *mode))

@@ -6,13 +6,14 @@ import torch
 
 from tests import trajectory
 
-METHODS = {"l1": ["--sr", "0.05"], "target": ["--target-sparsity", "0.4", "--round-to", "4"]}
+METHODS = {"l1": ["--sr", "0.05"], "target": ["--target-sparsity", "0.4", "--round-to", "4"],
+           "taught": ["--target-sparsity", "0.4", "--round-to", "4", "--teacher", "{teacher}"]}
 
 
-def flags(tiny, cfg, folder, method) -> list[str]:
+def flags(tiny, cfg, folder, method, teacher="") -> list[str]:
     """SGD with a large rate, so that a difference would show; four images a step, three steps an epoch."""
     return ["--data", str(tiny), "--weights", "", "--cfg", str(cfg), "--epochs", "6", "--nbs", "4",
-            "--project", str(folder), *METHODS[method]]
+            "--project", str(folder), *(flag.format(teacher=teacher) for flag in METHODS[method])]
 
 
 @pytest.fixture(scope="module", params=list(METHODS))
@@ -21,15 +22,15 @@ def method(request) -> str:
 
 
 @pytest.fixture(scope="module")
-def reference(tiny, cfg, tmp_path_factory, method):
+def reference(tiny, cfg, tmp_path_factory, method, teacher):
     """One process, no accumulation, float32."""
-    return trajectory.go(flags(tiny, cfg, tmp_path_factory.mktemp("reference"), method), 4)
+    return trajectory.go(flags(tiny, cfg, tmp_path_factory.mktemp("reference"), method, teacher), 4)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [2, 1])
-def test_accumulation_changes_nothing(tiny, cfg, tmp_path, method, reference, batch_size):
-    steps, increments = trajectory.go(flags(tiny, cfg, tmp_path, method), batch_size)
+def test_accumulation_changes_nothing(tiny, cfg, tmp_path, method, teacher, reference, batch_size):
+    steps, increments = trajectory.go(flags(tiny, cfg, tmp_path, method, teacher), batch_size)
     assert steps.shape == reference[0].shape == (18, steps.shape[1])
     assert torch.allclose(steps, reference[0], rtol=0, atol=1e-5)  # float32 sums in another order
     # The increment is exactly sr * sign(gamma), up to the rounding of a sum with the gradient.
@@ -46,6 +47,6 @@ def test_the_increment_is_the_formula_in_every_precision(tiny, cfg, tmp_path):
 
 
 @pytest.mark.slow
-def test_sync_batchnorm_is_treated_alike(tiny, cfg, tmp_path, method, reference):
-    steps, increments = trajectory.go(flags(tiny, cfg, tmp_path, method), 4, convert=True)
+def test_sync_batchnorm_is_treated_alike(tiny, cfg, tmp_path, method, teacher, reference):
+    steps, increments = trajectory.go(flags(tiny, cfg, tmp_path, method, teacher), 4, convert=True)
     assert torch.equal(steps, reference[0]) and torch.equal(increments, reference[1])
