@@ -2,12 +2,15 @@
 
     python finetune_pruned.py --weights pruned_model.pt --adam --epochs 100
 
-The shape stays slim in every checkpoint. Data, image size and hyper-parameters are the checkpoint's unless given. The
+The shape is slim in every checkpoint. Data, image size and hyper-parameters are the checkpoint's unless given. The
 model that was cut is the teacher where its file is still there; --teacher names another one, --teacher none takes none.
+Where the cut took channels that the model uses, that model makes it once more, gradually, in the first third of the
+run; --no-gradual starts with the slim model.
 """
 from __future__ import annotations
 
 import os
+from argparse import BooleanOptionalAction
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,9 @@ from models import checkpoint
 from train import train
 from utils.errors import UserError, run_cli
 from utils.options import resolve, training_parser
+from utils.slimming import slim
+from utils.slimming.surgery import last_masks
+from utils.training.gradual import GradualCut
 from utils.training.run import Run
 
 
@@ -28,23 +34,42 @@ def known_teacher(data: dict[str, Any]) -> str | None:
     return found
 
 
+def gradual_cut(data: dict[str, Any]) -> tuple[GradualCut, str | None]:
+    """The hook and the checkpoint to start from; a hook that does nothing and None where the cut needs no steps."""
+    parent = data.get("parent")
+    if not data.get("gradual") or not parent or not Path(parent).is_file():
+        return GradualCut(), None
+    wide = checkpoint.load(parent)
+    masks = last_masks(wide.masks, data["masks"])
+    again = slim(wide, masks).state_dict()
+    if any(not again[key].equal(value) for key, value in data["state_dict"].items() if key.endswith(".conv.weight")):
+        print(f"note: {parent} is not the model any more that was cut; starting with the slim one")
+        return GradualCut(), None
+    print(f"starting from {parent}; its channels go in the first third of the run (--no-gradual: all at once)")
+    return GradualCut(masks), parent
+
+
 def main(argv: list[str] | None = None) -> Run:
     """Command line -> fine-tuning."""
     parser = training_parser(__doc__)
+    parser.add_argument("--gradual", action=BooleanOptionalAction, default=True,
+                        help="where the cut took channels that the model uses, take them again, in steps")
     opt = parser.parse_args(argv)
     opt.script = os.path.basename(__file__)
-    if not opt.resume:
-        opt.weights = opt.weights or "pruned_model.pt"
-        if opt.cfg:
-            raise UserError("--cfg: not taken here, the slim checkpoint knows its own shape; "
-                            "to train a yaml use train.py")
-        data = checkpoint.read(opt.weights)
-        if not data["masks"]:
-            print(f"note: {opt.weights} is a dense model, nothing was cut from it yet (python prune.py)")
-        opt.cfg = ""
-        opt.teacher = known_teacher(data) if opt.teacher is None else opt.teacher
-        opt = resolve(opt, data)
-    return train(opt)
+    if opt.resume:
+        return train(opt, [GradualCut()])
+    opt.weights = opt.weights or "pruned_model.pt"
+    if opt.cfg:
+        raise UserError("--cfg: not taken here, the slim checkpoint knows its own shape; "
+                        "to train a yaml use train.py")
+    data = checkpoint.read(opt.weights)
+    if not data["masks"]:
+        print(f"note: {opt.weights} is a dense model, nothing was cut from it yet (python prune.py)")
+    opt.cfg = ""
+    opt.teacher = known_teacher(data) if opt.teacher is None else opt.teacher
+    hook, wide = gradual_cut(data) if opt.gradual else (GradualCut(), None)
+    opt.weights = wide or opt.weights
+    return train(resolve(opt, data), [hook])
 
 
 if __name__ == "__main__":

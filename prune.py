@@ -123,7 +123,7 @@ def write(result: PruneResult[Model], opt: Namespace, source: dict[str, Any]) ->
     folder = new_run_folder(opt.project, opt.name, opt.exist_ok)
     carried = {key: source.get(key) for key in ("opt", "data", "hyp")}
     carried |= {"sparsity": source["sparsity"]} if "sparsity" in source else {}
-    carried["parent"] = str(Path(opt.weights).resolve())
+    carried |= {"parent": str(Path(opt.weights).resolve()), "gradual": not result.small_gammas}
     checkpoint.save(folder / OUTPUT, result.slim, imgsz=opt.imgsz, command=command_line(), **carried,
                     metrics={"proof": result.difference, "percent": result.achieved})
     plot_gammas(result.gammas.numpy(), folder / "gammas.png", threshold=result.threshold, percent=result.achieved,

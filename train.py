@@ -33,7 +33,7 @@ from utils.files import new_run_folder, write_yaml
 from utils.options import resolve, training_parser
 from utils.slimming.cost import profile
 from utils.training.distillation import Teacher
-from utils.training.distributed import World, barrier, broadcast, process_group, share_buffers
+from utils.training.distributed import World, barrier, broadcast, process_group, share_buffers, wrapped
 from utils.training.image_weights import ImageWeights
 from utils.training.interruption import Listener, listen
 from utils.training.loggers import RunLog
@@ -271,9 +271,7 @@ def build_run(opt: Namespace, world: World, hooks: Sequence[Hook], signals: List
               EarlyStopping(opt.patience), signals, resumed=resumed)
     if resumed:
         restore(run, resumed)
-    if world.size > 1:
-        gpu = [world.device.index] if world.device.type == "cuda" else None
-        run.wrapped = DistributedDataParallel(model, device_ids=gpu)
+    run.wrapped = wrapped(model, world)
     for hook in hooks:
         hook.start(run)
     if resumed:

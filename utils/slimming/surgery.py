@@ -64,6 +64,11 @@ def compose_masks(old: Masks, new: Masks) -> Masks:
     return result
 
 
+def last_masks(old: Masks, composed: Masks) -> Masks:
+    """The inverse of compose_masks(): the masks of the last round, from those after it and those before it."""
+    return {name: mask[old[name]] if name in old else mask for name, mask in composed.items()}
+
+
 def resize_like(model: nn.Module, state: dict[str, Tensor]) -> None:
     """Give the leaf layers of `model` the shapes that `state` has, in place; values are left to load_state_dict.
 

@@ -31,6 +31,7 @@ class TargetSparsity:
         per cost, and the same share frees more of it.
     groups: int (channels,) per BatchNorm. Channels of one number, such as those that a shortcut adds up, are one
         channel: they go at once, ranked by the sum of their importances.
+    allowed: bool (channels,) per BatchNorm. Only these channels go, whatever is left of their layer.
     round_to: channels of a layer go in blocks of so many, those that rank next to each other, by the block's mean.
         What is left of the layer is a multiple, which is what fast kernels compute anyway. (In a layer whose channels
         are coupled to different layers, as by a concatenation and a sum, each part of it is a multiple.)
@@ -46,7 +47,7 @@ class TargetSparsity:
 
     def __init__(self, norms: Sequence[_BatchNorm], share: float, copies: Sequence[_BatchNorm] = (),
                  costs: Sequence[np.ndarray] | None = None, groups: Sequence[np.ndarray] | None = None,
-                 round_to: int = 1):
+                 round_to: int = 1, allowed: Sequence[np.ndarray] | None = None):
         if not 0 < share < 1 or round_to < 1:
             raise ValueError(f"share must be between 0 and 1, not {share}, and round_to at least 1, not {round_to}")
         self.share = share
@@ -71,6 +72,11 @@ class TargetSparsity:
         _, first, index, counts = np.unique(numbers, return_index=True, return_inverse=True, return_counts=True)
         self.group, self.channels = on_device(index), on_device(counts)  # group of a channel, channels of a group
         self.members = on_device(membership_table(index))  # (groups, most): their channels
+        self.fixed = on_device(np.zeros(len(counts), bool))  # (groups,) they never go
+        if allowed is not None:
+            self.floor.zero_()
+            floors[:] = 0
+            self.fixed = on_device(~np.concatenate([allowed[i] for i in trained])[first])
         cost = np.ones(self.total) if costs is None else np.concatenate([costs[i] for i in trained])
         self.cost = on_device(cost[first].astype(np.float32))
         in_layer = np.zeros((len(counts), len(sizes)), int)  # (groups, layers) channels
@@ -145,7 +151,7 @@ class TargetSparsity:
         order = rank[self.group].argsort(descending=True, stable=True)
         order = order[self.layer[order].argsort(stable=True)]  # channels by layer, within a layer from best to worst
         position = torch.arange(self.total, device=order.device) - self.start
-        protected = torch.zeros_like(self.dead)
+        protected = self.fixed.clone()
         protected[self.group[order[position < self.floor]]] = True
         return protected
 

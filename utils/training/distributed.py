@@ -11,6 +11,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from utils.errors import UserError
 
@@ -93,6 +94,13 @@ def process_group(device_name: str = "") -> Iterator[World]:
         yield World(int(os.environ["RANK"]), size, device)
     finally:
         dist.destroy_process_group()
+
+
+def wrapped(model: nn.Module, world: World) -> nn.Module:
+    """The model, in DistributedDataParallel where there are several processes."""
+    if world.size == 1:
+        return model
+    return DistributedDataParallel(model, device_ids=[world.device.index] if world.device.type == "cuda" else None)
 
 
 def main_process() -> bool:

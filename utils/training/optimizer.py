@@ -108,9 +108,13 @@ class ModelEMA(Generic[AnyModel]):
     """
 
     def __init__(self, model: AnyModel, decay: float = 0.9999, tau: float = 2000.0):
-        self.ema: AnyModel = deepcopy(model).eval().requires_grad_(False)
         self.decay, self.tau, self.updates = decay, tau, 0
-        mine, theirs = self.ema.state_dict(), model.state_dict()
+        self.follow(model, deepcopy(model).eval().requires_grad_(False))
+
+    def follow(self, model: AnyModel, ema: AnyModel) -> None:
+        """From now on `ema` is the average, of `model`'s weights."""
+        self.ema: AnyModel = ema
+        mine, theirs = ema.state_dict(), model.state_dict()
         floats = [k for k, v in mine.items() if v.is_floating_point()]
         # References, collected once: the tensors stay the same objects while training changes what is in them.
         self._mine, self._theirs = [mine[k] for k in floats], [theirs[k] for k in floats]

@@ -142,13 +142,16 @@ def restore(run: Run, data: dict[str, Any]) -> None:
     run.ema.ema.load_state_dict(data["ema"])
     run.ema.updates = training["updates"]
     run.stopper.best, run.stopper.best_epoch = training["stopper"]["best"], training["stopper"]["best_epoch"]
-    torch.set_rng_state(training["rng"]["torch"])
-    if torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(training["rng"]["cuda"][:torch.cuda.device_count()])
 
 
 def restore_hooks(run: Run, training: dict[str, Any]) -> None:
-    """Give every hook its state back; a hook without one, and a state without a hook, are said."""
+    """Give every hook its state back, and the random generators, which the start of a hook may have used.
+
+    A hook without a state, and a state without a hook, are said.
+    """
+    torch.set_rng_state(training["rng"]["torch"])
+    if torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(training["rng"]["cuda"][:torch.cuda.device_count()])
     states = training["hooks"]
     if isinstance(states, list):  # files from before hooks had names: in the order of the script's own hooks
         own = [hook.name for hook in run.hooks if hook.name != "ImageWeights"]
@@ -158,7 +161,7 @@ def restore_hooks(run: Run, training: dict[str, Any]) -> None:
     for hook in run.hooks:
         if hook.name in states:
             hook.load_state_dict(states[hook.name])
-        elif run.world.main:
+        elif run.world.main and hook.state_dict():
             print(f"note: the checkpoint has no state of {hook.name}; it starts anew")
     unused = states.keys() - {hook.name for hook in run.hooks}
     if unused and run.world.main:

@@ -14,7 +14,7 @@ from models.yolo import Model
 from utils.data.config import DataConfig
 from utils.data.loader import Batch, DetectionLoader
 from utils.metrics import APResult
-from utils.training.distributed import World
+from utils.training.distributed import World, wrapped
 from utils.training.interruption import Listener
 from utils.training.loggers import RunLog
 from utils.training.loss import DetectionLoss
@@ -50,6 +50,9 @@ class Hook:
 
     def epoch_end(self, log: dict[str, float]) -> None:
         """Add what results.csv and TensorBoard should carry for this epoch."""
+
+    def narrowed(self) -> None:
+        """run.model and run.ema.ema are other objects now, with fewer channels (utils/training/narrow.py)."""
 
     def end(self) -> None:
         """The last epoch is over. Called in the main process only: time for pictures."""
@@ -102,6 +105,15 @@ class Run:
     ap: APResult | None = None    # of the last validation, over all processes' images
     results: dict[str, float] = field(default_factory=dict)
     _statistics: list[Tensor] | None = None
+
+    def replace_model(self, model: Model, ema: Model) -> None:
+        """Go on with another model and its average. The optimizer must hold its parameters already."""
+        self.model, self.wrapped = model, wrapped(model, self.world)
+        self.ema.follow(model, ema)
+        self.loss.detect = model.detect
+        self._statistics = None
+        for hook in self.hooks:
+            hook.narrowed()
 
     def statistics_norm(self) -> Tensor:
         """A number that is finite exactly where all running means and variances of BatchNorm are."""
