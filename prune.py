@@ -89,12 +89,11 @@ def cut(pruner: Pruner[Model], opt: Namespace) -> PruneResult[Model]:
 def repair(pruner: Pruner[Model], result: PruneResult[Model], opt: Namespace, device: torch.device) -> dict[str, Model]:
     """--absorb and --recalibrate. Returns the models of all stages by name; the last one is what is written."""
     stages = {"before": result.model, "masked": result.masked, "slim": result.slim}
-    count = opt.recalibrate if opt.recalibrate is not None else 0 if result.small_gammas else IMAGES
-    images = TrainingSample(opt, result.model, count or IMAGES, device)
+    images = TrainingSample(opt, result.model, opt.recalibrate or IMAGES, device)
     if opt.absorb:
         dense = absorb(on_device(result.model, device), pruner.graph, result.masks, images)
         stages["absorbed"] = result.slim = slim(dense, result.masks, pruner.graph)
-    if count:
+    if opt.recalibrate:
         stages["recalibrated"] = result.slim = recalibrate(on_device(result.slim, device), images)
     return stages
 

@@ -36,6 +36,9 @@ SPARSITY: Columns = [  # of the rows that share_rows() makes
 L1: Columns = [  # of the rows that l1_rows() makes
     ("optimizer", "optimizer", str), ("--sr", "sr", str), ("gammas at 0", "zero", SHARE),
     ("below 0.1", "below_0.1", SHARE), MAP, *CUTS]
+EQUAL: Columns = [  # of the rows that equal_rows() makes
+    ("data", "data", str), ("epochs in all", "epochs", str), ("road", "road", str), ("runs", "runs", str),
+    ("mAP50-95", "map", str), ("mean of the last five", "mean5", str), ("FLOPs left", "flops", SHARE)]
 ENGINE: Columns = [("model", "model", str), ("by", "method", str), ("seconds", "seconds", TWO),
                    ("memory, times the weights", "memory", ONE), ("parameters left", "left", SHARE)]
 OVERHEAD: Columns = [
@@ -91,3 +94,12 @@ def l1_rows(rows: Sequence[Row]) -> list[Row]:
     """sparsity.csv's runs with the L1 rule."""
     names = [(row, row["run"].split("-sr")) for row in rows if "-sr" in row["run"]]
     return [{**row, "optimizer": optimizer, "sr": sr} for row, (optimizer, sr) in names]
+
+
+def equal_rows(rows: Sequence[Row]) -> list[Row]:
+    """equal.csv's runs, a row per road: means over the seeds."""
+    groups: dict[tuple[str, int, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row["data"], row["epochs"], row["road"]), []).append(row)
+    return [{**runs[0], "runs": len(runs), "map": spread(runs, "map"), "mean5": spread(runs, "mean5"),
+             "flops": np.mean([run["flops"] for run in runs])} for runs in groups.values()]

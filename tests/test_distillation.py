@@ -107,7 +107,7 @@ def test_fine_tuning_learns_from_the_model_that_was_cut_while_it_is_there(tiny, 
     parent = tmp_path / "parent.pt"
     parent.write_bytes(teacher.read_bytes())
     common = ["--data", str(tiny), "--workers", "0", "--device", "cpu"]
-    prune.main(["--weights", "parent.pt", "--score", "gamma", "--recalibrate", "0", "--noval", *common])
+    prune.main(["--weights", "parent.pt", "--score", "gamma", "--noval", *common])
     assert checkpoint.read("pruned_model.pt")["parent"] == str(parent)
 
     def teachers(*more: str) -> list[str]:

@@ -226,9 +226,8 @@ def pruning_parser(description: str | None) -> HelpfulParser:
         "at once (joint); default: what the sparsity training did, else skip")
     add("--keep", nargs="+", default=[], metavar="PATTERN", help="BatchNorms that stay whole, such as 'model.0.*'")
     add("--absorb", action="store_true", help="move the mean of the cut channels into the layers that read them")
-    add("--recalibrate", type=at_least(0), metavar="N",
-        help="measure the BatchNorms' statistics anew on N random training images, augmented as in training "
-             "(128 where gammas do not tell channels apart, else 0)")
+    add("--recalibrate", type=at_least(0), default=0, metavar="N",
+        help="measure the BatchNorms' statistics anew on N random training images, augmented as in training")
     add("--strict", action="store_true",
         help="refuse a cut above the limit (the smallest of the layers' largest gammas)")
     add("--noval", action="store_true", help="do not measure accuracy and speed")

@@ -1,0 +1,112 @@
+"""Roads from yolov5n.pt to a slim model against dense training of as many epochs, on BCCD and on aquarium.
+
+    python bench/equal.py --voc BCCD_Dataset/BCCD --aquarium aquarium --weights yolov5n.pt     # a day on two cores
+
+Every road has the same number of epochs in all, those of its teacher included. A run that is done is not run again;
+--seeds, --budgets and --roads choose, --measure makes no run at all. Writes bench/results/equal.csv, a row per run that
+is done: mAP50-95 on val of the last epoch, the mean of the last five epochs, the best, and the FLOPs that are left.
+"""
+from __future__ import annotations
+
+import csv
+from argparse import Namespace
+from pathlib import Path
+
+import common
+from columns import EQUAL, RESULTS, Row, equal_rows, formatted
+from common import BEST, CUT, MAP_KEY, SPARSE
+
+from models import checkpoint
+from models.pruning import model_pruner
+from utils.errors import run_cli
+from utils.files import read_yaml_mapping, write_yaml
+from utils.tables import text_table, write_csv
+
+SIZES = {"bccd": 320, "aquarium": 416}
+TARGET = "--target-sparsity 0.55"
+ROADS = ("dense", "one-run", "teacher", "three-commands")
+
+
+def stages(road: str, epochs: int) -> list[tuple[str, int, str]]:
+    """(script, epochs, flags) of a road's trainings, in order; {before} is the checkpoint that the one before made."""
+    third = epochs // 3
+    return {"dense": [("train.py", epochs, "")],
+            "one-run": [("train_sparsity.py", epochs, TARGET)],
+            "teacher": [("train.py", third, ""),
+                        ("train_sparsity.py", epochs - third, f"{TARGET} --teacher {{before}}")],
+            "three-commands": [("train_sparsity.py", epochs // 2, "--sr 0.0001"),
+                               ("finetune_pruned.py", epochs - epochs // 2, "")]}[road]
+
+
+def commands(data: str, road: str, epochs: int, seed: int, weights: Path) -> dict[str, str]:
+    """Product of a command -> command, in order. The last is the results.csv of the road."""
+    made, before = {}, str(weights)
+    parts = stages(road, epochs)
+    for number, (script, length, flags) in enumerate(parts, 1):
+        name = run_name(data, road, epochs, seed) + (f"-{number}" if number < len(parts) else "")
+        if script == "finetune_pruned.py":
+            made[CUT.format(name)] = f"prune.py --weights {before} --percent 0.5 --noval --name {name}"
+            before = CUT.format(name)
+        made[f"runs/train/{name}/results.csv"] = (
+            f"{script} --data {data}/data.yaml --imgsz {SIZES[data]} --weights '{before}' --epochs {length} --adam "
+            f"--batch-size 16 --seed {seed} --cache ram --workers 2 --noplots {flags.format(before=before)} "
+            f"--name {name}")
+        before = SPARSE.format(name)
+    return made
+
+
+def run_name(data: str, road: str, epochs: int, seed: int) -> str:
+    """Name of the folder of a road's last training."""
+    return f"{data}-{road}-{epochs}-{seed}"
+
+
+def measure(folder: Path, data: str, road: str, epochs: int, seed: int) -> Row:
+    """The row of a road that is done."""
+    name = run_name(data, road, epochs, seed)
+    with open(folder / "runs" / "train" / name / "results.csv", newline="", encoding="utf-8") as file:
+        values = [float(row[MAP_KEY]) for row in csv.DictReader(file)]
+    saved = checkpoint.read(folder / SPARSE.format(name))
+    dense = checkpoint.load(folder / BEST.format(run_name(data, "dense", epochs, seed)))
+    whole = model_pruner(dense, SIZES[data]).costs.remaining()[1]
+    pruner = model_pruner(checkpoint.build(saved), SIZES[data]).rank()
+    left = pruner.preview(float((pruner.ranking.scores[pruner.ranking.groups] == 0).mean()))[2]
+    return {"data": data, "epochs": epochs, "road": road, "seed": seed, "map": values[-1],
+            "mean5": sum(values[-5:]) / len(values[-5:]), "best": max(values), "flops": left / whole}
+
+
+def prepare(opt: Namespace) -> None:
+    """bccd/data.yaml and aquarium/data.yaml in the experiment's folder."""
+    common.run_missing(common.bccd_commands(opt.voc), opt.folder)
+    names = read_yaml_mapping(opt.aquarium / "data.yaml", "--aquarium")["names"]
+    write_yaml(opt.folder / "aquarium" / "data.yaml",
+               {"path": str(opt.aquarium), "train": "images/train", "val": "images/val", "test": "images/test",
+                "names": names})
+
+
+def main() -> None:
+    """Run what is missing, then write the rows of what is done."""
+    parser = common.experiment_parser(__doc__, "equal")
+    add = parser.add_argument
+    add("--aquarium", type=common.absolute, required=True, help="folder with data.yaml, images and labels")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds to run")
+    add("--budgets", type=int, nargs="+", default=[30, 80], help="epochs in all")
+    add("--roads", nargs="+", choices=ROADS, default=list(ROADS), help="roads to run")
+    add("--measure", action="store_true", help="make no run, only the rows of those that are done")
+    opt = parser.parse_args()
+    prepare(opt)
+    rows = []
+    for data in SIZES:
+        for epochs in opt.budgets:
+            for road in opt.roads:
+                for seed in opt.seeds:
+                    todo = commands(data, road, epochs, seed, opt.weights)
+                    if not opt.measure:
+                        common.run_missing(todo, opt.folder)
+                    if all(common.is_done(opt.folder / product, command) for product, command in todo.items()):
+                        rows.append(measure(opt.folder, data, road, epochs, seed))
+    write_csv(RESULTS / "equal.csv", rows)
+    print(text_table(*formatted(equal_rows(rows), EQUAL)))
+
+
+if __name__ == "__main__":
+    run_cli(main)
