@@ -89,13 +89,14 @@ def main() -> None:
     add = parser.add_argument
     add("--aquarium", type=common.absolute, required=True, help="folder with data.yaml, images and labels")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds to run")
+    add("--sets", nargs="+", choices=SIZES, default=list(SIZES), help="data sets to run on")
     add("--budgets", type=int, nargs="+", default=[30, 80], help="epochs in all")
     add("--roads", nargs="+", choices=ROADS, default=list(ROADS), help="roads to run")
     add("--measure", action="store_true", help="make no run, only the rows of those that are done")
     opt = parser.parse_args()
     prepare(opt)
     rows = []
-    for data in SIZES:
+    for data in opt.sets:
         for epochs in opt.budgets:
             for road in opt.roads:
                 for seed in opt.seeds:
