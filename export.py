@@ -1,22 +1,38 @@
 """Write a model, dense or slim, in the formats that other programs open.
 
     python export.py --weights runs/train/exp/weights/best.pt --include onnx
-    python export.py --weights pruned_model.pt --include yolov5 onnx torchscript
+    python export.py --weights pruned_model.pt --include yolov5 onnx torchscript openvino ncnn
+    python export.py --weights pruned_model.pt --include onnx openvino --int8 --data my.yaml
 
 yolov5 is a .pt that unmodified YOLOv5 validates, detects with and exports further: to every format that it knows.
-onnx needs two more packages: pip install -r requirements-export.txt
+int8 measures activations on training images, and shows the mAP beside that of fp32. What the formats need beside
+requirements.txt: pip install -r requirements-export.txt
 """
 from __future__ import annotations
 
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
+from tqdm import tqdm
 
-from models import checkpoint
-from models.formats import ExportOptions, formats
+from models import checkpoint, formats
+from models.formats import Detector, ExportOptions, Format
+from models.formats.format import Decoded
+from models.yolo import Model, fused, on_device
+from utils.data.calibration import CalibrationImages
+from utils.data.config import read_data
+from utils.data.loader import DetectionLoader, validation_loader
 from utils.errors import UserError, run_cli
 from utils.options import HelpfulParser, add_imgsz_flag, at_least
+from utils.tables import text_table, write_csv
+from val import evaluate
+
+WARN_BEYOND = 0.01  # mAP50-95 lost by int8
+CPU = torch.device("cpu")
 
 
 def parse(argv: list[str] | None = None) -> Namespace:
@@ -24,34 +40,168 @@ def parse(argv: list[str] | None = None) -> Namespace:
     parser = HelpfulParser(__doc__)
     add = parser.add_argument
     add("--weights", required=True, help="checkpoint: dense or slim, ours or an official one")
-    add("--include", nargs="+", choices=list(formats()), default=["onnx"],
-        help="formats to write, beside the checkpoint")
+    add("--include", nargs="+", choices=[*formats.formats(), "all"], default=["onnx"],
+        help="formats to write, beside the checkpoint; all: those whose packages are installed")
     add_imgsz_flag(parser, "height and width, or one number for both (the checkpoint's, or 640)", nargs="+")
     add("--batch-size", type=at_least(1), default=1, help="images a batch")
-    add("--dynamic", action="store_true", help="onnx: leave batch, height and width open")
+    add("--dynamic", action="store_true", help="onnx, openvino: leave batch, height and width open")
     add("--opset", type=int, default=17, help="onnx: version of the operator set")
-    return parser.parse_args(argv)
+    add("--half", action="store_true", help="fp16, where a format has it")
+    add("--int8", action="store_true", help="weights and activations in 8 bits, where a format has it")
+    add("--data", help="--int8: data yaml; activations are measured on its train images (the checkpoint's)")
+    add("--calibration-images", type=at_least(1), default=100, metavar="N", help="--int8: how many of them")
+    add("--seed", type=int, default=0, help="--int8: which of them")
+    add("--int8-keep", nargs="+", default=[], metavar="PATTERN",
+        help="--int8: parts of the model that stay in float, such as model.0 or 'model.2.m.*'")
+    add("--int8-sensitivity", action="store_true",
+        help="show the mAP with each stage of the model left in float, and write no model")
+    add("--noval", action="store_true", help="--int8: do not measure mAP")
+    add("--workers", type=at_least(0), default=8, help="most loader processes")
+    opt = parser.parse_args(argv)
+    opt.int8 |= opt.int8_sensitivity
+    if opt.half and opt.int8:
+        raise UserError("--half and --int8: a file has one precision; give one of the two")
+    opt.precision = "int8" if opt.int8 else "fp16" if opt.half else "fp32"
+    return opt
+
+
+def chosen_formats(opt: Namespace) -> list[Format]:
+    """The formats of --include. Those of "all" that can't be written here are named, and left out."""
+    known = formats.formats()
+    if "all" not in opt.include:
+        wanted = [known[name] for name in dict.fromkeys(opt.include)]
+        for fmt in wanted:
+            fmt.need(f"--include {fmt.name}", opt.precision)
+            if opt.precision not in fmt.precisions:
+                has = [f.name for f in known.values() if opt.precision in f.precisions]
+                raise UserError(f"--include {fmt.name}: has no {opt.precision} here; {', '.join(has)} have")
+        return wanted
+    found = []
+    for fmt in known.values():
+        if opt.precision not in fmt.precisions:
+            print(f"{fmt.name}: left out, it has no {opt.precision} here")
+        elif missing := fmt.missing(opt.precision):
+            print(f"{fmt.name}: left out; pip install {' '.join(missing)}")
+        else:
+            found.append(fmt)
+    return found
+
+
+def export_options(opt: Namespace, model: Model, trained: dict[str, Any]) -> ExportOptions:
+    """What the writers are told. `trained` is read()'s dict. For --int8 the calibration images are read."""
+    size, stride = opt.imgsz or [int(trained.get("imgsz") or 640)], int(model.stride.max())
+    if len(size) > 2 or any(side % stride for side in size):
+        raise UserError(f"--imgsz {' '.join(map(str, size))}: one or two multiples of {stride} are needed")
+    shape = [opt.batch_size, model.yaml["ch"], size[0], size[-1]]
+    metadata = {"stride": stride, "names": dict(model.names), "shape": shape, "imgsz": [size[0], size[-1]],
+                "letterbox": {"colour": 114, "centred": True, "scale_up": False}, "precision": opt.precision}
+    options = ExportOptions(torch.rand(shape), metadata, opt.dynamic, opt.opset, opt.precision)
+    if not opt.int8:
+        return options
+    opt.data = opt.data or (trained.get("opt") or {}).get("data")
+    if not opt.data:
+        raise UserError(f"--int8: {opt.weights} does not say what it was trained on; "
+                        "give the --data whose train images activations are measured on")
+    config = read_data(opt.data)
+    if config.nc != len(model.names):
+        raise UserError(f"{opt.weights}: knows {len(model.names)} classes, {opt.data} names {config.nc}; "
+                        "give the --data it was trained on")
+    images = CalibrationImages(config, (size[0], size[-1]), opt.calibration_images, opt.seed)
+    return replace(options, calibration=images, keep=tuple(opt.int8_keep))
+
+
+def largest_difference(model: Model, detector: Detector, options: ExportOptions) -> float:
+    """Largest |file - PyTorch| over decoded outputs of random images, relative to the largest output."""
+    batch, channels, height, width = options.image.shape
+    shapes = [(batch, channels, height, width)]
+    if not any(detector.input_shape):
+        shapes.append((2, channels, height + int(model.stride.max()), width))
+    reference, worst = Decoded(fused(model)).eval(), 0.0
+    for shape in shapes:
+        images = torch.rand(shape)
+        with torch.no_grad():
+            expected = reference(images)
+            found = detector(images.to(detector.dtype))[0].float()
+        worst = max(worst, float((found - expected).abs().max() / expected.abs().max()))
+    return worst
+
+
+def validation(opt: Namespace, options: ExportOptions, stride: int) -> DetectionLoader:
+    """The val images in the shape that the files take."""
+    height, width = options.metadata["imgsz"]
+    if height != width:
+        raise UserError("--int8: mAP is measured on square images; give one --imgsz, or --noval")
+    return validation_loader(read_data(opt.data), "val", height, opt.batch_size, stride, opt.workers, cache="ram",
+                             rect=False)
+
+
+def compare(model: Model, written: dict[str, Path], loader: DetectionLoader, keep: list[str]) -> None:
+    """Print the mAP of the int8 files beside that of the model, and a warning for those that lose too much."""
+    rows = [("fp32", *_accuracy(on_device(fused(model), CPU), loader))]
+    rows += [(f"{name} int8", *_accuracy(formats.load(path, CPU)[0], loader)) for name, path in written.items()]
+    whole = rows[0][2]
+    print(text_table([[name, f"{map50:.3f}", f"{mean:.3f}", f"{mean - whole:+.3f}"] for name, map50, mean in rows],
+                     ["", "mAP50", "mAP50-95", "against fp32"]))
+    for name, _, mean in rows[1:]:
+        if whole - mean > WARN_BEYOND:
+            more = "" if keep else "; --int8-sensitivity shows which part of the model to leave in float (--int8-keep)"
+            print(f"warning: {name} loses {whole - mean:.3f} mAP50-95{more}")
+
+
+def _accuracy(detector: Detector, loader: DetectionLoader) -> tuple[float, float]:
+    """(mAP50, mAP50-95)."""
+    ap = evaluate(detector, loader, CPU).ap
+    return ap.map50, ap.map
+
+
+def sensitivity(model: Model, chosen: list[Format], options: ExportOptions, loader: DetectionLoader,
+                weights: Path) -> list[Path]:
+    """Quantize with each stage of the model left in float, and show which one costs the mAP. Returns the csv."""
+    stages = {f"model.{i} ({type(layer).__name__})": f"model.{i}" for i, layer in enumerate(model.model)
+              if any(True for _ in layer.parameters())}
+    whole = _accuracy(on_device(fused(model), CPU), loader)[1]
+    rows = []
+    with TemporaryDirectory() as folder:
+        for fmt in chosen:
+            path = fmt.path(Path(folder) / "stage.pt", "int8")
+            for title, pattern in tqdm({"(none)": "", **stages}.items(), desc=fmt.name, leave=False, disable=None):
+                fmt.write(model, path, replace(options, keep=options.keep + ((pattern,) if pattern else ())))
+                mean = _accuracy(formats.load(path, CPU)[0], loader)[1]
+                rows.append({"format": fmt.name, "in float": title, "mAP50-95": mean, "against fp32": mean - whole})
+    table = [[r["format"], r["in float"], f"{r['mAP50-95']:.3f}", f"{r['against fp32']:+.3f}"] for r in rows]
+    print(text_table(table, list(rows[0])))
+    write_csv(csv := weights.with_name(f"{weights.with_suffix('').name}_int8_sensitivity.csv"), rows)
+    print(f"Results in {csv}")
+    return [csv]
 
 
 def main(argv: list[str] | None = None) -> list[Path]:
     """Command line -> the files written."""
     opt = parse(argv)
-    data = checkpoint.read(opt.weights)
-    model = checkpoint.build(data, path=opt.weights)
-    size = opt.imgsz or [int(data.get("imgsz") or 640)]
-    stride = int(model.stride.max())
-    if len(size) > 2 or any(side % stride for side in size):
-        raise UserError(f"--imgsz {' '.join(map(str, size))}: one or two multiples of {stride} are needed")
-    shape = [opt.batch_size, model.yaml["ch"], size[0], size[-1]]
-    metadata = {"stride": stride, "names": dict(model.names), "shape": shape}
-    options = ExportOptions(torch.rand(shape), metadata, opt.dynamic, opt.opset)
-    written = []
-    for name in dict.fromkeys(opt.include):
-        path = Path(opt.weights).with_suffix(formats()[name].suffix)
-        formats()[name].write(model, path, options)
-        print(f"{name}: {path} ({path.stat().st_size / 1e6:.2f} MB)")
-        written.append(path)
-    return written
+    trained = checkpoint.read(opt.weights)
+    model = checkpoint.build(trained, path=opt.weights)
+    chosen, weights = chosen_formats(opt), Path(opt.weights)
+    options, stride = export_options(opt, model, trained), int(model.stride.max())
+    if opt.int8_sensitivity:
+        return sensitivity(model, chosen, options, validation(opt, options, stride), weights)
+    loader = validation(opt, options, stride) if opt.int8 and not opt.noval else None
+    written = {}
+    for fmt in chosen:
+        path = written[fmt.name] = fmt.path(weights, opt.precision)
+        fmt.write(model, path, options)
+        print(f"{fmt.name}: {path} ({_megabytes(path):.2f} MB)")
+        if fmt.load is not None and not opt.int8:
+            worst = largest_difference(model, fmt.load(path, CPU), options)
+            print(f"{fmt.name}: largest difference to torch {worst:.1e} (relative to the largest output)")
+    if loader is not None:
+        compare(model, written, loader, opt.int8_keep)
+    return list(written.values())
+
+
+def _megabytes(path: Path) -> float:
+    """Size of a file or of a folder's files."""
+    files = path.iterdir() if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files) / 1e6
 
 
 if __name__ == "__main__":

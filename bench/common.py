@@ -14,7 +14,7 @@ import torch
 from columns import ROOT, Row
 
 from models import checkpoint
-from models.formats.onnx import onnx_latency
+from models.speed import runtime_latency
 from models.yolo import Model, fused, on_device
 from utils.data.config import read_data
 from utils.data.loader import validation_loader
@@ -141,7 +141,7 @@ def map_on_val(model: Model, data: Path) -> float:
 def times_faster(models: list[Model]) -> list[Row]:
     """How many times faster than the first each model is on one image, in PyTorch and in onnxruntime."""
     ready = [on_device(fused(model), "cpu") for model in models]
-    onnx_ms = onnx_latency(ready, 320, runs=50)
+    onnx_ms = runtime_latency(ready, "onnx", 320, runs=50)
     if onnx_ms is None:
         raise UserError("onnxruntime can't run one of the models; the note above says why")
     torch_ms = latency(ready, 320, runs=50)

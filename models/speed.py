@@ -1,28 +1,67 @@
 """How fast detectors are, in each runtime that is here."""
 from __future__ import annotations
 
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
 
 import torch
 
-from models.formats.onnx import onnx_latency
+from models.formats import ExportOptions, formats
 from models.yolo import Model, fused, on_device
-from utils.slimming.timing import latency
+from utils.errors import first_line
+from utils.slimming.timing import latency, medians
 
 BATCHES = (1, 16)
 
 
 def milliseconds(models: Sequence[Model], imgsz: int, device: torch.device) -> dict[str, list[float]]:
     """How measured -> median milliseconds per image of each model, in turns."""
-    ready = [on_device(fused(model), device) for model in models]
     found: dict[str, list[float]] = {}
     for batch in BATCHES:
         try:
-            found[f"torch, batch {batch}"] = latency(ready, imgsz, batch, runs=max(20 // batch, 5))
+            found[f"torch, batch {batch}"] = torch_latency(models, imgsz, device, batch, runs=max(20 // batch, 5))
         except torch.OutOfMemoryError:
             print(f"note: batch {batch} does not fit into the memory of {device}, its speed is not measured")
-    on_cpu = [on_device(model, "cpu") for model in ready]
     for batch in BATCHES:
-        if ms := onnx_latency(on_cpu, imgsz, batch, runs=max(20 // batch, 5)):
+        if ms := runtime_latency(models, "onnx", imgsz, batch, runs=max(20 // batch, 5)):
             found[f"onnxruntime on the CPU, batch {batch}"] = ms
     return found
+
+
+def torch_latency(models: Sequence[Model], imgsz: int, device: torch.device, batch: int = 1,
+                  runs: int = 20) -> list[float]:
+    """Median milliseconds per image of the models, fused, in PyTorch."""
+    return latency([on_device(fused(model), device) for model in models], imgsz, batch, runs)
+
+
+def runtime_latency(models: Sequence[Model], name: str, imgsz: int, batch: int = 1, runs: int = 20,
+                    precision: str = "fp32") -> list[float] | None:
+    """Median milliseconds per image of the models in another format (a name of formats()), on the CPU.
+
+    The runtime has as many threads as PyTorch; the models are measured in turns. What int8 is calibrated on is random,
+    for speed does not depend on it. None, with a note where it is not for want of a package, if a model can't be
+    written or run.
+    """
+    wanted = formats()[name]
+    if wanted.missing(precision):
+        return None
+    calls: list[Callable[[], object]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for i, model in enumerate(models):
+            image = torch.rand(batch, model.yaml["ch"], imgsz, imgsz)
+            metadata = {"names": model.names, "stride": int(model.stride.max()), "shape": list(image.shape),
+                        "precision": precision}
+            options = ExportOptions(image, metadata, precision=precision, calibration=[image[:1].numpy()] * 2)
+            path = wanted.path(Path(folder) / f"{i}.pt", precision)
+            try:
+                wanted.write(model, path, options)
+                assert wanted.load is not None
+                detector = wanted.load(path, torch.device("cpu"))
+                calls.append(partial(detector, image.to(detector.dtype)))
+                calls[-1]()
+            except Exception as error:  # a block of the user's that a format has no word for fails in many ways
+                print(f"note: not measured in {name} ({first_line(error, 100)})")
+                return None
+        return [ms / batch for ms in medians(calls, runs)]

@@ -124,6 +124,28 @@ def scratch(path: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """A new folder for the block to fill. It becomes `path` when the block ends well.
+
+    A folder that is there already is replaced if it holds nothing but files of the same names. UserError otherwise, and
+    where the disk refuses.
+    """
+    try:
+        with scratch(path) as new:
+            yield new
+            if path.exists():
+                strangers = {p.name for p in path.iterdir()} - {p.name for p in new.iterdir()}
+                if strangers:
+                    raise UserError(f"{path}: holds {min(strangers)}, which is not of an export; move it away")
+                path.rename(new.with_name(f"{new.name}.old"))
+            new.rename(path)
+            shutil.rmtree(new.with_name(f"{new.name}.old"), ignore_errors=True)
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"{path}: can't be written ({reason}); free some space or choose another folder") from error
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically."""
     with atomic(path) as temporary:

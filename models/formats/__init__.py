@@ -11,16 +11,19 @@ import torch
 
 from models import checkpoint
 from models.augmented import TestTimeAugmentation
-from models.formats.format import Detector, ExportOptions, Format, format_of, formats, register
+from models.formats.format import PRECISIONS, Detector, ExportOptions, Format, format_of, formats, register
 from models.yolo import fused, on_device
 from utils.errors import UserError
 
-__all__ = ["Detector", "ExportOptions", "Format", "format_of", "formats", "load", "register"]
+__all__ = ["PRECISIONS", "Detector", "ExportOptions", "Format", "format_of", "formats", "load", "register"]
 
 
 def load(path: str | Path, device: torch.device, half: bool = False,
          augment: bool = False) -> tuple[Detector, dict[str, Any]]:
-    """(detector ready to run, what its file says: imgsz, opt, data ... as far as it does)."""
+    """(detector ready to run, what its file says: imgsz, opt, data ... as far as it does).
+
+    UserError where the file is missing, broken, or of a format that its name does not tell.
+    """
     path = Path(path)
     found = format_of(path)
     if found is not None and found.load is not None:
@@ -30,6 +33,9 @@ def load(path: str | Path, device: torch.device, half: bool = False,
             raise UserError(f"{path}: no such file")
         detector = found.load(path, device)
         return detector, {"imgsz": detector.input_shape[2] or None}
+    if path.is_file() and path.suffix not in (".pt", ".pth", ""):
+        suffixes = ", ".join(sorted({".pt"} | {f.suffix for f in formats().values()}))
+        raise UserError(f"{path}: its name tells no format that is known here ({suffixes})")
     data = checkpoint.read(path)
     model = on_device(fused(checkpoint.build(data, path=path)), device)
     model = model.half() if half else model

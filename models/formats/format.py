@@ -1,18 +1,25 @@
 """What a format is, and what a detector in any format offers."""
 from __future__ import annotations
 
+import ast
 import importlib
+import importlib.util
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from models.yolo import Model
+from utils.errors import UserError
+
+PRECISIONS = {"fp32": "", "fp16": "_fp16", "int8": "_int8"}  # precision -> what a file's name says of it
 
 
 class Detector(Protocol):
@@ -40,10 +47,13 @@ class Detector(Protocol):
 class ExportOptions:
     """What a writer is told beside the model and the path."""
 
-    image: Tensor              # (B, C, h, w): an image of the size to export for
-    metadata: dict[str, Any]   # stride, names, shape: travels in the file
-    dynamic: bool = False      # leave batch, height and width open
-    opset: int = 17            # version of ONNX's operator set
+    image: Tensor                            # (B, C, h, w): an image of the size to export for
+    metadata: dict[str, Any]                 # stride, names, shape, ...: travels in the file
+    dynamic: bool = False                    # leave batch, height and width open
+    opset: int = 17                          # version of ONNX's operator set
+    precision: str = "fp32"                  # one of PRECISIONS
+    calibration: Sequence[np.ndarray] = ()   # int8: images (1, C, h, w) float32 in 0..1, to measure activations on
+    keep: tuple[str, ...] = ()               # int8: patterns of modules that stay in float, such as model.0
 
 
 @dataclass(frozen=True)
@@ -51,9 +61,35 @@ class Format:
     """A file format: its writer and the runtime that reads the file back."""
 
     name: str                                                         # as export.py --include takes it
-    suffix: str                                                       # of its files, with the dot
+    suffix: str                                                       # of its files or folders
     write: Callable[[Model, Path, ExportOptions], None]               # gets the model with its BatchNorms, in fp32
     load: Callable[[Path, torch.device], Detector] | None = None      # None: the file is a checkpoint
+    precisions: tuple[str, ...] = ("fp32",)                           # those that it can be written in
+    packages: tuple[str, ...] = ()                                    # to install for it
+    int8_packages: tuple[str, ...] = ()                               # ... and for writing int8
+    content: str = ""                                                 # a folder: pattern of the file that tells it
+    runtime: str = ""                                                 # its runtime, where that has another name
+
+    def missing(self, precision: str = "fp32") -> list[str]:
+        """The packages that are not installed."""
+        wanted = self.packages + (self.int8_packages if precision == "int8" else ())
+        return [package for package in wanted if importlib.util.find_spec(package) is None]
+
+    def need(self, what: str, precision: str = "fp32") -> None:
+        """UserError, in a line that begins with `what`, where a package is missing."""
+        if missing := self.missing(precision):
+            names, verb = " and ".join(missing), "are" if len(missing) > 1 else "is"
+            raise UserError(f"{what}: {names} {verb} missing; pip install -r requirements-export.txt "
+                            f"(or pip install {' '.join(missing)})")
+
+    def path(self, weights: Path, precision: str = "fp32") -> Path:
+        """Where the export of a checkpoint lies: beside it."""
+        return weights.with_name(weights.with_suffix("").name + PRECISIONS[precision] + self.suffix)
+
+    def fits(self, path: Path) -> bool:
+        """Is this a file or folder of the format: by its name or, for a folder, by what is in it?"""
+        inside = bool(self.content) and (fnmatch(path.name, self.content) or any(path.glob(self.content)))
+        return path.name.endswith(self.suffix) or inside
 
 
 class Decoded(nn.Module):
@@ -65,6 +101,47 @@ class Decoded(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.model(images)[0]
+
+
+class FileDetector:
+    """A detector that was read from a file: the metadata, and what to do with a batch that the file does not take.
+
+    metadata: at least names and stride. Values may be texts. shape: (B, C, h, w) of its input, 0 for any number.
+    A subclass gives run(). Raises ValueError, KeyError or TypeError where the metadata is not that of a detector.
+    """
+
+    dtype = torch.float32
+
+    def __init__(self, metadata: Mapping[str, Any], shape: Sequence[int]):
+        self.names = {int(k): str(v) for k, v in dict(plain(metadata["names"])).items()}
+        self.stride = int(plain(metadata["stride"]))
+        self.precision = str(metadata.get("precision", "fp32"))
+        self.input_shape = tuple(int(n) for n in shape)
+
+    def run(self, images: np.ndarray) -> np.ndarray:
+        """(B, C, h, w) of the input's shape and type -> decoded (B, N, nc + 5)."""
+        raise NotImplementedError
+
+    def check(self, images: Tensor) -> None:
+        """UserError for images (B, C, h, w) of a size that the file does not take."""
+        if any(want and want != have for want, have in zip(self.input_shape[1:], images.shape[1:])):
+            raise UserError(f"this file takes images of shape {self.input_shape[1:]} only, not "
+                            f"{tuple(images.shape[1:])}; give this --imgsz, or export it with --dynamic")
+
+    def __call__(self, images: Tensor) -> tuple[Tensor, None]:
+        """(B, C, h, w) -> (decoded (B, N, nc + 5), None). A fixed batch is filled up, and a larger one cut."""
+        self.check(images)
+        batch, found = self.input_shape[0] or len(images), []
+        for part in images.split(batch):
+            full = torch.cat((part, part.new_zeros(batch - len(part), *part.shape[1:]))) if len(part) < batch else part
+            decoded = self.run(np.ascontiguousarray(full.cpu().numpy()))
+            found.append(torch.from_numpy(decoded)[:len(part)])
+        return torch.cat(found), None
+
+
+def plain(value: Any) -> Any:
+    """A value of a file's metadata, which may be a text: '{0: "cat"}' -> {0: "cat"}."""
+    return ast.literal_eval(value) if isinstance(value, str) else value
 
 
 @cache
@@ -82,6 +159,13 @@ def register(new: Format) -> Format:
 
 
 def format_of(path: Path) -> Format | None:
-    """The format that a file's name tells, by the longest suffix that fits; None for a checkpoint."""
-    fitting = [f for f in formats().values() if path.name.endswith(f.suffix)]
+    """The format of a file or folder, by the longest suffix that fits, or by what is in the folder.
+
+    None for a checkpoint. UserError for a folder that is none of them.
+    """
+    named = [f for f in formats().values() if path.name.endswith(f.suffix)]
+    fitting = named or [f for f in formats().values() if f.fits(path)]
+    if not fitting and path.is_dir():
+        raise UserError(f"{path}: is a folder, and no file in it tells its format; known are "
+                        + ", ".join(f"{f.name} ({f.content})" for f in formats().values() if f.content))
     return max(fitting, key=lambda f: len(f.suffix), default=None)

@@ -1,134 +1,137 @@
-"""ONNX: writing it, running it by onnxruntime, and how fast that is. Packages: requirements-export.txt."""
+"""ONNX, in fp32, fp16 and int8: writing it, and running it by onnxruntime. Packages: requirements-export.txt."""
 from __future__ import annotations
 
-import ast
+import logging
 import tempfile
 import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from models.formats.format import Decoded, ExportOptions, Format
+from models.formats.format import Decoded, ExportOptions, FileDetector, Format
+from models.formats.quantized import behind_last, matching_nodes
 from models.yolo import Model, fused
 from utils.errors import UserError
-from utils.slimming.timing import medians
+from utils.files import atomic
+
+TYPES = {"tensor(float)": torch.float32, "tensor(float16)": torch.float16}  # of an input; YOLOv5 has fp16, too
 
 
 def write(model: Model, path: Path, options: ExportOptions) -> None:
-    """Export a model with names and stride in the metadata, and print the largest difference to PyTorch."""
-    try:
-        import onnx  # noqa: F401  (the writer needs it)
-        import onnxruntime
-    except ImportError as error:
-        raise UserError(f"--include onnx: {error.name} is missing; pip install -r requirements-export.txt") from None
-    ready = fused(model)
-    write_onnx(ready, options.image, path, options.dynamic, options.opset, options.metadata)
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    batch, channels, height, width = options.image.shape
-    shapes = [(batch, channels, height, width)]
-    if options.dynamic:
-        shapes.append((2, channels, height + 32, width))
-    worst = max(_relative_difference(Decoded(ready).eval(), session, shape) for shape in shapes)
-    print(f"onnx: largest difference to torch {worst:.1e} (relative to the largest output)")
-
-
-def _relative_difference(model: Decoded, session: Any, shape: tuple[int, ...]) -> float:
-    """Largest |onnxruntime - PyTorch| over a random image of `shape`, relative to the largest output."""
-    images = torch.rand(shape)
-    with torch.no_grad():
-        expected = model(images).numpy()
-    found = session.run(None, {"images": images.numpy()})[0]
-    return float(np.abs(found - expected).max() / np.abs(expected).max())
-
-
-def write_onnx(model: Model, image: Tensor, path: Path, dynamic: bool = False, opset: int = 17,
-               metadata: dict[str, Any] | None = None) -> None:
-    """Write a fused model for images of the shape of `image`, (B, C, h, w), or of any shape if `dynamic`."""
+    """Export a model with options.metadata inside. The file is there whole or not at all."""
+    FORMAT.need("--include onnx", options.precision)
     import onnx
 
-    axes = {"images": {0: "batch", 2: "height", 3: "width"}, "output0": {0: "batch", 1: "boxes"}} if dynamic else None
-    with warnings.catch_warnings():
-        # The newer exporter needs another package and fixes more shapes.
-        warnings.simplefilter("ignore", DeprecationWarning)
-        torch.onnx.export(Decoded(model).eval(), (image,), str(path), input_names=["images"], output_names=["output0"],
-                          opset_version=opset, dynamic_axes=axes, dynamo=False)
-    written = onnx.load(path)
-    for key, value in (metadata or {}).items():
+    with tempfile.TemporaryDirectory() as folder:
+        _trace(model, graph := Path(folder) / "graph.onnx", options)
+        written = onnx.load(graph)
+        if options.precision == "fp16":
+            written = _halved(written)
+        elif options.precision == "int8":
+            written = onnx.load(_quantize(graph, written, options))
+    for key, value in options.metadata.items():
         entry = written.metadata_props.add()
         entry.key, entry.value = key, str(value)
     onnx.checker.check_model(written)
-    onnx.save(written, path)
+    with atomic(path) as temporary:
+        onnx.save(written, temporary)
 
 
-class OnnxDetector:
-    """A detector that export.py (or YOLOv5's) has written as ONNX."""
+def _trace(model: Model, path: Path, options: ExportOptions) -> None:
+    """Write the fused model, in fp32."""
+    axes = {"images": {0: "batch", 2: "height", 3: "width"}, "output0": {0: "batch", 1: "boxes"}}
+    with warnings.catch_warnings():
+        # The newer exporter needs another package and fixes more shapes.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.onnx.export(Decoded(fused(model)).eval(), (options.image,), str(path), input_names=["images"],
+                          output_names=["output0"], opset_version=options.opset,
+                          dynamic_axes=axes if options.dynamic else None, dynamo=False)
 
-    dtype = torch.float32
+
+def _decoding(graph: Any) -> set[str]:
+    """Names of the nodes behind the head's convolutions."""
+    readers = {node.name: [other.name for other in graph.node if set(node.output) & set(other.input)]
+               for node in graph.node}
+    return behind_last(readers, [node.name for node in graph.node if node.op_type == "Conv"])
+
+
+def _halved(written: Any) -> Any:
+    """The model in fp16. Images, boxes and their decoding stay in fp32, for fp16 has steps of half a pixel at 640."""
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+    from onnxruntime.transformers.onnx_model import OnnxModel
+
+    halved = convert_float_to_float16(written, keep_io_types=True, node_block_list=sorted(_decoding(written.graph)))
+    OnnxModel(halved).topological_sort()  # the casts were put at the end
+    return halved
+
+
+def _quantize(path: Path, loaded: Any, options: ExportOptions) -> Path:
+    """A file beside `path` with QDQ pairs around its operations: weights int8 per channel, activations uint8.
+
+    All kinds of operations are quantized, not convolutions alone: a float operation between two of int8 costs a
+    conversion each way.
+    """
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+
+    class Reader(CalibrationDataReader):
+        def __init__(self, images: Sequence[np.ndarray]):
+            self.images = iter(images)
+
+        def get_next(self) -> Any:
+            image = next(self.images, None)
+            return None if image is None else {"images": image}
+
+    in_float = _decoding(loaded.graph) | matching_nodes((node.name for node in loaded.graph.node), options.keep)
+    with _quiet():
+        quantize_static(str(path), str(path.with_name("int8.onnx")), Reader(options.calibration),
+                        quant_format=QuantFormat.QDQ, per_channel=True, activation_type=QuantType.QUInt8,
+                        weight_type=QuantType.QInt8, nodes_to_exclude=sorted(in_float))
+    return path.with_name("int8.onnx")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without onnxruntime's advice on preparing a model, which export has done (BatchNorms are folded)."""
+    level = logging.root.level
+    logging.root.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.root.setLevel(level)
+
+
+class OnnxDetector(FileDetector):
+    """A detector that export.py (or YOLOv5's) has written as ONNX. It takes as many threads as PyTorch has."""
 
     def __init__(self, path: Path, device: torch.device):
-        try:
-            import onnxruntime
-        except ImportError:
-            raise UserError(f"{path}: onnxruntime is missing; pip install -r requirements-export.txt") from None
+        FORMAT.need(str(path))
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        options.log_severity_level = 3
+        # Spinning threads of one model take time from the next, and from PyTorch.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         wanted = ["CUDAExecutionProvider"] if device.type == "cuda" else []
         available = onnxruntime.get_available_providers()
         providers = [p for p in (*wanted, "CPUExecutionProvider") if p in available]
         try:
-            self.session = onnxruntime.InferenceSession(str(path), providers=providers)
-            metadata = self.session.get_modelmeta().custom_metadata_map
-            self.names = {int(k): str(v) for k, v in ast.literal_eval(metadata["names"]).items()}
-            self.stride = int(metadata["stride"])
+            self.session = onnxruntime.InferenceSession(str(path), options, providers=providers)
+            image = self.session.get_inputs()[0]
+            shape = [n if isinstance(n, int) else 0 for n in image.shape]
+            super().__init__(self.session.get_modelmeta().custom_metadata_map, shape)
+            self.input, self.dtype = image.name, TYPES[image.type]
         except Exception as error:  # onnxruntime has many kinds, none of them public
             raise UserError(f"{path}: not an ONNX detector with 'names' and 'stride' in its metadata "
                             f"({str(error)[:100]})") from None
-        image = self.session.get_inputs()[0]
-        self.input = image.name
-        self.input_shape = tuple(n if isinstance(n, int) else 0 for n in image.shape)
 
-    def __call__(self, images: Tensor) -> tuple[Tensor, None]:
-        """(B, C, h, w) float -> (decoded (B, N, nc + 5), None)."""
-        count = len(images)
-        if 0 < count < self.input_shape[0]:  # the last batch of a data set
-            images = torch.cat((images, images.new_zeros(self.input_shape[0] - count, *images.shape[1:])))
-        if any(want and want != have for want, have in zip(self.input_shape, images.shape)):
-            raise UserError(f"this ONNX model takes {self.input_shape} only, not {tuple(images.shape)}; "
-                            "give these sizes, or export it with --dynamic")
-        found = self.session.run(None, {self.input: np.ascontiguousarray(images.cpu().numpy())})[0]
-        return torch.from_numpy(found)[:count], None
+    def run(self, images: np.ndarray) -> np.ndarray:
+        return self.session.run(None, {self.input: images})[0]
 
 
-def onnx_latency(models: list[Model], imgsz: int, batch: int = 1, runs: int = 20) -> list[float] | None:
-    """Median milliseconds per image of fused models under onnxruntime on the CPU, with as many threads as PyTorch has.
-
-    The models are measured in turns. None where onnxruntime is not installed, or fails.
-    """
-    try:
-        import onnx  # noqa: F401
-        import onnxruntime
-    except ImportError:
-        return None
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 3
-    # Spinning threads of one model would take time from the next.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    calls = []
-    with tempfile.TemporaryDirectory() as folder:
-        for i, model in enumerate(models):
-            image = torch.rand(batch, model.yaml["ch"], imgsz, imgsz)
-            try:
-                write_onnx(model, image, path := Path(folder) / f"{i}.onnx")
-                session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-            except Exception as error:  # a block of the user's that ONNX has no word for fails in many ways
-                reason = (str(error) or type(error).__name__).splitlines()[0][:100]
-                print(f"note: not measured under onnxruntime ({reason})")
-                return None
-            pixels = np.ascontiguousarray(image.numpy())
-            calls.append(lambda session=session, pixels=pixels: session.run(None, {"images": pixels}))
-    return [ms / batch for ms in medians(calls, runs)]
-
-
-FORMAT = Format("onnx", ".onnx", write, OnnxDetector)
+FORMAT = Format("onnx", ".onnx", write, OnnxDetector, precisions=("fp32", "fp16", "int8"),
+                packages=("onnx", "onnxruntime"), runtime="onnxruntime")

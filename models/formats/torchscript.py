@@ -10,16 +10,21 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from models.formats.format import Decoded, ExportOptions, Format
+from models.formats.format import Decoded, ExportOptions, FileDetector, Format
 from models.yolo import Model, fused
 from utils.errors import UserError
+from utils.files import atomic
 
 
 def write(model: Model, path: Path, options: ExportOptions) -> None:
-    """Trace the model for images of the shape of options.image."""
+    """Trace the model for images of the shape of options.image. The file is there whole or not at all."""
+    decoded, image = Decoded(fused(model)).eval(), options.image
+    if options.precision == "fp16":
+        decoded, image = decoded.half(), image.half()
     with torch.no_grad(), _without_warnings():
-        traced = torch.jit.trace(Decoded(fused(model)).eval(), options.image, strict=False)
-    traced.save(str(path), _extra_files={"config.txt": json.dumps(options.metadata)})
+        traced = torch.jit.trace(decoded, image, strict=False)
+    with atomic(path) as temporary:
+        traced.save(str(temporary), _extra_files={"config.txt": json.dumps(options.metadata)})
 
 
 @contextmanager
@@ -30,10 +35,8 @@ def _without_warnings() -> Iterator[None]:
         yield
 
 
-class TorchScriptDetector:
-    """A traced detector. Its image size is fixed."""
-
-    dtype = torch.float32
+class TorchScriptDetector(FileDetector):
+    """A traced detector. Its image size is fixed, the number of images is not."""
 
     def __init__(self, path: Path, device: torch.device):
         extra = {"config.txt": ""}
@@ -41,15 +44,16 @@ class TorchScriptDetector:
             with _without_warnings():
                 self.module = torch.jit.load(str(path), map_location=device, _extra_files=extra)
             config = json.loads(extra["config.txt"])
-            self.names = {int(k): str(v) for k, v in dict(config["names"]).items()}
-            self.stride, self.input_shape = int(config["stride"]), (0, *map(int, config["shape"][1:]))
+            super().__init__(config, (0, *config["shape"][1:]))
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
             reason = str(error).strip().splitlines()[-1][:100]
             raise UserError(f"{path}: not a TorchScript detector with 'config.txt' inside ({reason})") from None
+        self.dtype = torch.float16 if self.precision == "fp16" else torch.float32
 
     def __call__(self, images: Tensor) -> tuple[Tensor, None]:
-        """(B, C, h, w) float -> (decoded (B, N, nc + 5), None)."""
+        """(B, C, h, w) -> (decoded (B, N, nc + 5), None), on the images' device."""
+        self.check(images)
         return self.module(images), None
 
 
-FORMAT = Format("torchscript", ".torchscript", write, TorchScriptDetector)
+FORMAT = Format("torchscript", ".torchscript", write, TorchScriptDetector, precisions=("fp32", "fp16"))

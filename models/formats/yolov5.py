@@ -66,4 +66,4 @@ def to_yolov5(model: Model) -> Model:
     return new
 
 
-FORMAT = Format("yolov5", ".yolov5.pt", write)
+FORMAT = Format("yolov5", ".yolov5.pt", write, precisions=("fp32", "fp16"))  # the weights are fp16 in any case
