@@ -52,11 +52,13 @@ def _trace(model: Model, path: Path, options: ExportOptions) -> None:
                           dynamic_axes=axes if options.dynamic else None, dynamo=False)
 
 
-def _decoding(graph: Any) -> set[str]:
-    """Names of the nodes behind the head's convolutions."""
+def _decoding(graph: Any, heads: bool = False) -> set[str]:
+    """Names of the nodes behind the head's convolutions, and those of the convolutions where `heads` asks for it."""
+    convolutions = [node.name for node in graph.node if node.op_type == "Conv"]
     readers = {node.name: [other.name for other in graph.node if set(node.output) & set(other.input)]
                for node in graph.node}
-    return behind_last(readers, [node.name for node in graph.node if node.op_type == "Conv"])
+    found = behind_last(readers, convolutions)
+    return found | {conv for conv in convolutions if set(readers[conv]) & found} if heads else found
 
 
 def _halved(written: Any) -> Any:
@@ -73,7 +75,9 @@ def _quantize(path: Path, loaded: Any, options: ExportOptions) -> Path:
     """A file beside `path` with QDQ pairs around its operations: weights int8 per channel, activations uint8.
 
     All kinds of operations are quantized, not convolutions alone: a float operation between two of int8 costs a
-    conversion each way.
+    conversion each way. The head's convolutions stay in float as well, for onnxruntime would round what they compute,
+    boxes and confidences of all sizes, to 256 steps. The range of an activation is the mean of the images' ranges:
+    that of all images is wide because of a few.
     """
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
@@ -85,11 +89,12 @@ def _quantize(path: Path, loaded: Any, options: ExportOptions) -> Path:
             image = next(self.images, None)
             return None if image is None else {"images": image}
 
-    in_float = _decoding(loaded.graph) | matching_nodes((node.name for node in loaded.graph.node), options.keep)
+    in_float = _decoding(loaded.graph, heads=True) | matching_nodes((node.name for node in loaded.graph.node), options.keep)
     with _quiet():
         quantize_static(str(path), str(path.with_name("int8.onnx")), Reader(options.calibration),
                         quant_format=QuantFormat.QDQ, per_channel=True, activation_type=QuantType.QUInt8,
-                        weight_type=QuantType.QInt8, nodes_to_exclude=sorted(in_float))
+                        weight_type=QuantType.QInt8, nodes_to_exclude=sorted(in_float),
+                        extra_options={"CalibMovingAverage": True})
     return path.with_name("int8.onnx")
 
 
