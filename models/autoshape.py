@@ -228,6 +228,8 @@ class Detections:
         speeds = ", ".join(f"{ms:.1f}ms {stage}" for ms, stage in zip(self.t, ("pre-process", "inference", "NMS")))
         return "\n".join([*lines, f"Speed: {speeds} per image at shape {self.s}"])
 
+    __repr__ = __str__  # what a notebook shows
+
     def render(self, labels: bool = True) -> list[np.ndarray]:
         """Draw the boxes, with their captions if `labels`, into .ims; returns .ims."""
         self.ims = self._drawn(labels)
@@ -269,7 +271,7 @@ class Detections:
                 crops.append({"box": list(row[:4]), "conf": row[4], "cls": row[5], "label": f"{name} {row[4]:.2f}",
                               "im": cut[..., ::-1]})
         if folder is not None:
-            print(f"Saved {len(crops)} crop{'s' * (len(crops) != 1)} to {folder}")
+            print(f"Saved crops to {folder}")
         return crops
 
     def _name(self, cls: float | Tensor) -> str:
