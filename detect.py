@@ -5,8 +5,8 @@
 """
 from __future__ import annotations
 
-import time
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from models import formats
+from models.inference import detect
 from models.yolo import whole_strides
-from utils.boxes import label_rows, letterbox, nms, scale_boxes
-from utils.data.augmentations import to_tensor_layout
+from utils.boxes import cut_out, label_rows, nms
 from utils.data.sources import Frame, frames
 from utils.errors import UserError, run_cli
 from utils.files import new_run_folder, write_text
@@ -90,10 +90,10 @@ class Output:
         return self._name(cls) if self.opt.hide_conf else f"{self._name(cls)} {score:.2f}"
 
     def _write_crops(self, stem: str, found: Tensor, image: np.ndarray) -> None:
-        for i, (x1, y1, x2, y2, _, c) in enumerate(found.tolist()):
-            crop = image[int(y1):max(int(y2), int(y1) + 1), int(x1):max(int(x2), int(x1) + 1)]
+        for i, row in enumerate(found.tolist()):
+            crop = cut_out(image, row)
             if crop.size:
-                folder = self.folder / "crops" / self._name(c).replace("/", "_")
+                folder = self.folder / "crops" / self._name(row[5]).replace("/", "_")
                 folder.mkdir(parents=True, exist_ok=True)
                 _write_image(folder / f"{stem}_{i}.jpg", crop)
 
@@ -124,38 +124,24 @@ def _write_image(path: Path, image: np.ndarray) -> None:
     path.with_suffix(suffix).write_bytes(data.tobytes())
 
 
-def prepare(image: np.ndarray, imgsz: int, stride: int, square: bool, device: torch.device,
-            dtype: torch.dtype) -> Tensor:
-    """uint8 (h, w, 3) BGR -> (1, 3, H, W) in 0..1: letterboxed to `imgsz`.
-
-    The shorter side is only as long as it must be, unless the image is to be `square`.
-    """
-    boxed = letterbox(image, imgsz, auto=not square, stride=stride)[0]
-    return torch.from_numpy(to_tensor_layout(boxed)).to(device, dtype)[None] / 255
-
-
 @torch.inference_mode()
 def main(argv: list[str] | None = None) -> Path:
     """Command line -> the run's folder."""
     opt = parse(argv)
     device = select_device(opt.device, half=opt.half)
     model, data = formats.load(opt.weights, device, opt.half, opt.augment)
-    stride = int(torch.as_tensor(model.stride).max())
-    imgsz = whole_strides(opt.imgsz or data.get("imgsz") or 640, stride)
-    square = bool(model.input_shape[2])
+    imgsz = whole_strides(opt.imgsz or data.get("imgsz") or 640, model.stride)
+    suppress = partial(nms, conf=opt.conf_thres, iou=opt.iou_thres, classes=opt.classes, agnostic=opt.agnostic_nms,
+                       max_det=opt.max_det)
     folder = new_run_folder(opt.project, opt.name, opt.exist_ok)
     output, counts = Output(folder, model.names, opt), dict.fromkeys(model.names, 0)
     seconds, shown = 0.0, 0
     for frame in tqdm(frames(opt.source, opt.vid_stride), desc="detecting", disable=None, leave=False):
-        start = time.perf_counter()
-        x = prepare(frame.image, imgsz, stride, square, device, model.dtype)
-        found = nms(model(x)[0].float(), opt.conf_thres, opt.iou_thres, opt.classes, opt.agnostic_nms,
-                    max_det=opt.max_det)[0]
-        found = scale_boxes(x.shape[2:], found, frame.image.shape[:2]).cpu()
-        seconds, shown = seconds + time.perf_counter() - start, shown + 1
-        for cls in found[:, 5].int().tolist():
+        found = detect(model, [frame.image], imgsz, device, suppress)
+        seconds, shown = seconds + sum(found.seconds), shown + 1
+        for cls in found.boxes[0][:, 5].int().tolist():
             counts[cls] = counts.get(cls, 0) + 1
-        output.add(frame, found)
+        output.add(frame, found.boxes[0])
     output.close()
     summary = ", ".join(f"{n} {model.names.get(c, c)}" for c, n in counts.items() if n) or "nothing"
     ms = seconds / max(shown, 1) * 1000

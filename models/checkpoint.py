@@ -129,6 +129,14 @@ def build(data: dict[str, Any], device: str | torch.device = "cpu", path: str | 
     return model.float().to(device).eval()
 
 
+def load_fitting(model: Model, path: str | Path) -> int:
+    """Give `model` those weights of a checkpoint that have the same name and shape, its anchors not; how many."""
+    theirs, mine = load(path).state_dict(), model.state_dict()
+    same = {k: v for k, v in theirs.items() if k in mine and v.shape == mine[k].shape and not k.endswith("anchors")}
+    model.load_state_dict(same, strict=False)
+    return len(same)
+
+
 def _cpu(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {k: v.detach().cpu() for k, v in state.items()}
 

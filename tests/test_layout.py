@@ -23,7 +23,7 @@ LAYERS = (
     ("utils/options.py",),
     ("models/*",),
     ("models/formats/*",),
-    ("models/speed.py", "models/pruning.py"),
+    ("models/speed.py", "models/pruning.py", "models/inference.py", "models/autoshape.py"),
     ("utils/training/*",),
     ("val.py",),
     ("train.py",),

@@ -152,6 +152,12 @@ def clip_boxes(boxes: Tensor, shape: Sequence[int]) -> Tensor:
     return torch.cat((torch.minimum(boxes[:, :4].clamp(min=0), high), boxes[:, 4:]), 1)
 
 
+def cut_out(image: np.ndarray, box: Sequence[float]) -> np.ndarray:
+    """View of `image` (H, W, C) inside a box, xyxy ... in pixels; of at least a pixel, unless it lies outside."""
+    x1, y1, x2, y2 = (int(v) for v in box[:4])
+    return image[y1:max(y2, y1 + 1), x1:max(x2, x1 + 1)]
+
+
 def scale_boxes(from_shape: Sequence[int], boxes: Tensor, to_shape: Sequence[int],
                 ratio_pad: RatioPad | None = None) -> Tensor:
     """(n, 4+) xyxy in a letterbox of `from_shape` (h, w) -> new tensor, in the image of `to_shape` (h, w), clipped.

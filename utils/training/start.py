@@ -36,11 +36,9 @@ def start_model(opt: Namespace, names: dict[int, str], resumed: dict[str, Any], 
         raise UserError("--weights '' needs --cfg, a model yaml such as models/yolov5s.yaml")
     model = Model(opt.cfg, nc=len(names), names=names)
     if opt.weights:
-        theirs, mine = checkpoint.load(opt.weights).state_dict(), model.state_dict()
-        same = {k: v for k, v in theirs.items() if k in mine and v.shape == mine[k].shape and not k.endswith("anchors")}
-        model.load_state_dict(same, strict=False)
+        taken = checkpoint.load_fitting(model, opt.weights)
         if world.main:
-            print(f"{len(same)} of {len(mine)} tensors taken from {opt.weights}")
+            print(f"{taken} of {len(model.state_dict())} tensors taken from {opt.weights}")
     return model
 
 

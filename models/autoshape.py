@@ -1,0 +1,296 @@
+"""Detection from Python as YOLOv5's users know it: AutoShape takes images of many kinds and gives Detections."""
+from __future__ import annotations
+
+import io
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from copy import copy
+from functools import partial
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlparse
+
+import cv2
+import numpy as np
+import torch
+from PIL import Image, ImageOps, ImageShow
+from torch import Tensor, nn
+
+from models.augmented import TestTimeAugmentation
+from models.formats.format import Detector
+from models.inference import detect
+from models.yolo import Model
+from utils.boxes import cut_out, nms, xyxy2xywh
+from utils.data.image_files import UNREADABLE, decode, read_header, reason_of
+from utils.downloads import fetch
+from utils.errors import UserError
+from utils.files import atomic, new_run_folder
+from utils.plots.detections import draw_boxes
+
+CORNERS = ("xmin", "ymin", "xmax", "ymax")
+CENTRES = ("xcenter", "ycenter", "width", "height")
+
+
+class AutoShape(nn.Module):
+    """A detector with letterbox and NMS inside, for one image or a list of them.
+
+    The attributes of NMS may be set at any time: model.conf = 0.4; model.classes = [0, 2].
+    """
+
+    conf = 0.25                            # least confidence
+    iou = 0.45                             # of two boxes that overlap by more the less confident goes
+    agnostic = False                       # boxes of different classes compete, too
+    multi_label = False                    # a box may be of several classes
+    classes: Sequence[int] | None = None   # class numbers to keep; None: all
+    max_det = 1000                         # boxes an image
+
+    def __init__(self, model: Detector, device: torch.device, imgsz: int | None = None):
+        """model: in any format, ready to run on `device`. imgsz: longest side in pixels where a call names none."""
+        super().__init__()
+        channels = model.yaml["ch"] if isinstance(model, Model) else model.input_shape[1]
+        if channels not in (0, 3):
+            raise UserError(f"the model takes images of {channels} channels, not RGB: ask for autoshape=False")
+        self.model: Any = model
+        self.imgsz = imgsz or 640
+        self._device = device
+
+    @property
+    def names(self) -> dict[int, str]:
+        """Class number -> name."""
+        return self.model.names
+
+    @property
+    def stride(self) -> Any:
+        """Strides in pixels."""
+        return self.model.stride
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes; .to(), .cuda() and .cpu() move a .pt model."""
+        return next((p.device for p in self.parameters()), self._device)
+
+    def forward(self, images: Any, size: int | None = None, augment: bool = False) -> Any:
+        """Detect in one image or a list of them -> Detections.
+
+        An image is a path, an http(s) URL, a file's bytes, a PIL image, or an array of values 0..255: (h, w, 3) RGB
+        (an OpenCV image is BGR: give image[..., ::-1]), (h, w) grey, or with the channels in front.
+        size: longest side in pixels; not given: the one that the checkpoint was trained at, else 640.
+        augment: test-time augmentation, .pt only. All images go through the model in one batch, or as many at a time
+        as its file was exported for. A tensor (B, 3, H, W) in 0..1 goes through the model as it is; the answer is
+        then its decoded (B, N, nc + 5).
+        """
+        model = self.model
+        if augment:
+            if not isinstance(model, Model):
+                raise UserError("augment=True: not with an exported model, whose size may be fixed; load the .pt")
+            model = TestTimeAugmentation(model)
+        if isinstance(images, Tensor):
+            with torch.inference_mode():
+                return model(images.to(self.device, model.dtype))[0].clone()
+        several = images if isinstance(images, (list, tuple)) else [images]
+        loaded = [read_image(image, i) for i, image in enumerate(several)]
+        return self._detect(model, loaded, size or self.imgsz)
+
+    def _detect(self, model: Detector, loaded: list[tuple[np.ndarray, str]], size: int) -> Detections:
+        suppress = partial(nms, conf=self.conf, iou=self.iou, classes=self.classes, agnostic=self.agnostic,
+                           multi_label=self.multi_label, max_det=self.max_det)
+        at_once = model.input_shape[0] or max(len(loaded), 1)
+        boxes: list[Tensor] = []
+        seconds, shape = np.zeros(3), torch.Size((0, 3, size, size))
+        for start in range(0, len(loaded), at_once):
+            batch = [cv2.cvtColor(image, cv2.COLOR_RGB2BGR) for image, _ in loaded[start:start + at_once]]
+            with torch.inference_mode():
+                found = detect(model, batch, size, self.device, suppress)
+            boxes += [b.clone() for b in found.boxes]  # a clone may be changed in place; what inference_mode makes not
+            seconds, shape = seconds + found.seconds, found.shape
+        files: list[str] = []
+        for i, (_, name) in enumerate(loaded):
+            stem = Path(name).stem
+            files.append(f"{stem}_{i}.jpg" if f"{stem}.jpg" in files else f"{stem}.jpg")
+        ms = tuple((seconds * 1000 / max(len(loaded), 1)).tolist())
+        return Detections([image for image, _ in loaded], boxes, files, self.names, (len(loaded), *shape[1:]), ms)
+
+
+def read_image(source: Any, number: int = 0) -> tuple[np.ndarray, str]:
+    """An image as AutoShape takes it -> (uint8 (h, w, 3) RGB, its name); without a name it is image<number>.
+
+    EXIF rotations are applied. UserError in one line for what is no image.
+    """
+    name = f"image{number}"
+    if isinstance(source, str) and source.lower().startswith(("http://", "https://")):
+        return _fetched(source, name)
+    if isinstance(source, (str, Path)):
+        path = Path(source)
+        return _decoded(path, str(path)), path.name
+    if isinstance(source, bytes):
+        try:
+            source = Image.open(io.BytesIO(source))
+        except UNREADABLE as error:
+            raise UserError(f"{name}: these bytes are not an image ({reason_of(error, Path(name))})") from None
+        return read_image(source, number)
+    if isinstance(source, Image.Image):
+        name = Path(getattr(source, "filename", "") or name).name
+        try:
+            return np.array(ImageOps.exif_transpose(source).convert("RGB")), name
+        except UNREADABLE as error:
+            raise UserError(f"{name}: can't be read as an image ({reason_of(error, Path(name))})") from None
+    if isinstance(source, np.ndarray):
+        return _rgb(source, name), name
+    raise UserError(f"{name}: an image is a path, a URL, bytes, a PIL image or an array, not {type(source).__name__}")
+
+
+def _fetched(url: str, name: str) -> tuple[np.ndarray, str]:
+    name = Path(unquote(urlparse(url).path)).name or name
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "image"
+        fetch(url, path, lambda file: True, "give an address that answers, or the path of a file")
+        return _decoded(path, url), name
+
+
+def _decoded(path: Path, title: str) -> np.ndarray:
+    """The image of a file, decoded as detect.py does it; `title` names it in errors."""
+    try:
+        return cv2.cvtColor(decode(path, read_header(path).orientation), cv2.COLOR_BGR2RGB)
+    except UNREADABLE as error:
+        raise UserError(f"{title}: can't be read as an image ({reason_of(error, path)})") from None
+
+
+def _rgb(array: np.ndarray, name: str) -> np.ndarray:
+    """Grey, channels in front, a fourth channel, other number types -> contiguous uint8 (h, w, 3)."""
+    image = array[..., None] if array.ndim == 2 else array
+    if image.ndim == 3 and image.shape[0] < 5:
+        image = image.transpose(1, 2, 0)
+    if image.ndim != 3 or image.shape[2] not in (1, 3, 4) or not image.size:
+        raise UserError(f"{name}: an array of shape {array.shape} is no image; give (h, w, 3) RGB or (h, w) grey")
+    image = image.repeat(3, 2) if image.shape[2] == 1 else image[..., :3]
+    if image.dtype != np.uint8:
+        image = image.clip(0, 255).astype(np.uint8)
+    return np.ascontiguousarray(image)
+
+
+class Detections:
+    """What AutoShape found in n images.
+
+    .xyxy .xywh       per image (n, 6): box in pixels, confidence, class; most confident first, on the CPU
+    .xyxyn .xywhn     the same with the boxes as shares of the image's sides
+    .pred             .xyxy
+    .ims .files       the images, uint8 (h, w, 3) RGB, and names for their pictures
+    .names            class number -> name
+    .n .s .t          number of images; (B, 3, H, W) that the model saw; ms an image: letterbox, model, NMS
+    """
+
+    def __init__(self, ims: list[np.ndarray], pred: list[Tensor], files: list[str], names: dict[int, str],
+                 s: tuple[int, ...], t: tuple[float, ...]):
+        sides = [torch.tensor([*image.shape[1::-1], *image.shape[1::-1], 1, 1]) for image in ims]
+        self.ims, self.pred, self.files, self.names, self.s, self.t = ims, pred, files, names, s, t
+        self.n = len(pred)
+        # After pandas() these are DataFrames.
+        self.xyxy: list[Any] = pred
+        self.xywh: list[Any] = [xyxy2xywh(p) for p in pred]
+        self.xyxyn: list[Any] = [b / by for b, by in zip(self.xyxy, sides)]
+        self.xywhn: list[Any] = [b / by for b, by in zip(self.xywh, sides)]
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __iter__(self) -> Iterator[Detections]:
+        return iter(self.tolist())
+
+    def tolist(self) -> list[Detections]:
+        """A Detections for each image."""
+        return [Detections([image], [found], [file], self.names, self.s, self.t)
+                for image, found, file in zip(self.ims, self.pred, self.files)]
+
+    def pandas(self) -> Detections:
+        """A copy whose .xyxy, .xyxyn, .xywh and .xywhn are DataFrames, one an image, with a column `name`."""
+        try:
+            from pandas import DataFrame
+        except ImportError:
+            raise UserError("pandas(): pandas is missing; pip install pandas") from None
+        new = copy(self)
+        for key, columns in (("xyxy", CORNERS), ("xyxyn", CORNERS), ("xywh", CENTRES), ("xywhn", CENTRES)):
+            rows = [[[*row[:5], int(row[5]), self._name(row[5])] for row in found.tolist()]
+                    for found in getattr(self, key)]
+            setattr(new, key, [DataFrame(r, columns=[*columns, "confidence", "class", "name"]) for r in rows])
+        return new
+
+    def print(self) -> None:
+        """Print what was found, an image a line, and the speed."""
+        print(self)
+
+    def __str__(self) -> str:
+        lines = []
+        for i, (image, found) in enumerate(zip(self.ims, self.pred), 1):
+            classes, counts = found[:, 5].unique(return_counts=True)
+            listed = ", ".join(f"{n} {self._name(c)}{'s' * (n > 1)}" for c, n in zip(classes.tolist(), counts.tolist()))
+            lines.append(f"image {i}/{self.n}: {image.shape[0]}x{image.shape[1]} {listed or '(no detections)'}")
+        speeds = ", ".join(f"{ms:.1f}ms {stage}" for ms, stage in zip(self.t, ("pre-process", "inference", "NMS")))
+        return "\n".join([*lines, f"Speed: {speeds} per image at shape {self.s}"])
+
+    __repr__ = __str__  # what a notebook shows
+
+    def render(self, labels: bool = True) -> list[np.ndarray]:
+        """Draw the boxes, with their captions if `labels`, into .ims; returns .ims."""
+        self.ims = self._drawn(labels)
+        return self.ims
+
+    def show(self, labels: bool = True) -> None:
+        """Show the images with their boxes, in a notebook or in the system's viewer of pictures."""
+        for drawn, file in zip(self._drawn(labels), self.files):
+            picture = Image.fromarray(drawn)
+            if "ipykernel" in sys.modules:
+                from IPython.display import display
+
+                display(picture)
+            elif not ImageShow.show(picture, file):
+                raise UserError("show(): no viewer of pictures here; write them by .save(), or take .render()")
+
+    def save(self, labels: bool = True, save_dir: str | Path = "runs/detect/exp", exist_ok: bool = False) -> None:
+        """Write the images with their boxes as .jpg to `save_dir`, or to exp2, exp3 ... where that is taken."""
+        folder = _new_folder(save_dir, exist_ok)
+        for drawn, file in zip(self._drawn(labels), self.files):
+            _write_jpg(folder / file, drawn)
+        print(f"Saved {self.n} image{'s' * (self.n > 1)} to {folder}")
+
+    def crop(self, save: bool = True, save_dir: str | Path = "runs/detect/exp",
+             exist_ok: bool = False) -> list[dict[str, Any]]:
+        """Every object as a dict: box, conf, cls, label, im (BGR, as OpenCV writes it).
+
+        save: write them, too, as save_dir/crops/<class>/<image>_<number>.jpg. They are exactly the box, as those of
+        detect.py --save-crop.
+        """
+        crops = []
+        folder = _new_folder(save_dir, exist_ok) if save else None
+        for image, found, file in zip(self.ims, self.pred, self.files):
+            for i, row in enumerate(found):
+                name, cut = self._name(row[5]), cut_out(image, row.tolist())
+                if folder is not None and cut.size:
+                    place = folder / "crops" / name.replace("/", "_")
+                    _write_jpg(place / f"{Path(file).stem}_{i}.jpg", cut)
+                crops.append({"box": list(row[:4]), "conf": row[4], "cls": row[5], "label": f"{name} {row[4]:.2f}",
+                              "im": cut[..., ::-1]})
+        if folder is not None:
+            print(f"Saved crops to {folder}")
+        return crops
+
+    def _name(self, cls: float | Tensor) -> str:
+        return self.names.get(int(cls), str(int(cls)))
+
+    def _drawn(self, labels: bool) -> list[np.ndarray]:
+        """The images with their boxes; those without a box as they are."""
+        drawn = []
+        for image, found in zip(self.ims, self.pred):
+            captions = [f"{self._name(c)} {score:.2f}" if labels else "" for score, c in found[:, 4:].tolist()]
+            drawn.append(draw_boxes(image, found[:, :4].numpy(), captions, found[:, 5].int().tolist()))
+        return drawn
+
+
+def _new_folder(save_dir: str | Path, exist_ok: bool) -> Path:
+    path = Path(save_dir)
+    return new_run_folder(path.parent, path.name, exist_ok)
+
+
+def _write_jpg(path: Path, image: np.ndarray) -> None:
+    with atomic(path) as temporary:
+        Image.fromarray(image).save(temporary, format="jpeg", quality=95)

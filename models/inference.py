@@ -1,0 +1,58 @@
+"""From images to boxes with any Detector: letterbox, model, NMS, and back into the images' own pixels."""
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from models.formats.format import Detector
+from models.yolo import whole_strides
+from utils.boxes import letterbox, scale_boxes
+from utils.data.augmentations import to_tensor_layout
+from utils.slimming.timing import synchronize
+
+
+@dataclass
+class Found:
+    """What detect() found in a batch."""
+
+    boxes: list[Tensor]                    # per image (n, 6), float32 on the CPU: xyxy in its pixels, confidence, class
+    shape: torch.Size                      # (B, 3, H, W) that the model saw
+    seconds: tuple[float, float, float]    # letterbox, model, NMS
+
+
+def prepare(images: Sequence[np.ndarray], imgsz: int, stride: int, square: bool, device: torch.device,
+            dtype: torch.dtype) -> Tensor:
+    """uint8 (h, w, 3) BGR each -> (B, 3, H, W) in 0..1: letterboxed to `imgsz`.
+
+    The shorter side is only as long as the images need it, unless they are to be `square`. Images of several shapes
+    get more grey around them, up to the longest sides of the batch, as in YOLOv5's AutoShape.
+    """
+    boxed = [letterbox(image, imgsz, auto=not square, stride=stride)[0] for image in images]
+    shape = max(b.shape[0] for b in boxed), max(b.shape[1] for b in boxed)
+    boxed = [letterbox(b, shape, scale_up=False)[0] for b in boxed]
+    x = np.stack([to_tensor_layout(b) for b in boxed])
+    return torch.from_numpy(x).to(device, dtype) / 255
+
+
+def detect(model: Detector, images: Sequence[np.ndarray], imgsz: int, device: torch.device,
+           suppress: Callable[[Tensor], list[Tensor]]) -> Found:
+    """Detect in uint8 (h, w, 3) BGR images at `imgsz` pixels, all in one batch.
+
+    suppress: utils.boxes.nms with its options. Call it without gradients.
+    """
+    start = time.perf_counter()
+    stride = int(torch.as_tensor(model.stride).max())
+    x = prepare(images, whole_strides(imgsz, stride), stride, bool(model.input_shape[2]), device, model.dtype)
+    synchronize(device)
+    prepared = time.perf_counter()
+    decoded = model(x)[0].float()
+    synchronize(device)
+    decided = time.perf_counter()
+    boxes = [scale_boxes(x.shape[2:], found, image.shape[:2]).cpu() for found, image in zip(suppress(decoded), images)]
+    seconds = prepared - start, decided - prepared, time.perf_counter() - decided
+    return Found(boxes, x.shape, seconds)
