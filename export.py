@@ -189,7 +189,7 @@ def main(argv: list[str] | None = None) -> list[Path]:
     for fmt in chosen:
         path = written[fmt.name] = fmt.path(weights, opt.precision)
         fmt.write(model, path, options)
-        print(f"{fmt.name}: {path} ({_megabytes(path):.2f} MB)")
+        print(f"{fmt.name}: {path} ({megabytes(path):.2f} MB)")
         if fmt.load is not None and not opt.int8:
             worst = largest_difference(model, fmt.load(path, CPU), options)
             print(f"{fmt.name}: largest difference to torch {worst:.1e} (relative to the largest output)")
@@ -198,7 +198,7 @@ def main(argv: list[str] | None = None) -> list[Path]:
     return list(written.values())
 
 
-def _megabytes(path: Path) -> float:
+def megabytes(path: Path) -> float:
     """Size of a file or of a folder's files."""
     files = path.iterdir() if path.is_dir() else [path]
     return sum(file.stat().st_size for file in files) / 1e6

@@ -19,8 +19,9 @@ import torch
 
 from models import checkpoint
 from models.config import check_cfg
+from models.formats import runtimes
 from models.pruning import model_pruner
-from models.speed import milliseconds
+from models.speed import milliseconds, stopwatch
 from models.yolo import Model, on_device, whole_strides
 from utils.errors import UserError, run_cli
 from utils.files import command_line, copy_file, new_run_folder, write_json
@@ -50,8 +51,9 @@ def rank(model: Model, opt: Namespace, device: torch.device) -> Pruner[Model]:
         return {key: found[key] for key in ("mAP50", "mAP50-95")}
 
     try:
-        pruner = model_pruner(model, opt.imgsz, device, evaluate, TrainingSample(opt, model, IMAGES, device).losses)
-        pruner.batch = opt.latency_batch
+        pruner = model_pruner(model, opt.imgsz, device, evaluate, TrainingSample(opt, model, IMAGES, device).losses,
+                              stopwatch(opt.runtime, opt.imgsz, device, opt.latency_batch,
+                                        "int8" if opt.int8 else "fp32"))
         return pruner.rank(opt.score, rules, opt.per_flop)
     except ValueError as error:
         if str(error) == NOTHING_TO_CUT:
@@ -139,7 +141,12 @@ def write(result: PruneResult[Model], opt: Namespace, source: dict[str, Any]) ->
 
 def main(argv: list[str] | None = None) -> Path:
     """Command line -> slim checkpoint; returns the run's folder."""
-    opt = pruning_parser(__doc__).parse_args(argv)
+    parser = pruning_parser(__doc__)
+    add = parser.add_argument
+    add("--runtime", choices=["torch", *runtimes()], default="torch",
+        help="what --target latency and --sweep measure in")
+    add("--int8", action="store_true", help="... in 8 bits, where the runtime has it")
+    opt = parser.parse_args(argv)
     if not opt.weights:
         opt.weights = str(newest_run("train_sparsity.py"))
         print(f"--weights not given: taking the newest sparsity run, {opt.weights}")

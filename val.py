@@ -118,10 +118,11 @@ def labels_per_image(batch: Batch) -> list[Tensor]:
     return [rows[batch.targets[:, 0] == i] for i in range(len(batch.images))]
 
 
-def dataset_loader(model: Detector, opt: Namespace, task: str = "val") -> DetectionLoader:
+def dataset_loader(model: Detector, opt: Namespace, task: str = "val", square: bool = False) -> DetectionLoader:
     """validation_loader for a detector, as the command line's options say. The val images stay in memory.
 
-    Raises UserError where the data yaml's classes are not the detector's.
+    square: all images have the shape that a file of fixed size takes. Raises UserError where the data yaml's classes
+    are not the detector's.
     """
     config = read_data(opt.data)
     if config.nc != len(model.names) and not opt.single_cls:
@@ -129,7 +130,7 @@ def dataset_loader(model: Detector, opt: Namespace, task: str = "val") -> Detect
                         "give the --data it was trained on")
     return validation_loader(config, task, opt.imgsz, opt.batch_size, largest_stride(model), opt.workers,
                              cache="ram" if task == "val" else None, single_cls=opt.single_cls,
-                             rect=not model.input_shape[2],
+                             rect=not square and not model.input_shape[2],
                              pin_memory=torch.cuda.is_available() and opt.device != "cpu")
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
-from models.formats import ExportOptions, formats
+from models.formats import ExportOptions, formats, runtimes
 from models.yolo import Model, fused, on_device
-from utils.errors import first_line
+from utils.errors import UserError, first_line
 from utils.slimming.timing import latency, medians
 
 BATCHES = (1, 16)
@@ -34,6 +34,32 @@ def torch_latency(models: Sequence[Model], imgsz: int, device: torch.device, bat
                   runs: int = 20) -> list[float]:
     """Median milliseconds per image of the models, fused, in PyTorch."""
     return latency([on_device(fused(model), device) for model in models], imgsz, batch, runs)
+
+
+def stopwatch(runtime: str, imgsz: int, device: torch.device, batch: int = 1,
+              precision: str = "fp32") -> Callable[[Sequence[Model]], list[float]]:
+    """A function that gives the milliseconds per image of models in "torch", or in one of runtimes().
+
+    UserError where the runtime has no such precision, or is not installed. The function raises it for a model that
+    the runtime can't run.
+    """
+    if runtime == "torch":
+        if precision == "int8":
+            raise UserError("--int8: --runtime torch has none; give --runtime " +
+                            " or ".join(name for name, f in runtimes().items() if "int8" in f.precisions))
+        return lambda models: torch_latency(models, imgsz, device, batch)
+    fmt = runtimes()[runtime]
+    if precision not in fmt.precisions:
+        raise UserError(f"--int8: --runtime {runtime} has none here")
+    fmt.need(f"--runtime {runtime}", precision)
+
+    def measure(models: Sequence[Model]) -> list[float]:
+        found = runtime_latency(models, fmt.name, imgsz, batch, precision=precision)
+        if found is None:
+            raise UserError(f"--runtime {runtime}: can't run this model; the note above says why")
+        return found
+
+    return measure
 
 
 def runtime_latency(models: Sequence[Model], name: str, imgsz: int, batch: int = 1, runs: int = 20,

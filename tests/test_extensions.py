@@ -145,7 +145,7 @@ def test_a_target(tiny, cfg, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     checkpoint.save("dense.pt", model, imgsz=64)
     prune.main(["--weights", "dense.pt", "--data", str(tiny), "--target", "bytes=0.6", "--noval", "--device", "cpu",
-                "--min-share", "0"])
+                "--score", "gamma", "--min-share", "0"])
     assert f"target bytes=0.6: {left:.3f} of the bytes are left" in capsys.readouterr().out
     assert all(map(torch.equal, checkpoint.load("pruned_model.pt").masks.values(), result.masks.values()))
 

@@ -152,6 +152,11 @@ def formats() -> dict[str, Format]:
     return {module.FORMAT.name: module.FORMAT for module in modules if hasattr(module, "FORMAT")}
 
 
+def runtimes() -> dict[str, Format]:
+    """Name of a runtime, such as onnxruntime -> the format that it reads."""
+    return {f.runtime or f.name: f for f in formats().values() if f.load is not None}
+
+
 def register(new: Format) -> Format:
     """Make a format known that is defined outside of this folder."""
     formats()[new.name] = new

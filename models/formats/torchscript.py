@@ -18,11 +18,8 @@ from utils.files import atomic
 
 def write(model: Model, path: Path, options: ExportOptions) -> None:
     """Trace the model for images of the shape of options.image. The file is there whole or not at all."""
-    decoded, image = Decoded(fused(model)).eval(), options.image
-    if options.precision == "fp16":
-        decoded, image = decoded.half(), image.half()
     with torch.no_grad(), _without_warnings():
-        traced = torch.jit.trace(decoded, image, strict=False)
+        traced = torch.jit.trace(Decoded(fused(model)).eval(), options.image, strict=False)
     with atomic(path) as temporary:
         traced.save(str(temporary), _extra_files={"config.txt": json.dumps(options.metadata)})
 
@@ -48,7 +45,6 @@ class TorchScriptDetector(FileDetector):
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
             reason = str(error).strip().splitlines()[-1][:100]
             raise UserError(f"{path}: not a TorchScript detector with 'config.txt' inside ({reason})") from None
-        self.dtype = torch.float16 if self.precision == "fp16" else torch.float32
 
     def __call__(self, images: Tensor) -> tuple[Tensor, None]:
         """(B, C, h, w) -> (decoded (B, N, nc + 5), None), on the images' device."""
@@ -56,4 +52,4 @@ class TorchScriptDetector(FileDetector):
         return self.module(images), None
 
 
-FORMAT = Format("torchscript", ".torchscript", write, TorchScriptDetector, precisions=("fp32", "fp16"))
+FORMAT = Format("torchscript", ".torchscript", write, TorchScriptDetector)

@@ -216,6 +216,27 @@ def plot_stages(rows: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
     return save_figure(figure, path)
 
 
+def plot_latencies(rows: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
+    """A bar of milliseconds for every model in every format, with its mAP50-95 where that is known.
+
+    Each row has model, format, precision, ms and mAP50-95; a row without ms is left out.
+    """
+    timed = [row for row in rows if row["ms"] != ""]
+    figure, ax = new_chart(9, 0.3 * len(timed) + 1.6, "One image, and what is detected", "ms per image", grid="x")
+    for i, model in enumerate(dict.fromkeys(row["model"] for row in timed)):
+        places = [(y, row) for y, row in enumerate(timed) if row["model"] == model]
+        bars = ax.barh([y for y, _ in places], [row["ms"] for _, row in places], height=0.74,
+                       color=STAGES[i % len(STAGES)], label=readable(model))
+        texts = [f"{row['ms']:.1f} ms" + (f", mAP50-95 {row['mAP50-95']:.3f}" if row["mAP50-95"] != "" else "")
+                 for _, row in places]
+        ax.bar_label(bars, texts, padding=3, fontsize=8, color=INK)
+    ax.set_yticks(range(len(timed)), [f"{row['format']} {row['precision']}" for row in timed], fontsize=8)
+    ax.set_ylim(len(timed) - 0.4, -0.6)
+    ax.margins(x=0.3)
+    legend_below(figure)
+    return save_figure(figure, path)
+
+
 def _draw_stages(ax: Axes, stages: Sequence[str], values: np.ndarray, groups: Sequence[str],
                  texts: Sequence[Sequence[str]]) -> None:
     """Bars of values (stages, groups) with their texts on top. The bars of a group stand side by side."""

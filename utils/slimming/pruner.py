@@ -22,7 +22,6 @@ from utils.slimming.ranking import NOTHING_TO_CUT, Ranking, Rules, TracedModel
 from utils.slimming.result import PruneResult, TargetOutcome
 from utils.slimming.surgery import M, masked, slim
 from utils.slimming.targets import TARGETS
-from utils.slimming.timing import latency
 
 
 class Pruner(TracedModel[M]):
@@ -105,7 +104,7 @@ class Pruner(TracedModel[M]):
             keep = self.ranking.keep_percent(percent)
             models.append(slim(self.model, self.graph.masks(keep), self.graph))
             rows.append({"percent": percent, **self.evaluate(models[-1]), **self._cost(keep)})
-        times = latency([self.prepare(m) for m in models], self.imgsz, channels=self.channels)
+        times = self.milliseconds(models)
         return [row | {"ms": ms} for row, ms in zip(rows, times)]
 
     def sensitivity(self, share: float) -> list[dict[str, Any]]:

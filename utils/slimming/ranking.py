@@ -15,12 +15,13 @@ from typing import Any, Generic
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from utils.slimming.cost import CostModel
 from utils.slimming.graph import ChannelGraph, Masks, batch_norms, convolutions, filters, matching
 from utils.slimming.surgery import M
+from utils.slimming.timing import latency
 from utils.slimming.tracing import trace
 
 MIN_SHARE = 0.25  # default of prune.py; after an L1 run on BCCD, a floor of 0.1 ended .018 mAP50-95 lower
@@ -56,21 +57,20 @@ class TracedModel(Generic[M]):
 
     imgsz: pixels of the square image that FLOPs and milliseconds are for. channels: of that image.
     evaluate: model -> its accuracy, such as {"mAP50": 0.9, "mAP50-95": 0.6}, for target map-drop, sweep, sensitivity.
-    prepare: model -> the same model ready to be timed (fused, on its device), for target latency and sweep.
+    milliseconds: models -> milliseconds per image of each, measured in turns, for target latency and sweep.
     losses: model -> the loss of one batch after another, for scores that want gradients on data.
     Raises ValueError where the model has no BatchNorm whose channels can be cut.
     """
 
-    batch = 1  # images, for target latency
-
     def __init__(self, model: M, imgsz: int = 640, channels: int = 3, *,
                  evaluate: Callable[[M], Mapping[str, float]] | None = None,
-                 prepare: Callable[[M], nn.Module] | None = None,
+                 milliseconds: Callable[[Sequence[M]], Sequence[float]] | None = None,
                  losses: Callable[[M], Iterable[Tensor]] | None = None):
         self.model, self.imgsz, self.channels = model, imgsz, channels
         self.evaluate: Callable[[M], Mapping[str, float]] = evaluate or _missing("evaluate")
         self.losses: Callable[[M], Iterable[Tensor]] = losses or _missing("losses")
-        self.prepare: Callable[[M], nn.Module] = prepare or (lambda m: m)
+        self.milliseconds: Callable[[Sequence[M]], Sequence[float]] = milliseconds or (
+            lambda models: latency(models, imgsz, channels=channels))
         self.graph = trace(model)
         if not self.graph.norms:
             raise ValueError(NOTHING_TO_CUT)

@@ -5,11 +5,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from torch import nn
 
 from utils.slimming.ranking import TracedModel
 from utils.slimming.surgery import masked, slim
-from utils.slimming.timing import latency
 
 
 @dataclass(frozen=True)
@@ -38,8 +36,7 @@ def flops_left(traced: TracedModel, keep: np.ndarray) -> float:
 def latency_left(traced: TracedModel, keep: np.ndarray) -> float:
     """Milliseconds after the cut, relative to before; both are measured now."""
     after = slim(traced.model, traced.graph.masks(keep), traced.graph)
-    models: list[nn.Module] = [traced.prepare(m) for m in (traced.model, after)]
-    before_ms, after_ms = latency(models, traced.imgsz, traced.batch, channels=traced.channels)
+    before_ms, after_ms = traced.milliseconds([traced.model, after])
     return after_ms / before_ms
 
 

@@ -1,0 +1,223 @@
+"""Size, accuracy and speed of one model, or of several, in every format that is installed here.
+
+    python benchmarks.py --weights yolov5s.pt --data data/coco128.yaml --imgsz 640
+    python benchmarks.py --weights dense.pt pruned_model.pt --data my.yaml --threads 2
+
+Every model is exported in every format and precision into the run's folder, validated, and timed on one image. The
+latencies are taken in turns, so that a busy moment of the machine hits all of them.
+"""
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from export import CPU, megabytes
+from models import checkpoint, formats
+from models.formats import PRECISIONS, Detector, ExportOptions, Format
+from models.yolo import Model, fused, on_device, whole_strides
+from utils.data.calibration import CalibrationImages
+from utils.data.config import read_data
+from utils.errors import UserError, first_line, run_cli
+from utils.files import new_run_folder
+from utils.options import HelpfulParser, add_common, at_least, resolve
+from utils.plots.slimming import plot_latencies
+from utils.slimming.cost import profile
+from utils.slimming.timing import medians, synchronize
+from utils.tables import text_table, write_csv
+from utils.training.distributed import select_device
+from val import dataset_loader, evaluate
+
+TORCH = "torch"
+
+
+@dataclass
+class Entry:
+    """A row of the table: a model in a format and a precision."""
+
+    model: str
+    format: str
+    precision: str
+    detector: Detector | None = None
+    device: torch.device = CPU
+    megabytes: float | None = None
+    accuracy: float | None = None      # mAP50-95
+    ms: float | None = None            # an image
+    reason: str = ""                   # why there is no figure
+
+
+def parse(argv: list[str] | None = None) -> Namespace:
+    """Command line -> options."""
+    parser = HelpfulParser(__doc__)
+    add = parser.add_argument
+    add("--weights", nargs="+", required=True, help="checkpoints: dense, slim, official; the first one is the measure")
+    add_common(parser, "runs/benchmarks")
+    add("--include", nargs="+", choices=[TORCH, *formats.runtimes()], help="runtimes (all that are installed)")
+    add("--precisions", nargs="+", choices=list(PRECISIONS), help="precisions (all that a format has)")
+    add("--half", action="store_true", help="fp16 and nothing else")
+    add("--threads", type=at_least(1), help="threads of the CPU (PyTorch's choice)")
+    add("--runs", type=at_least(1), default=50, help="turns of the timing")
+    add("--calibration-images", type=at_least(1), default=100, metavar="N", help="training images for int8")
+    add("--hard-fail", action="store_true", help="end with exit code 2 at the first format that fails")
+    add("--noval", action="store_true", help="do not measure accuracy")
+    add("--noplots", action="store_true", help="make no picture")
+    opt = parser.parse_args(argv)
+    opt.batch_size = opt.batch_size or 1  # as in YOLOv5: a batch of one image
+    opt.precisions = ["fp16"] if opt.half else opt.precisions or list(PRECISIONS)
+    return opt
+
+
+def main(argv: list[str] | None = None) -> Path:
+    """Command line -> the folder with table, csv and picture."""
+    opt = parse(argv)
+    if opt.threads:
+        torch.set_num_threads(opt.threads)
+    read = [checkpoint.read(path) for path in opt.weights]
+    opt = resolve(opt, read[0])
+    device = select_device(opt.device)
+    models = {name: checkpoint.build(data, path=path)
+              for name, path, data in zip(titles(opt.weights), opt.weights, read)}
+    opt.imgsz = whole_strides(opt.imgsz, max(int(model.stride.max()) for model in models.values()))
+    folder = new_run_folder(opt.project, opt.name, opt.exist_ok)
+    calibration = Calibration(opt)
+    entries: list[Entry] = []
+    for name, model in tqdm(models.items(), desc="exporting", leave=False, disable=None):
+        entries += export_all(name, model, opt, folder, device, calibration)
+    for entry in tqdm(entries, desc="measuring", leave=False, disable=None):
+        measure_accuracy(entry, opt)
+    time_in_turns(entries, opt, next(iter(models.values())).yaml["ch"])
+    rows = [row(entry, entries[0]) for entry in entries]
+    print(text_table(shown(rows), [key for key in rows[0] if key != "reason"] + [""]))
+    print(f"{opt.imgsz} px, batch {opt.batch_size}, {device}, {torch.get_num_threads()} threads on the CPU; "
+          f"medians of {opt.runs} turns")
+    write_csv(folder / "benchmarks.csv", rows)
+    if not opt.noplots and any(entry.ms for entry in entries):
+        plot_latencies(rows, folder / "benchmarks.png")
+    print(f"Results in {folder}")
+    return folder
+
+
+def titles(paths: list[str]) -> list[str]:
+    """Short names of checkpoints that tell them apart: the files' names, or as many folders as that takes."""
+    parts = [Path(path).with_suffix("").absolute().parts for path in paths]
+    for length in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(part[-length:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    raise UserError("--weights: the same file twice")
+
+
+class Calibration:
+    """The training images for int8. They are read once, when the first format asks for them."""
+
+    def __init__(self, opt: Namespace):
+        self.opt = opt
+        self.images: CalibrationImages | None = None
+
+    def __call__(self) -> CalibrationImages:
+        if self.images is None:
+            opt = self.opt
+            self.images = CalibrationImages(read_data(opt.data), (opt.imgsz, opt.imgsz), opt.calibration_images)
+        return self.images
+
+
+def export_all(name: str, model: Model, opt: Namespace, folder: Path, device: torch.device,
+               calibration: Calibration) -> list[Entry]:
+    """The model in PyTorch, and in every format and precision that was asked for. What fails has a reason."""
+    entries = []
+    wanted = opt.include or [TORCH, *formats.runtimes()]
+    if TORCH in wanted:
+        ready, size = on_device(fused(model), device), profile(model, opt.imgsz, model.yaml["ch"]).megabytes
+        entries.append(Entry(name, TORCH, "fp32", ready, device, size))
+        if "fp16" in opt.precisions and device.type == "cuda":
+            entries.append(Entry(name, TORCH, "fp16", on_device(fused(model), device).half(), device, size / 2))
+    for runtime, fmt in formats.runtimes().items():
+        for precision in fmt.precisions if runtime in wanted else ():
+            if precision in opt.precisions and (opt.include or not fmt.missing(precision)):
+                entry = Entry(name, runtime, precision)
+                attempt(entry, partial(export, entry, model, fmt, opt, folder, device, calibration), opt.hard_fail)
+                entries.append(entry)
+    return entries
+
+
+def export(entry: Entry, model: Model, fmt: Format, opt: Namespace, folder: Path, device: torch.device,
+           calibration: Calibration) -> None:
+    """Write a model in a format, and load it again."""
+    stride, shape = int(model.stride.max()), [opt.batch_size, model.yaml["ch"], opt.imgsz, opt.imgsz]
+    metadata = {"stride": stride, "names": dict(model.names), "shape": shape, "imgsz": shape[2:],
+                "precision": entry.precision}
+    options = ExportOptions(torch.rand(shape), metadata, precision=entry.precision,
+                            calibration=calibration() if entry.precision == "int8" else ())
+    path = fmt.path(folder / f"{entry.model.replace('/', '-')}.pt", entry.precision)
+    fmt.write(model, path, options)
+    assert fmt.load is not None
+    entry.megabytes, entry.detector, entry.device = megabytes(path), fmt.load(path, device), device
+
+
+def attempt(entry: Entry, step: Callable[[], None], hard_fail: bool) -> None:
+    """Take a step. Where it fails the row tells the reason, and the others go on."""
+    try:
+        step()
+    except Exception as error:  # formats and their runtimes fail in all ways
+        if hard_fail:
+            raise UserError(f"{entry.model}, {entry.format} {entry.precision}: {first_line(error)}") from error
+        entry.reason, entry.detector = first_line(error, 60), None
+
+
+def measure_accuracy(entry: Entry, opt: Namespace) -> None:
+    """mAP50-95 on the val images, all of them letterboxed to the same square."""
+    if opt.noval or entry.detector is None:
+        return
+
+    def step() -> None:
+        assert entry.detector is not None
+        loader = dataset_loader(entry.detector, opt, square=True)  # the shape that files of fixed size take
+        entry.accuracy = evaluate(entry.detector, loader, entry.device).ap.map
+
+    attempt(entry, step, opt.hard_fail)
+
+
+def time_in_turns(entries: list[Entry], opt: Namespace, channels: int) -> None:
+    """Median milliseconds per image of all rows, one call of each in turn."""
+    def call(entry: Entry, images: torch.Tensor) -> None:
+        assert entry.detector is not None
+        entry.detector(images)
+        synchronize(entry.device)
+
+    running = [entry for entry in entries if entry.detector is not None]
+    calls = []
+    for entry in running:
+        assert entry.detector is not None
+        images = torch.rand(opt.batch_size, channels, opt.imgsz, opt.imgsz)
+        images = images.to(entry.device, entry.detector.dtype)
+        if entry.format == TORCH:
+            images = images.contiguous(memory_format=torch.channels_last)
+        calls.append(partial(call, entry, images))
+    with torch.inference_mode():
+        for entry, ms in zip(running, medians(calls, opt.runs, seconds=120.0)):
+            entry.ms = ms / opt.batch_size
+
+
+def row(entry: Entry, first: Entry) -> dict[str, Any]:
+    """An entry as a row of the csv; what is not known is empty. `faster`: times faster than the first entry."""
+    faster = first.ms / entry.ms if first.ms and entry.ms else ""
+    figures = {"MB": entry.megabytes, "mAP50-95": entry.accuracy, "ms": entry.ms, "faster": faster}
+    return {"model": entry.model, "format": entry.format, "precision": entry.precision,
+            **{key: "" if value is None else value for key, value in figures.items()}, "reason": entry.reason}
+
+
+def shown(rows: list[dict[str, Any]]) -> list[list[str]]:
+    """The rows as cells of the table on the screen; a reason stands behind its row."""
+    formats_of = {"MB": "{:.2f}", "mAP50-95": "{:.3f}", "ms": "{:.1f}", "faster": "{:.2f}x"}
+    return [[formats_of.get(key, "{}").format(value) if value != "" else "" for key, value in row.items()]
+            for row in rows]
+
+
+if __name__ == "__main__":
+    run_cli(main)
