@@ -45,7 +45,7 @@ def parse(argv: list[str] | None = None) -> Namespace:
     add_imgsz_flag(parser, "height and width, or one number for both (the checkpoint's, or 640)", nargs="+")
     add("--batch-size", type=at_least(1), default=1, help="images a batch")
     add("--dynamic", action="store_true", help="onnx, openvino: leave batch, height and width open")
-    add("--opset", type=int, default=17, help="onnx: version of the operator set")
+    add("--opset", type=at_least(11), default=17, help="onnx: version of the operator set")
     add("--half", action="store_true", help="fp16, where a format has it")
     add("--int8", action="store_true", help="weights and activations in 8 bits, where a format has it")
     add("--data", help="--int8: data yaml; activations are measured on its train images (the checkpoint's)")

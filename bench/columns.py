@@ -14,8 +14,8 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
 sys.path.insert(0, str(ROOT))  # every script of bench/ imports this file first
 
-Row = dict[str, Any]
-Columns = Sequence[tuple[str, str, Callable[[Any], str]]]  # header, key of the row, format
+Row = dict[Any, Any]
+Columns = Sequence[tuple[str, Any, Callable[[Any], str]]]  # header, key of the row, format
 
 COUNT, SHARE, TIMES = "{:,}".format, "{:.0%}".format, "{:.2f}x".format
 ONE, TWO, THREE = "{:.1f}".format, "{:.2f}".format, "{:.3f}".format  # digits
@@ -41,6 +41,9 @@ EQUAL: Columns = [  # of the rows that equal_rows() makes
     ("mAP50-95", "map", str), ("mean of the last five", "mean5", str), ("FLOPs left", "flops", SHARE)]
 ENGINE: Columns = [("model", "model", str), ("by", "method", str), ("seconds", "seconds", TWO),
                    ("memory, times the weights", "memory", ONE), ("parameters left", "left", SHARE)]
+RUNTIMES: Columns = [  # of the rows that runtime_rows() makes
+    ("model", "model", str), ("runtime", "runtime", str), ("precision", "precision", str), ("dense", 0, TIMES),
+    ("one by one", 1, TIMES), ("blocks of 8", 8, TIMES), ("of 16", 16, TIMES), ("of 32", 32, TIMES)]
 OVERHEAD: Columns = [
     ("model", "model", str), ("step, ms", "step", "{:.0f}".format), ("--sr, ms", "l1", TWO),
     ("of a step", "l1_share", "{:.2%}".format), ("--target-sparsity, ms", "target", TWO),
@@ -103,3 +106,16 @@ def equal_rows(rows: Sequence[Row]) -> list[Row]:
         groups.setdefault((row["data"], row["epochs"], row["road"]), []).append(row)
     return [{**runs[0], "runs": len(runs), "map": spread(runs, "map"), "mean5": spread(runs, "mean5"),
              "flops": np.mean([run["flops"] for run in runs])} for runs in groups.values()]
+
+
+def runtime_rows(rows: Sequence[Row]) -> list[Row]:
+    """runtimes.csv's times, a row per runtime and precision: how many times faster than dense in onnxruntime fp32."""
+    first = {row["model"]: row["ms"] for row in rows
+             if (row["runtime"], row["precision"], row["block"]) == ("onnxruntime", "fp32", 0)}
+    found: dict[tuple[str, str, str], Row] = {}
+    for row in rows:
+        key = row["model"], row["runtime"], row["precision"]
+        line = found.setdefault(key, {"model": f"{row['model']}, {row['imgsz']} px", "runtime": row["runtime"],
+                                      "precision": row["precision"]})
+        line[row["block"]] = first[row["model"]] / row["ms"]
+    return list(found.values())

@@ -27,7 +27,7 @@ def model(request) -> Model:
     dense = randomised(Model("yolov5n.yaml", nc=3, names={0: "a", 1: "b", 2: "c"}))
     if request.param == "dense":
         return dense.eval()
-    return slim(dense, random_masks(trace(dense), 3, coupled=False)).eval()
+    return slim(dense, random_masks(trace(dense), 6, coupled=False)).eval()
 
 
 @pytest.fixture

@@ -1,0 +1,113 @@
+"""benchmarks.py: one table for all formats; what fails is a row. prune.py measures in the runtime that is asked for."""
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import benchmarks
+import prune
+from models import checkpoint, formats
+from models.yolo import Model
+from tests.blocks import random_masks, randomised
+from utils.errors import UserError
+from utils.slimming import slim, trace
+
+
+@pytest.fixture(scope="module")
+def pair(cfg, tmp_path_factory) -> list[Path]:
+    """A dense and a slim checkpoint for the tiny set."""
+    torch.manual_seed(0)
+    dense = randomised(Model(str(cfg), nc=2, names={0: "square", 1: "circle"}))
+    models = {"dense": dense, "slim": slim(dense, random_masks(trace(dense), 6, coupled=False))}
+    folder = tmp_path_factory.mktemp("pair")
+    for name, model in models.items():
+        checkpoint.save(folder / f"{name}.pt", model.eval(), imgsz=64)
+    return [folder / "dense.pt", folder / "slim.pt"]
+
+
+def rows_of(folder: Path) -> list[dict[str, str]]:
+    with open(folder / "benchmarks.csv", newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def broken(monkeypatch) -> None:
+    """A format whose writer fails."""
+    def write(model, path, options):
+        raise ValueError("no word for SiLU")
+
+    monkeypatch.setitem(formats.formats(), "broken", formats.Format("broken", ".broken", write, lambda *_: None))
+
+
+def run(pair, tiny, *flags: str) -> Path:
+    return benchmarks.main(["--weights", *map(str, pair), "--data", str(tiny), "--imgsz", "64", "--workers", "0",
+                            "--device", "cpu", "--runs", "2", *flags])
+
+
+@pytest.mark.slow
+def test_every_model_in_every_format(pair, tiny, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("onnxruntime")
+    monkeypatch.chdir(tmp_path)
+    broken(monkeypatch)
+    folder = run(pair, tiny, "--include", "torch", "onnxruntime", "broken", "--precisions", "fp32", "int8",
+                 "--calibration-images", "2")
+    rows, said = rows_of(folder), capsys.readouterr().out
+    keys = [("torch", "fp32"), ("broken", "fp32"), ("onnxruntime", "fp32"), ("onnxruntime", "int8")]
+    expected = {(model, *key) for model in ("dense", "slim") for key in keys}
+    assert {(row["model"], row["format"], row["precision"]) for row in rows} == expected and len(rows) == 8
+    for row in rows:
+        if row["format"] == "broken":
+            assert row["reason"] == "no word for SiLU" and row["ms"] == row["mAP50-95"] == ""
+            continue
+        assert row["reason"] == "" and float(row["ms"]) > 0 and 0 <= float(row["mAP50-95"]) <= 1
+        assert float(row["faster"]) == pytest.approx(float(rows[0]["ms"]) / float(row["ms"]), rel=1e-3)
+    sizes = {(row["model"], row["format"], row["precision"]): float(row["MB"]) for row in rows if row["MB"]}
+    assert sizes["slim", "onnxruntime", "fp32"] < sizes["dense", "onnxruntime", "fp32"]
+    assert sizes["dense", "onnxruntime", "int8"] < sizes["dense", "onnxruntime", "fp32"]
+    assert rows[0]["mAP50-95"] == next(row for row in rows if row["format"] == "onnxruntime")["mAP50-95"]
+    assert "no word for SiLU" in said and "1.00x" in said and (folder / "benchmarks.png").is_file()
+
+
+def test_hard_fail_ends_at_the_first(pair, tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    broken(monkeypatch)
+    with pytest.raises(UserError, match="dense, broken fp32: no word for SiLU"):
+        run(pair, tiny, "--include", "broken", "--hard-fail", "--noval")
+
+
+def test_titles_tell_checkpoints_apart():
+    assert benchmarks.titles(["a/dense.pt", "b/slim.pt"]) == ["dense", "slim"]
+    assert benchmarks.titles(["x/a/weights/best.pt", "x/b/weights/best.pt"]) == ["a/weights/best", "b/weights/best"]
+    with pytest.raises(UserError, match="the same file twice"):
+        benchmarks.titles(["a.pt", "a.pt"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [["--runtime", "onnxruntime"], ["--runtime", "onnxruntime", "--int8"]])
+def test_a_latency_target_is_measured_in_the_runtime(pair, tiny, tmp_path, monkeypatch, capsys, flags):
+    pytest.importorskip("onnxruntime")
+    monkeypatch.chdir(tmp_path)
+    asked: list[tuple[str, str]] = []
+
+    def measured(models, name, imgsz, batch=1, runs=20, precision="fp32"):
+        asked.append((name, precision))
+        return [float(sum(p.numel() for p in model.parameters())) for model in models]
+
+    monkeypatch.setattr("models.speed.runtime_latency", measured)
+    folder = prune.main(["--weights", str(pair[0]), "--data", str(tiny), "--target", "latency=0.8", "--noval",
+                         "--device", "cpu", "--score", "gamma", *flags])
+    assert set(asked) == {("onnx", "int8" if "--int8" in flags else "fp32")} and len(asked) > 3
+    cost = {row["figure"]: row["left"] for row in json.loads((folder / "report.json").read_text())["cost"]}
+    assert 0.7 < cost["parameters"] <= 0.8
+    assert "target latency=0.8" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags, said", [
+    (["--int8"], "--runtime torch has none; give --runtime onnxruntime or openvino"),
+    (["--runtime", "torchscript", "--int8"], "--runtime torchscript has none here")])
+def test_a_runtime_without_int8(pair, tiny, flags, said):
+    with pytest.raises(UserError, match=said):
+        prune.main(["--weights", str(pair[0]), "--data", str(tiny), "--target", "latency=0.8", "--noval", *flags])

@@ -1,0 +1,306 @@
+"""Files for other runtimes: the same numbers as PyTorch, int8 that leaves the head alone, one line for each mistake."""
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import export
+import val
+from models import checkpoint, formats
+from models.formats import quantized
+from models.yolo import Model
+from tests.blocks import random_masks, randomised
+from utils.data.calibration import CalibrationImages
+from utils.data.config import read_data
+from utils.data.loader import validation_loader
+from utils.errors import UserError
+from utils.files import atomic_folder
+from utils.slimming import slim, trace
+
+CPU = torch.device("cpu")
+NAMES = {0: "square", 1: "circle"}
+RUNTIMES = [name for name, fmt in formats.formats().items() if fmt.load is not None]
+
+
+def installed(name: str, precision: str = "fp32") -> formats.Format:
+    """A format, or a skipped test."""
+    fmt = formats.formats()[name]
+    if missing := fmt.missing(precision):
+        pytest.skip(f"pip install {' '.join(missing)}")
+    return fmt
+
+
+@pytest.fixture(scope="module", params=["dense", "slim"])
+def weights(request, cfg, tmp_path_factory) -> Path:
+    """A checkpoint for the tiny set."""
+    torch.manual_seed(0)
+    model = randomised(Model(str(cfg), nc=2, names=NAMES))
+    if request.param == "slim":
+        model = slim(model, random_masks(trace(model), 6, coupled=False))
+    checkpoint.save(path := tmp_path_factory.mktemp("weights") / "m.pt", model.eval(), imgsz=64)
+    return path
+
+
+def decoded(model: Model, images: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model(images)[0]
+
+
+def worst(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Largest difference relative to the largest value."""
+    return float((found.detach().float() - expected).abs().max() / expected.abs().max())
+
+
+# Every runtime --------------------------------------------------------------------------------------------------------
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUNTIMES)
+def test_a_file_computes_what_the_checkpoint_does(weights, name, tiny, tmp_path, monkeypatch, capsys):
+    fmt = installed(name)
+    path, = export.main(["--weights", str(weights), "--include", name])
+    assert path.name == f"m{fmt.suffix}" and "largest difference" in capsys.readouterr().out
+    detector, says = formats.load(path, CPU)
+    assert (detector.names, detector.stride, says["imgsz"]) == (NAMES, 32, 64)
+    images = torch.rand(3, 3, 64, 64)
+    assert worst(detector(images)[0], decoded(checkpoint.load(weights), images)) < 1e-4
+    with pytest.raises(UserError, match="takes images of shape"):
+        detector(torch.rand(1, 3, 96, 64))
+    monkeypatch.chdir(tmp_path)
+    common = ["--data", str(tiny), "--imgsz", "64", "--batch-size", "4", "--workers", "0", "--noplots"]
+    by_torch, by_file = (val.main(["--weights", str(file), *common]) for file in (weights, path))
+    assert by_file["images"] == by_torch["images"] == 6
+    # One has rectangular batches, the other squares, and the model is not trained.
+    assert by_file["metrics/mAP_0.5"] == pytest.approx(by_torch["metrics/mAP_0.5"], abs=0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["onnx", "openvino"])
+def test_dynamic_files_take_any_number_and_size(weights, name):
+    installed(name)
+    path, = export.main(["--weights", str(weights), "--include", name, "--dynamic"])
+    detector = formats.load(path, CPU)[0]
+    assert detector.input_shape[0] == detector.input_shape[2] == 0
+    for shape in ((1, 3, 64, 64), (3, 3, 96, 64)):
+        images = torch.rand(shape)
+        assert worst(detector(images)[0], decoded(checkpoint.load(weights), images)) < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [n for n in RUNTIMES if "fp16" in formats.formats()[n].precisions])
+def test_halves(weights, name):
+    installed(name)
+    single, = export.main(["--weights", str(weights), "--include", name])
+    half, = export.main(["--weights", str(weights), "--include", name, "--half"])
+    assert half.name == single.name.replace("m", "m_fp16", 1) and single.exists()
+    assert export.megabytes(half) < 0.75 * export.megabytes(single)
+    images = torch.rand(1, 3, 64, 64)
+    detector = formats.load(half, CPU)[0]
+    assert detector.dtype == torch.float32
+    assert worst(detector(images)[0], decoded(checkpoint.load(weights), images)) < 0.01
+
+
+def test_a_folder_is_known_by_what_is_in_it(tmp_path):
+    (tmp_path / "any").mkdir()
+    with pytest.raises(UserError, match="no file in it tells its format"):
+        formats.load(tmp_path / "any", CPU)
+    (tmp_path / "any" / "x.xml").touch()
+    found = formats.format_of(tmp_path / "any")
+    assert found is not None and found.name == "openvino" == formats.format_of(tmp_path / "any" / "x.xml").name
+
+
+# int8 -----------------------------------------------------------------------------------------------------------------
+
+def quantize(weights: Path, tiny: Path, name: str, *flags: str) -> Path:
+    return export.main(["--weights", str(weights), "--include", name, "--int8", "--data", str(tiny), "--workers", "0",
+                        "--calibration-images", "4", *flags])[0]
+
+
+@pytest.mark.slow
+def test_onnx_int8_keeps_the_head_in_float(weights, tiny, capsys):
+    onnx = pytest.importorskip("onnx")
+    installed("onnx", "int8")
+    path = quantize(weights, tiny, "onnx", "--int8-keep", "model.0", "model.2.m.*")
+    said = capsys.readouterr().out
+    assert path.name == "m_int8.onnx" and "onnx int8" in said and "against fp32" in said
+    graph = onnx.load(path).graph
+    makers = {output: node for node in graph.node for output in node.output}
+    readers = {node.name: [n.name for n in graph.node if set(node.output) & set(n.input)] for node in graph.node}
+    kinds = {node.name: node.op_type for node in graph.node}
+    convs = [node for node in graph.node if node.op_type == "Conv"]
+    behind = quantized.behind_last(readers, [node.name for node in convs])
+    assert len(behind) > 20 and not {kinds[name] for name in behind} & {"QuantizeLinear", "DequantizeLinear"}
+    in_float = {node.name for node in convs if node.input[1] not in makers}  # else it is dequantized
+    last = {node.name for node in convs if set(readers[node.name]) & behind}
+    kept = {node.name for node in convs if "/model.0/" in node.name or "/model.2/m/" in node.name}
+    assert len(last) == 3 and kept and in_float == last | kept
+    assert {"Sigmoid", "Mul", "Concat"} <= {kinds[r] for node in graph.node if node.op_type == "DequantizeLinear"
+                                            for r in readers[node.name]}
+    weight = next(i for i in graph.initializer if i.name.endswith("weight_scale") and len(i.dims))
+    assert weight.dims[0] > 1  # a scale per channel
+    detector = formats.load(path, CPU)[0]
+    images = torch.rand(1, 3, 64, 64)
+    assert detector.names == NAMES
+    assert worst(detector(images)[0], decoded(checkpoint.load(weights), images)) < 0.1
+
+
+@pytest.mark.slow
+def test_openvino_int8_keeps_the_head_in_float(weights, tiny):
+    openvino = pytest.importorskip("openvino")
+    installed("openvino", "int8")
+    path = quantize(weights, tiny, "openvino", "--noval", "--int8-keep", "model.0")
+    model = openvino.Core().read_model(path / "model.xml")
+    ops = {op.get_friendly_name(): op for op in model.get_ordered_ops()}
+    readers = {name: [t.get_node().get_friendly_name() for o in op.outputs() for t in o.get_target_inputs()]
+               for name, op in ops.items()}
+    convs = [name for name, op in ops.items() if op.get_type_name() == "Convolution"]
+    behind = quantized.behind_last(readers, convs)
+    kinds = [op.get_type_name() for name, op in ops.items() if name in behind]
+    assert len(kinds) > 20 and "FakeQuantize" not in kinds
+
+    in_float = {name for name in convs  # the weights of the others are int8, and go through a conversion
+                if ops[name].input(1).get_source_output().get_node().get_type_name() == "Constant"}
+    assert in_float == {name for name in convs if "/model.0/" in name}
+
+
+def test_sensitivity_quantizes_once_for_every_stage(weights, tiny, monkeypatch, capsys):
+    """With a format that writes nothing but the stage that is left in float, and detects accordingly."""
+    kept: list[tuple[str, ...]] = []
+    fake = formats.Format("fake", ".fake", lambda model, path, options: kept.append(options.keep),
+                          lambda path, device: kept[-1], precisions=("int8",))
+    monkeypatch.setitem(formats.formats(), "fake", fake)
+    monkeypatch.setattr(formats, "load", lambda path, device: (kept[-1], {}))
+    monkeypatch.setattr(export, "_accuracy", lambda detector, loader:
+                        (0.9, 0.5 if isinstance(detector, Model) else 0.45 if "model.2" in detector else 0.4))
+    before = {p.name for p in weights.parent.iterdir() if p.suffix != ".csv"}
+    csv, = export.main(["--weights", str(weights), "--include", "fake", "--int8-sensitivity", "--data", str(tiny),
+                        "--int8-keep", "model.1", "--calibration-images", "2", "--workers", "0"])
+    stages = [i for i, layer in enumerate(checkpoint.load(weights).model) if any(True for _ in layer.parameters())]
+    assert kept == [("model.1",), *(("model.1", f"model.{i}") for i in stages)]
+    said = capsys.readouterr().out
+    assert "(none)" in said and "model.24 (Detect)" in said and "Upsample" not in said
+    rows = {line.split(",")[1]: line.split(",")[2:] for line in csv.read_text().splitlines()[1:]}
+    assert rows["model.2 (C3)"] == ["0.45", "-0.05"] and rows["model.0 (Conv)"] == ["0.4", "-0.1"]
+    assert {p.name for p in weights.parent.iterdir() if p.suffix != ".csv"} == before
+
+
+def test_calibration_images_are_those_of_val_py(tiny):
+    config = read_data(str(tiny))
+    images = CalibrationImages(config, (64, 64), 5, seed=1)
+    again, other = CalibrationImages(config, (64, 64), 5, seed=1), CalibrationImages(config, (64, 64), 5, seed=2)
+    assert len(images) == 5 and all(np.array_equal(a, b) for a, b in zip(images, again))
+    assert not all(np.array_equal(a, b) for a, b in zip(images, other))
+    assert images[0].shape == (1, 3, 64, 64) and images[0].dtype == np.float32 and images[0].max() <= 1
+    loader = validation_loader(config, "train", 64, 1, 32, workers=0, rect=False)
+    known = {batch.images.numpy().tobytes() for batch in loader}
+    assert all((image * 255).round().astype(np.uint8).tobytes() in known for image in images)
+
+
+# The head, by position ------------------------------------------------------------------------------------------------
+
+def test_what_is_behind_the_last_convolutions():
+    readers = {"in": ["c0"], "c0": ["a", "c1"], "a": ["c2"], "c1": ["x"], "x": ["out"], "c2": ["y"], "y": ["out"],
+               "k": ["y"], "out": []}
+    assert quantized.behind_last(readers, ["c0", "c1", "c2"]) == {"x", "y", "out"}
+    deep = {str(i): [str(i + 1)] for i in range(5000)}
+    assert quantized.behind_last(deep, ["0", "4998"]) == {"4999", "5000"}
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_behind_is_every_path_without_a_convolution(seed):
+    rng = np.random.default_rng(seed)
+    count = 12
+    readers = {str(i): [str(j) for j in range(i + 1, count) if rng.random() < 0.2] for i in range(count)}
+    convs = [str(i) for i in range(count) if rng.random() < 0.4]
+
+    def descendants(node: str) -> set[str]:
+        return set(readers[node]).union(*(descendants(other) for other in readers[node]))
+
+    expected = set().union(*(descendants(c) for c in convs if not descendants(c) & set(convs)))
+    assert quantized.behind_last(readers, convs) == expected
+
+
+def test_modules_of_nodes():
+    nodes = ["/model/model.0/conv/Conv", "/model/model.2/m/m.0/cv1/act/Mul", "Constant_7"]
+    assert [quantized.module_of(node) for node in nodes] == ["model.0.conv", "model.2.m.m.0.cv1.act", ""]
+    assert quantized.matching_nodes(nodes, ["model.0"]) == {nodes[0]}
+    assert quantized.matching_nodes(nodes, ["model.2.m.*"]) == {nodes[1]}
+    with pytest.raises(UserError, match="--int8-keep: no part of the model is called 'model.9'"):
+        quantized.matching_nodes(nodes, ["model.0", "model.9"])
+
+
+# Mistakes -------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("flags, said", [
+    (["--int8"], "give the --data whose train images activations are measured on"),
+    (["--int8", "--half"], "a file has one precision"),
+    (["--int8", "--include", "torchscript"], "--include torchscript: has no int8 here; onnx, openvino have"),
+    (["--half", "--include", "torchscript"], "--include torchscript: has no fp16 here"),
+    (["--int8", "--data", "no.yaml"], "no.yaml"),
+    (["--include", "onnx", "--opset", "3"], "--opset 3: must be")])
+def test_a_mistake_in_a_line_and_nothing_written(weights, flags, said, monkeypatch):
+    before = sorted(weights.parent.iterdir())
+    with pytest.raises(UserError, match=said):
+        export.main(["--weights", str(weights), *flags])
+    assert sorted(weights.parent.iterdir()) == before
+
+
+def test_a_missing_package_is_named(weights, monkeypatch, capsys):
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec",
+                        lambda name, *rest: None if name in ("openvino", "nncf") else real(name, *rest))
+    with pytest.raises(UserError, match=r"openvino is missing; pip install -r requirements-export.txt"):
+        export.main(["--weights", str(weights), "--include", "openvino"])
+    with pytest.raises(UserError, match=r"openvino and nncf are missing.*pip install openvino nncf"):
+        export.main(["--weights", str(weights), "--include", "openvino", "--int8", "--data", "x.yaml"])
+    with pytest.raises(UserError, match="openvino is missing"):
+        formats.formats()["openvino"].load(Path("m_openvino"), CPU)
+    opt = export.parse(["--weights", "x", "--include", "all"])
+    assert "openvino" not in [fmt.name for fmt in export.chosen_formats(opt)]
+    assert "openvino: left out; pip install openvino" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name, content, said", [
+    ("m.onnx", b"not a graph", "not an ONNX detector"),
+    ("m.torchscript", b"not a zip", "not a TorchScript detector"),
+    ("m.tflite", b"x", "its name tells no format that is known here"),
+    ("m_openvino/model.xml", b"<net/>", "not an OpenVINO detector that export.py wrote"),
+    ("m_openvino/notes.txt", b"", "has no .xml file")])
+def test_foreign_and_broken_files(tmp_path, name, content, said):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=said):
+        formats.load(tmp_path / Path(name).parts[0], CPU)
+
+
+def test_a_quantization_that_fails_leaves_nothing(weights, tiny, monkeypatch):
+    installed("onnx", "int8")
+    from onnxruntime import quantization
+
+    def fails(*args, **kwargs):
+        raise ValueError("no")
+
+    monkeypatch.setattr(quantization, "quantize_static", fails)
+    before = sorted(weights.parent.iterdir())
+    with pytest.raises(ValueError, match="no"):
+        quantize(weights, tiny, "onnx", "--noval")
+    assert sorted(weights.parent.iterdir()) == before
+
+
+def test_a_folder_is_there_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "x"
+    for content in ("1", "2"):
+        with atomic_folder(path) as new:
+            (new / "a").write_text(content)
+        assert (path / "a").read_text() == content and [p.name for p in tmp_path.iterdir()] == ["x"]
+    with pytest.raises(RuntimeError), atomic_folder(path) as new:
+        (new / "a").write_text("3")
+        raise RuntimeError
+    (path / "mine").touch()
+    with pytest.raises(UserError, match="holds mine, which is not of an export"), atomic_folder(path) as new:
+        (new / "a").write_text("4")
+    assert (path / "a").read_text() == "2" and [p.name for p in tmp_path.iterdir()] == ["x"]
