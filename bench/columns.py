@@ -41,6 +41,11 @@ EQUAL: Columns = [  # of the rows that equal_rows() makes
     ("mAP50-95", "map", str), ("mean of the last five", "mean5", str), ("FLOPs left", "flops", SHARE)]
 ENGINE: Columns = [("model", "model", str), ("by", "method", str), ("seconds", "seconds", TWO),
                    ("memory, times the weights", "memory", ONE), ("parameters left", "left", SHARE)]
+DEVICE: Columns = [("model", "model", str), ("format", "format", str), ("precision", "precision", str),
+                   ("MB", "MB", TWO), ("mAP50-95", "mAP50-95", THREE), ("ms an image", "ms", ONE),
+                   ("faster", "faster", TIMES)]
+INT8: Columns = [("images", "split", str), ("runtime", "runtime", str), ("models", "models", str),
+                 ("mAP50-95", "map", THREE), ("against fp32", "loss", "{:+.4f}".format)]  # of int8_rows()
 RUNTIMES: Columns = [  # of the rows that runtime_rows() makes
     ("model", "model", str), ("runtime", "runtime", str), ("precision", "precision", str), ("dense", 0, TIMES),
     ("one by one", 1, TIMES), ("blocks of 8", 8, TIMES), ("of 16", 16, TIMES), ("of 32", 32, TIMES)]
@@ -119,3 +124,13 @@ def runtime_rows(rows: Sequence[Row]) -> list[Row]:
                                       "precision": row["precision"]})
         line[row["block"]] = first[row["model"]] / row["ms"]
     return list(found.values())
+
+
+def int8_rows(rows: Sequence[Row]) -> list[Row]:
+    """int8.csv's runs, a row per split and runtime: the mean over the models, and that of the difference to fp32."""
+    found: dict[tuple[str, str], list[float]] = {}
+    for row in rows:
+        found.setdefault((row["split"], row["runtime"]), []).append(row["map"])
+    return [{"split": split, "runtime": "torch, fp32" if runtime == "torch" else f"{runtime}, int8",
+             "models": len(maps), "map": np.mean(maps), "loss": np.mean(maps) - np.mean(found[split, "torch"])}
+            for (split, runtime), maps in found.items()]

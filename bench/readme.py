@@ -53,7 +53,10 @@ def tables() -> dict[str, str]:
              "bccd val": (bccd_rows("val"), columns.STAGES), "bccd test": (bccd_rows("test"), columns.STAGES),
              "sparsity": (columns.share_rows(sparsity), columns.SPARSITY),
              "l1": (columns.l1_rows(sparsity), columns.L1), "pruning": (read_results("pruning"), columns.PRUNING),
-             "pipeline": (read_results("pipeline"), columns.PIPELINE)}
+             "pipeline": (read_results("pipeline"), columns.PIPELINE),
+             "device": (read_results("benchmarks"), columns.DEVICE),
+             "int8": (columns.int8_rows(read_results("int8")), columns.INT8),
+             "runtimes": (columns.runtime_rows(read_results("runtimes")), columns.RUNTIMES)}
     return {"summary": summary(), **{name: markdown_table(*formatted(*table)) for name, table in found.items()}}
 
 

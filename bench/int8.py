@@ -1,0 +1,66 @@
+"""What int8 costs in accuracy, on val and on test images, in every runtime that has it.
+
+    python bench/int8.py --weights slim0.pt slim1.pt slim2.pt --data bccd/data.yaml     # a minute a model
+
+The models should be runs of one command with several seeds: the table shows their mean. Activations are measured on 100
+training images. Writes bench/results/int8.csv.
+"""
+from __future__ import annotations
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from columns import INT8, RESULTS, Row, formatted, int8_rows
+
+import export
+from models import checkpoint, formats
+from models.yolo import fused, on_device
+from utils.data.config import read_data
+from utils.data.loader import validation_loader
+from utils.errors import run_cli
+from utils.options import HelpfulParser
+from utils.tables import text_table, write_csv
+from val import evaluate
+
+CPU = torch.device("cpu")
+
+
+def measure(weights: str, data: str, folder: Path, images: int) -> list[Row]:
+    """mAP50-95 of a checkpoint, a row per split and runtime; "torch" is fp32."""
+    trained = checkpoint.read(weights)
+    model = checkpoint.build(trained)
+    opt = export.parse(["--weights", weights, "--int8", "--data", data, "--calibration-images", str(images)])
+    options = export.export_options(opt, model, trained)
+    detectors: dict[str, formats.Detector] = {"torch": on_device(fused(model), CPU)}
+    for runtime, fmt in formats.runtimes().items():
+        if "int8" in fmt.precisions and not fmt.missing("int8"):
+            fmt.write(model, path := fmt.path(folder / "m.pt", "int8"), options)
+            detectors[runtime] = formats.load(path, CPU)[0]
+    rows = []
+    for split in ("val", "test"):
+        loader = validation_loader(read_data(data), split, options.metadata["imgsz"][0], 1, int(model.stride.max()),
+                                   workers=2, rect=False)
+        rows += [{"weights": Path(weights).parent.parent.name or Path(weights).stem, "split": split, "runtime": runtime,
+                  "map": evaluate(detector, loader, CPU).ap.map} for runtime, detector in detectors.items()]
+    return rows
+
+
+def main() -> None:
+    """Measure, write the csv, print the table."""
+    parser = HelpfulParser(__doc__)
+    add = parser.add_argument
+    add("--weights", nargs="+", required=True, help="checkpoints")
+    add("--data", required=True, help="data yaml with train, val and test")
+    add("--calibration-images", type=int, default=100, help="training images")
+    opt = parser.parse_args()
+    rows = []
+    for weights in opt.weights:
+        with TemporaryDirectory() as folder:
+            rows += measure(weights, opt.data, Path(folder), opt.calibration_images)
+    write_csv(RESULTS / "int8.csv", rows)
+    print(text_table(*formatted(int8_rows(rows), INT8)))
+
+
+if __name__ == "__main__":
+    run_cli(main)
