@@ -63,7 +63,8 @@ class Detect(nn.Module):
         stride = self.stride[level].to(y.dtype)
         anchor = (self.anchors[level].to(y.dtype) * stride).view(1, self.na, 1, 1, 2)
         xy = (y[..., :2] * 2 + grid) * stride
-        wh = (y[..., 2:4] * 2) ** 2 * anchor
+        wh = y[..., 2:4] * 2
+        wh = wh * wh * anchor  # a product, for converters that have no power
         return torch.cat((xy, wh, y[..., 4:]), -1).view(b, -1, self.no)
 
     def init_biases(self) -> None:

@@ -89,8 +89,8 @@ def _quantize(path: Path, loaded: Any, options: ExportOptions) -> Path:
             image = next(self.images, None)
             return None if image is None else {"images": image}
 
-    in_float = _decoding(loaded.graph, heads=True)
-    in_float |= matching_nodes((node.name for node in loaded.graph.node), options.keep)
+    nodes = (node.name for node in loaded.graph.node)
+    in_float = _decoding(loaded.graph, heads=True) | matching_nodes(nodes, options.keep)
     with _quiet():
         quantize_static(str(path), str(path.with_name("int8.onnx")), Reader(options.calibration),
                         quant_format=QuantFormat.QDQ, per_channel=True, activation_type=QuantType.QUInt8,

@@ -18,17 +18,18 @@ from utils.files import atomic
 
 def write(model: Model, path: Path, options: ExportOptions) -> None:
     """Trace the model for images of the shape of options.image. The file is there whole or not at all."""
-    with torch.no_grad(), _without_warnings():
+    with torch.no_grad(), without_warnings():
         traced = torch.jit.trace(Decoded(fused(model)).eval(), options.image, strict=False)
     with atomic(path) as temporary:
         traced.save(str(temporary), _extra_files={"config.txt": json.dumps(options.metadata)})
 
 
 @contextmanager
-def _without_warnings() -> Iterator[None]:
-    """Without PyTorch's advice to use torch.export: other runtimes want TorchScript."""
+def without_warnings() -> Iterator[None]:
+    """Without PyTorch's advice to use torch.export, as other runtimes want TorchScript, and on sizes that are fixed."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)
         yield
 
 
@@ -38,7 +39,7 @@ class TorchScriptDetector(FileDetector):
     def __init__(self, path: Path, device: torch.device):
         extra = {"config.txt": ""}
         try:
-            with _without_warnings():
+            with without_warnings():
                 self.module = torch.jit.load(str(path), map_location=device, _extra_files=extra)
             config = json.loads(extra["config.txt"])
             super().__init__(config, (0, *config["shape"][1:]))
