@@ -145,6 +145,9 @@ def main(argv: list[str] | None = None) -> Path:
         print(f"--weights not given: taking the newest sparsity run, {opt.weights}")
     source = checkpoint.read(opt.weights)
     model = checkpoint.build(source, path=opt.weights)
+    if source.get("shrunk", {}).get("done") and not {"percent", "target", "sweep", "sensitivity"} & set(opt.given):
+        print(f"{opt.weights}: its zeros were cut in the training, nothing more is (--percent 0.2: a fifth more)")
+        opt.percent = 0.0
     if opt.cfg:
         check_cfg(model.yaml, opt.cfg)
     opt = resolve(opt, source)
