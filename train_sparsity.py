@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import os
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from models.pruning import model_pruner
 from models.yolo import Model
 from train import train
 from utils.errors import UserError, run_cli
@@ -28,7 +29,6 @@ from utils.options import add_sparsity_flags, resolve, training_parser
 from utils.plots.slimming import plot_gamma_history, plot_gammas
 from utils.slimming.cost import profile
 from utils.slimming.graph import Masks, batch_norms, matching
-from utils.slimming.pruner import Pruner
 from utils.slimming.ranking import MIN_SHARE, NOTHING_TO_CUT, Rules
 from utils.slimming.sparsity import GammaL1, gamma_stats, l1_reach
 from utils.slimming.surgery import last_masks, masked, slim
@@ -52,50 +52,61 @@ class SparsityHook(Hook):
     others, unless --shortcuts joint takes such channels as one.
     """
 
+    done = False  # --shrink has cut the last channel: none is left for the target to look at
+
     def start(self, run: Run) -> None:
         self.run = run
         shrunk = run.resumed.get("shrunk")
         self.before: Masks = shrunk["before"] if shrunk else dict(run.model.masks)  # as the run starts
         self.kept: Masks = {}  # over the channels that it starts with: what --shrink has left; empty before it cuts
-        self.done = False      # it has cut the last one: no channel is left for the target to look at
-        # What is shown is what is saved, the averaged weights: the pruner looks at them. After a cut it looks at the
-        # model as it was, with zeros where channels were: shares and pictures are over the channels of the start.
-        wide = slim(Model(run.model.yaml), self.before).to(run.world.device) if shrunk else run.ema.ema
-        try:
-            self.pruner = Pruner(wide, run.opt.imgsz)
-        except ValueError as error:
-            raise UserError(f"sparsity: {error}" if str(error) != NOTHING_TO_CUT else NO_NORMS) from None
-        names = self.sparsified_norms()
-        self.averaged = {name: self.pruner.norms[name] for name in names}
-        self.norms = self.averaged if shrunk else batch_norms(run.model, names)
-        self.penalty = GammaL1(list(self.norms.values()), run.opt.sr, run.opt.epochs, run.opt.sr_bias)
-        self.round_to = 1
-        self.target = self.build_target() if run.opt.target_sparsity or run.opt.target else None
-        self.history: list[torch.Tensor] = []  # |gamma| of all channels, an entry an epoch
+        self.proof = shrunk["proof"] if shrunk else 0.0  # largest relative difference that a cut has made
         if shrunk:
+            # What is shown is over the channels of the start: the model as it was, with zeros where channels were.
+            wide = slim(Model(run.model.yaml), self.before).to(run.world.device)
+            self.choose(run.opt, wide, wide, run.resumed, self.frozen_norms(run.model))
             self.narrowed()
+        else:
+            # What is shown is what is saved, the averaged weights: the pruner looks at them.
+            self.choose(run.opt, run.model, run.ema.ema, run.resumed, self.frozen_norms(run.model))
+        self.history: list[torch.Tensor] = []  # |gamma| of all channels, an entry an epoch
         if run.world.main:
             print(self.summary())
             if run.opt.sr:
                 print(l1_note(run, self.penalty))
 
+    def choose(self, opt: Namespace, model: Model, average: Model, resumed: Mapping[str, Any],
+               frozen: set[str]) -> None:
+        """Which BatchNorms to act on, and how. UserError where there are none, or the target can't be reached."""
+        self.opt, self.resumed, self.frozen = opt, resumed, frozen
+        try:
+            self.pruner = model_pruner(average, opt.imgsz)
+        except ValueError as error:
+            raise UserError(f"sparsity: {error}" if str(error) != NOTHING_TO_CUT else NO_NORMS) from None
+        names = self.sparsified_norms()
+        self.averaged = {name: self.pruner.norms[name] for name in names}
+        self.norms = batch_norms(model, names)
+        self.penalty = GammaL1(list(self.norms.values()), opt.sr, opt.epochs, opt.sr_bias)
+        self.round_to = 1
+        self.target = self.build_target() if opt.target_sparsity or opt.target else None
+
     def sparsified_norms(self) -> list[str]:
         """Names of the BatchNorms to act on, as --shortcuts, --only, --keep and --freeze leave them."""
-        opt, graph = self.run.opt, self.pruner.graph
+        opt, graph = self.opt, self.pruner.graph
         every = set(graph.norms)
         try:
             keep = flag_matches("--keep", every, opt.keep)
             only = flag_matches("--only", every, opt.only) if opt.only else every
         except ValueError as error:
             raise UserError(f"{error}; prune.py's table shows the names") from None
-        names = graph.prunable_norms(opt.shortcuts == "joint", self.frozen_norms() | keep | (every - only))
+        names = graph.prunable_norms(opt.shortcuts == "joint", (self.frozen & every) | keep | (every - only))
         if not names:
             raise UserError(NO_NORMS)
         return names
 
-    def frozen_norms(self) -> set[str]:
+    @staticmethod
+    def frozen_norms(model: Model) -> set[str]:
         """The BatchNorms that --freeze froze."""
-        norms = batch_norms(self.run.model, self.pruner.graph.norms)
+        norms = {name: norm for name, norm in model.named_modules() if isinstance(norm, _BatchNorm) and norm.affine}
         return {name for name, norm in norms.items() if not norm.weight.requires_grad}
 
     def build_target(self) -> TargetSparsity:
@@ -103,7 +114,7 @@ class SparsityHook(Hook):
 
         Without that flag they are of the largest size that leaves a choice of blocks.
         """
-        opt, graph = self.run.opt, self.pruner.graph
+        opt, graph = self.opt, self.pruner.graph
         flops = self.pruner.costs.flops_per_channel()
         costs = [flops[name] for name in self.norms] if opt.per_flop else None
         groups = [graph.group[graph.norms[name]] for name in self.norms]
@@ -127,7 +138,7 @@ class SparsityHook(Hook):
 
     def figure_without(self, gone: Sequence[np.ndarray]) -> float:
         """The figure of --target, 0..1 of the start's, without these channels: bool (channels,) per BatchNorm."""
-        return TARGETS[self.run.opt.target[0]].value(self.pruner, self.kept_without(gone))
+        return TARGETS[self.opt.target[0]].value(self.pruner, self.kept_without(gone))
 
     def kept_without(self, gone: Sequence[np.ndarray]) -> np.ndarray:
         """Channels that go -> what is kept, bool (ids,); a convolution that would be left without any keeps all."""
@@ -142,14 +153,14 @@ class SparsityHook(Hook):
 
     def reached(self, gone: list[np.ndarray]) -> bool:
         """Is --target reached without these channels?"""
-        return self.figure_without(gone) <= self.run.opt.target[1]
+        return self.figure_without(gone) <= self.opt.target[1]
 
     def block_sizes(self) -> tuple[int, ...]:
         """The sizes of blocks to try, in order. A resumed run goes on with its own."""
-        if self.run.opt.round_to:
-            return (self.run.opt.round_to,)
-        if self.run.resumed:
-            return (self.run.resumed.get("sparsity", {}).get("round_to", 1),)  # 1: the run is older than blocks
+        if self.opt.round_to:
+            return (self.opt.round_to,)
+        if self.resumed:
+            return (self.resumed.get("sparsity", {}).get("round_to", 1),)  # 1: the run is older than blocks
         return BLOCK_SIZES
 
     def summary(self) -> str:
@@ -164,7 +175,7 @@ class SparsityHook(Hook):
             others.append("tied by shortcuts")
         if opt.keep or opt.only:
             others.append("left out by --keep or --only")
-        if self.frozen_norms():
+        if self.frozen:
             others.append("frozen")
         total = sum(isinstance(module, _BatchNorm) for module in self.run.model.modules())
         channels = sum(len(self.pruner.norms[name].weight) for name in self.norms)
@@ -199,10 +210,16 @@ class SparsityHook(Hook):
         self.done = self.target.settled
         if not channels:
             return
+        zeroed = self.run.ema.ema
         narrow(self.run, new)
+        try:
+            self.proof = max(self.proof, self.pruner.check(zeroed, self.run.ema.ema))
+        except ValueError as error:
+            raise UserError(f"--shrink: {error}; last.pt is whole, as of the epoch before") from None
         if self.run.world.main:
             cost = profile(self.run.model, self.run.opt.imgsz)
-            print(f"{'':>11}slim from here on: {cost.parameters:,} parameters, {cost.gflops:.2f} GFLOPs", flush=True)
+            print(f"{'':>11}slim from here on: {cost.parameters:,} parameters, {cost.gflops:.2f} GFLOPs; "
+                  f"proof: largest relative difference {self.proof:.1e}", flush=True)
 
     def narrowed(self) -> None:
         run, names = self.run, list(self.norms)
@@ -292,7 +309,8 @@ class SparsityHook(Hook):
         return self.target is None or self.target.settled
 
     def state_dict(self) -> dict[str, Any]:
-        return {"history": self.history, "target": self.target.state_dict() if self.target else None, "done": self.done}
+        target = self.target.state_dict() if self.target else None
+        return {"history": self.history, "target": target, "done": self.done}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.history, self.done = list(state["history"]), state.get("done", False)
@@ -302,7 +320,9 @@ class SparsityHook(Hook):
     def record(self) -> dict[str, Any]:
         """For prune.py: a cut follows the sparsity training's blocks and shortcuts. For a resumed run: what is cut."""
         known: dict[str, Any] = {"sparsity": {"round_to": self.round_to, "shortcuts": self.run.opt.shortcuts}}
-        return known | ({"shrunk": {"before": self.before, "done": self.done}} if self.kept else {})
+        if self.kept:
+            known["shrunk"] = {"before": self.before, "done": self.done, "proof": self.proof}
+        return known
 
 
 def flag_matches(flag: str, names: set[str], patterns: list[str]) -> set[str]:
@@ -358,13 +378,18 @@ def check(opt: Namespace) -> Namespace:
     return opt
 
 
-def main(argv: list[str] | None = None) -> Run:
-    """Command line -> sparsity training."""
+def parse(argv: list[str] | None = None) -> Namespace:
+    """Command line -> options; those of a run that does not go on are resolved."""
     parser = training_parser(__doc__)
     add_sparsity_flags(parser)
     opt = parser.parse_args(argv)
     opt.script = os.path.basename(__file__)
-    return train(opt if opt.resume else resolve(check(opt)), [SparsityHook()])
+    return opt if opt.resume else resolve(check(opt))
+
+
+def main(argv: list[str] | None = None, hooks: Sequence[Hook] = ()) -> Run:
+    """Command line, and further hooks -> sparsity training."""
+    return train(parse(argv), [SparsityHook(), *hooks])
 
 
 if __name__ == "__main__":
