@@ -53,6 +53,17 @@ class HelpfulParser(ArgumentParser):
             setattr(opt, name, deepcopy(self.get_default(name)))
         return opt
 
+    def flags(self, opt: Namespace, leave: Collection[str] = ()) -> list[str]:
+        """What was given, as a command line again; but for the values of the names in `leave`."""
+        found: list[str] = []
+        for action in self._actions:
+            if action.dest not in opt.given or action.dest in leave:
+                continue
+            value, name = getattr(opt, action.dest), action.option_strings[0]
+            values = value if isinstance(value, list) else [] if action.nargs == 0 else [value]
+            found += [name, *map(str, values)]
+        return found
+
     def error(self, message: str) -> Any:
         """Raise UserError for what a validator below refuses; anything else is said in argparse's way."""
         refused = re.fullmatch(r"argument (--[\w-]+)\S*: (.*: (?:must|give) .*)", message)
@@ -235,6 +246,21 @@ def add_sparsity_flags(parser: ArgumentParser) -> None:
         help="the prune.py --percent that every epoch's preview is for (0.5, or --target-sparsity)")
     add("--masked-val", type=int, default=0, metavar="N",
         help="every N epochs also validate the model without those channels (0: never)")
+
+
+def road_parser(description: str | None) -> HelpfulParser:
+    """The flags of slim.py: those of a training, and what the whole is to reach."""
+    parser = training_parser(description, "runs/slim")
+    add = parser.add_argument
+    add("--target", type=named_fraction(TARGETS, "flops=0.5, params=0.5, latency=0.6 or map-drop=0.01"),
+        default=("flops", 0.5),
+        help="what is to be left: flops=0.5, params=0.5, latency=0.6 (in PyTorch, on --device), or map-drop=0.01, the "
+             "mAP50-95 on val that a cut may cost before fine-tuning")
+    add("--rounds", type=at_least(1), default=1, help="become sparse and slim in so many trainings")
+    add("--export", nargs="+", metavar="FORMAT", help="in the end write these formats of export.py, such as onnx")
+    add("--int8", action="store_true", help="with --export: in 8 bits, where the format knows them")
+    parser.set_defaults(epochs=None)
+    return parser
 
 
 def pruning_parser(description: str | None) -> HelpfulParser:
