@@ -40,7 +40,7 @@ from utils.slimming import Rules, report
 from utils.slimming.cost import profile
 from utils.slimming.target_sparsity import TargetSparsity
 from utils.training.distributed import World, select_device
-from utils.training.road import PRUNE, Progress, Road, Stage, known_road
+from utils.training.road import PRUNE, STATE, Progress, Road, Stage, known_road
 from utils.training.start import start_model
 from val import pictures
 
@@ -59,10 +59,13 @@ def begin(opt: Namespace, flags: list[str]) -> Road:
     trained = held.get("opt") or {}
     data = opt.data or trained.get("data")
     config = read_data(data or ROOT / BUILT_IN_DATA)
-    epochs = opt.epochs or 2 * config.defaults.get("epochs", DEFAULTS["epochs"] // 2)
+    suited = config.defaults.get("epochs")  # of a training: half as many again for becoming slim
+    epochs = opt.epochs or (suited * 3 // 2 if suited else DEFAULTS["epochs"])
     names = {0: "object"} if opt.single_cls else config.names
     known = not opt.cfg and bool(held) and list(held["names"].values()) == list(names.values())
-    machine = ["--workers", str(opt.workers), *(["--device", opt.device] if opt.device else [])]
+    if (Path(opt.project) / opt.name / STATE).is_file() and opt.exist_ok:
+        raise UserError(f"{Path(opt.project) / opt.name}: a road is there already; --resume goes on with it, "
+                        "another --name starts a new one")
     formats = ["--include", *opt.export, *(["--int8"] if opt.int8 else [])] if opt.export else []
     if formats:
         export.parse(["--weights", OUTPUT, *formats])  # refuses what it does not know now, not in the end
@@ -72,8 +75,9 @@ def begin(opt: Namespace, flags: list[str]) -> Road:
         flags = [*flags, "--optimizer", trained["optimizer"]]  # go on as these weights were trained
     weights = str(Path(opt.weights).absolute()) if opt.weights else opt.weights
     data = str(Path(data).absolute()) if data and Path(data).is_file() else data
+    teacher = "none" if opt.teacher == "" else opt.teacher
     road = Road(Path(), command_line(), flags, weights, opt.cfg, data, opt.imgsz or trained.get("imgsz"), opt.target,
-                epochs, opt.rounds, known, formats, machine)
+                epochs, opt.rounds, known, teacher, formats, opt.workers, opt.device)
     require_possible(road, config, names)
     road.folder = new_run_folder(opt.project, opt.name, opt.exist_ok).absolute()
     road.save()
@@ -124,7 +128,7 @@ def stage_flags(road: Road, stage: Stage, before: str) -> list[str]:
     run += [*road.flags, "--epochs", str(stage.epochs)]
     if stage.name == "dense":
         return [*start_flags(road), *run]
-    flags = ["--weights", before, *run, "--teacher", road.before]
+    flags = ["--weights", before, *run, "--teacher", road.teacher or road.before]
     if stage.script != "train_sparsity.py":
         return flags
     figure = "parameters" if road.target[0] == "params" else "flops"
@@ -169,7 +173,7 @@ def prepare(road: Road) -> None:
     if road.target[0] != "latency" or road.flops is not None:
         return
     model, imgsz = checkpoint.load(road.before), found["imgsz"]
-    pruner = model_pruner(model, imgsz, device_of(road))
+    pruner = model_pruner(model, imgsz, select_device(road.device))
     result = pruner.rank(rules=Rules(min_share=TargetSparsity.FLOOR, round_to=16), per_flop=True).cut(
         target=road.target)
     if result.target is None or not result.target.reached:
@@ -178,11 +182,6 @@ def prepare(road: Road) -> None:
     road.flops = profile(result.slim, imgsz).flops / profile(model, imgsz).flops
     print(f"latency={road.target[1]:g} takes about flops={road.flops:.3f}: measured on the model before")
     road.save()
-
-
-def device_of(road: Road) -> torch.device:
-    """The device that the user named, or the first GPU, or the CPU."""
-    return select_device(road.machine[3] if len(road.machine) > 2 else "")
 
 
 def measure(road: Road, name: str, weights: str | Path, task: str) -> dict[str, Any]:
@@ -211,7 +210,7 @@ def compare(road: Road) -> tuple[list[dict[str, Any]], dict[str, list[float]]]:
         rows.append({"model": name, **{f"{key} {task}": found[task][key] for task in tasks
                                        for key in ("mAP50", "mAP50-95")},
                      "parameters": cost.parameters, "GFLOPs": cost.gflops, "MB": cost.megabytes})
-    ms = milliseconds(list(models.values()), found["val"]["imgsz"], device_of(road))
+    ms = milliseconds(list(models.values()), found["val"]["imgsz"], select_device(road.device))
     return [{**row, "ms": values} for row, values in zip(rows, ms["torch, batch 1"])], ms
 
 
@@ -228,9 +227,21 @@ def reached(road: Road, rows: list[dict[str, Any]]) -> str:
     return text if share <= wanted else f"{text}, which is more; --rounds 2 or a smaller number comes closer"
 
 
+def stage_rows(road: Road) -> list[dict[str, Any]]:
+    """A row per stage: what it ran, and what its model was after it."""
+    rows = []
+    for stage in road.stages:
+        held = checkpoint.read(stage.product(road.folder))
+        cost = profile(checkpoint.build(held), road.done["val-before"]["imgsz"])
+        found = (held.get("metrics") or {}).get("metrics/mAP_0.5:0.95", "")
+        rows.append({"stage": stage.name, "script": stage.script, "epochs": stage.epochs, "mAP50-95 val": found,
+                     "parameters": cost.parameters, "GFLOPs": cost.gflops})
+    return rows
+
+
 def write_page(road: Road, rows: list[dict[str, Any]]) -> None:
     """report.html and its pictures: the road as one file."""
-    folder, device = road.folder, device_of(road)
+    folder, device = road.folder, select_device(road.device)
     before, after = checkpoint.load(road.before), checkpoint.load(road.after)
     config, imgsz = read_data(road.data or ROOT / BUILT_IN_DATA), road.done["val-before"]["imgsz"]
     loader = validation_loader(config, "val", imgsz, 10, int(after.stride.max()), workers=0,
@@ -246,8 +257,10 @@ def write_page(road: Road, rows: list[dict[str, Any]]) -> None:
     if histories:
         drawn["BatchNorm scales over the epochs"] = plot_gamma_history(histories, folder / "gamma_history.png")
     commands = [road.command, *(road.done[stage.name]["command"] for stage in road.stages)]
-    Page(f"Slim: {Path(road.before).name}", [reached(road, rows), f"{road.epochs} epochs in all."], {"Models": rows},
-         drawn, pictures([before, after], loader, device), commands).write(folder / "report.html")
+    title = f"Slimmed to {road.target[0]}={road.target[1]:g}"
+    facts, tables = [reached(road, rows), f"{road.epochs} epochs in all."], {"Models": rows, "Stages": stage_rows(road)}
+    pairs = pictures([before, after], loader, device)
+    Page(title, facts, tables, drawn, pairs, commands).write(folder / "report.html")
 
 
 def finish(road: Road) -> None:
@@ -282,7 +295,8 @@ def main(argv: list[str] | None = None) -> Path:
         if given:
             raise UserError(f"--{given[0].replace('_', '-')}: a road that goes on keeps what it was started with; "
                             "leave it out, or start a new one")
-        road.machine = parser.flags(opt, set(opt.given) - {"workers", "device"}) or road.machine
+        road.workers = opt.workers if "workers" in opt.given else road.workers
+        road.device = opt.device if "device" in opt.given else road.device
     else:
         road = begin(opt, parser.flags(opt, OWN))
     print(f"{road.folder}: {', '.join(f'{s.name} ({s.epochs} epochs)' if s.epochs else s.name for s in road.stages)}; "

@@ -147,7 +147,10 @@ def accuracy(model: Model, loader: DetectionLoader, opt: Namespace, device: torc
 @torch.inference_mode()
 def pictures(models: Sequence[Model], loader: DetectionLoader, device: torch.device,
              count: int = 10) -> list[tuple[str, list[np.ndarray]]]:
-    """The first `count` images of a loader with what each model finds in them: (name, [(H, W, 3) uint8 RGB])."""
+    """The first `count` images of a loader with what each model finds in them: (name, [(H, W, 3) uint8 RGB]).
+
+    Small ones are enlarged, so that captions are readable.
+    """
     from utils.plots.detections import MIN_CONFIDENCE, draw_boxes
 
     ready, shown = [on_device(fused(model), device) for model in models], []
@@ -155,12 +158,13 @@ def pictures(models: Sequence[Model], loader: DetectionLoader, device: torch.dev
         x = batch.images.to(device, torch.float32, memory_format=torch.channels_last) / 255
         found = [nms(model(x)[0].float(), MIN_CONFIDENCE, 0.45) for model in ready]
         for i, file in enumerate(batch.paths):
-            image = batch.images[i].permute(1, 2, 0).numpy()
-            drawn = []
+            image, drawn = batch.images[i].permute(1, 2, 0).numpy(), []
+            times = max(480 // image.shape[1], 1)
+            image = image.repeat(times, 0).repeat(times, 1)
             for model, detections in zip(ready, found):
                 boxes, scores, classes = detections[i].cpu().split((4, 1, 1), 1)
                 labels = [f"{model.names[int(c)]} {score:.2f}" for score, c in zip(scores, classes)]
-                drawn.append(draw_boxes(image, boxes.numpy(), labels, classes.flatten().int().tolist()))
+                drawn.append(draw_boxes(image, times * boxes.numpy(), labels, classes.flatten().int().tolist()))
             shown.append((Path(file).name, drawn))
             if len(shown) == count:
                 return shown

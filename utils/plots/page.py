@@ -27,7 +27,8 @@ figure { margin: 0 0 1.5rem } figcaption { font-size: .9rem; opacity: .8 }
 th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--line); text-align: right }
 th:first-child, td:first-child { text-align: left }
 pre { background: var(--soft); padding: .8rem; overflow-x: auto; border-radius: 4px; font-size: .85rem }
-.pair { display: grid; grid-template-columns: 1fr 1fr; gap: .5rem } .pair figcaption { overflow-wrap: anywhere }
+.pair { display: grid; grid-template-columns: 1fr 1fr; gap: .5rem }
+.pair img { width: 100% } .pair figcaption { overflow-wrap: anywhere }
 """
 
 

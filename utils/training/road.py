@@ -47,8 +47,10 @@ class Road:
     epochs: int
     rounds: int
     trained: bool                 # the weights were trained on the classes of the data: no dense training is needed
+    teacher: str | None = None    # another one than the model before; "none": no teacher
     export: list[str] = field(default_factory=list)  # flags of export.py
-    machine: list[str] = field(default_factory=list)  # --workers and --device
+    workers: int = 8
+    device: str = ""
     flops: float | None = None    # with a target of latency: the share of the FLOPs that is to reach it
     done: dict[str, Any] = field(default_factory=dict)  # name of a stage or measurement -> its figures
 
@@ -71,8 +73,13 @@ class Road:
         return found
 
     @property
+    def machine(self) -> list[str]:
+        """Flags that every script takes, and that may change when the road goes on."""
+        return ["--workers", str(self.workers), *(["--device", self.device] if self.device else [])]
+
+    @property
     def before(self) -> str:
-        """The checkpoint of the model that becomes slim, which is its teacher as well."""
+        """The checkpoint of the model that becomes slim, which is its teacher as well unless another one is given."""
         return str(self.weights if self.trained else self.stages[0].product(self.folder))
 
     @property
@@ -90,10 +97,14 @@ def known_road(resume: str | bool, project: str) -> Road:
     path = Path(resume) if isinstance(resume, str) else newest(f"{project}/*/{STATE}")
     if path is None:
         raise UserError(f"--resume: no road under {project}; give its folder: --resume path/to/exp")
-    for folder in (path, *path.absolute().parents):
+    for folder in (path.absolute(), *path.absolute().parents):
         if (folder / STATE).is_file():
-            data = json.loads((folder / STATE).read_text(encoding="utf-8"))
-            return Road(folder, **{**data, "target": tuple(data["target"])})
+            try:
+                data = json.loads((folder / STATE).read_text(encoding="utf-8"))
+                return Road(folder, **{**data, "target": tuple(data["target"])})
+            except (ValueError, TypeError, KeyError):
+                raise UserError(f"{folder / STATE}: damaged, or of another version; start a new road: --weights with "
+                                "the best of its stages") from None
     raise UserError(f"--resume {path}: no {STATE} there or above; give the folder of a slim.py run")
 
 
