@@ -246,7 +246,7 @@ def write_page(road: Road, rows: list[dict[str, Any]]) -> None:
     config, imgsz = read_data(road.data or ROOT / BUILT_IN_DATA), road.done["val-before"]["imgsz"]
     loader = validation_loader(config, "val", imgsz, 10, int(after.stride.max()), workers=0,
                                single_cls="--single-cls" in road.flags)
-    histories = {stage.name: list(np.load(file)) for stage in road.stages
+    histories = {stage.name: list(np.load(file, allow_pickle=False)) for stage in road.stages
                  if (file := folder / stage.name / "gammas.npy").is_file()}
     kept = [{"layer": name, "original": len(mask), "remaining": int(mask.sum()), "prunable": True}
             for name, mask in after.masks.items()]
