@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 from argparse import BooleanOptionalAction
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from utils.options import resolve, training_parser
 from utils.slimming import slim
 from utils.slimming.surgery import last_masks
 from utils.training.gradual import GradualCut
-from utils.training.run import Run
+from utils.training.run import Hook, Run
 
 
 def known_teacher(data: dict[str, Any]) -> str | None:
@@ -49,15 +50,15 @@ def gradual_cut(data: dict[str, Any]) -> tuple[GradualCut, str | None]:
     return GradualCut(masks), parent
 
 
-def main(argv: list[str] | None = None) -> Run:
-    """Command line -> fine-tuning."""
+def main(argv: list[str] | None = None, hooks: Sequence[Hook] = ()) -> Run:
+    """Command line, and further hooks -> fine-tuning."""
     parser = training_parser(__doc__)
     parser.add_argument("--gradual", action=BooleanOptionalAction, default=True,
                         help="where the cut took channels that the model uses, take them again, in steps")
     opt = parser.parse_args(argv)
     opt.script = os.path.basename(__file__)
     if opt.resume:
-        return train(opt, [GradualCut()])
+        return train(opt, [GradualCut(), *hooks])
     opt.weights = opt.weights or "pruned_model.pt"
     if opt.cfg:
         raise UserError("--cfg: not taken here, the slim checkpoint knows its own shape; "
@@ -69,7 +70,7 @@ def main(argv: list[str] | None = None) -> Run:
     opt.teacher = known_teacher(data) if opt.teacher is None else opt.teacher
     hook, wide = gradual_cut(data) if opt.gradual else (GradualCut(), None)
     opt.weights = wide or opt.weights
-    return train(resolve(opt, data), [hook])
+    return train(resolve(opt, data), [hook, *hooks])
 
 
 if __name__ == "__main__":

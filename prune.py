@@ -15,6 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from models import checkpoint
@@ -26,6 +27,7 @@ from models.yolo import Model, on_device, whole_strides
 from utils.errors import UserError, run_cli
 from utils.files import command_line, copy_file, new_run_folder, write_json
 from utils.options import pruning_parser, read_hyp, resolve
+from utils.plots.page import Page
 from utils.plots.slimming import plot_gammas, plot_kept, plot_sensitivity, plot_sweep
 from utils.slimming import TARGETS, Pruner, PruneResult, Rules, report, slim
 from utils.slimming.calibration import absorb, recalibrate
@@ -35,7 +37,7 @@ from utils.tables import write_csv
 from utils.training.calibration import TrainingSample
 from utils.training.distributed import select_device
 from utils.training.resume import newest_run
-from val import accuracy, dataset_loader
+from val import accuracy, dataset_loader, pictures
 
 OUTPUT = "pruned_model.pt"
 IMAGES = 128  # training images that scores on data and repairs look at
@@ -139,6 +141,15 @@ def write(result: PruneResult[Model], opt: Namespace, source: dict[str, Any]) ->
     return folder
 
 
+def write_page(folder: Path, opt: Namespace, stages: list[dict[str, Any]], costs: list[dict[str, Any]],
+               pairs: list[tuple[str, list[np.ndarray]]]) -> None:
+    """report.html, the run as one file."""
+    asked = "{}={:g}".format(*opt.target) if opt.target else f"{opt.percent:.1%} of the prunable channels"
+    drawn = {"BatchNorm scales": folder / "gammas.png", "Channels kept": folder / "channels.png"}
+    Page(f"Pruned: {Path(opt.weights).name}", [f"Asked: {asked}. Before any fine-tuning."],
+         {"Stages": stages, "Cost": costs}, drawn, pairs, [command_line()]).write(folder / "report.html")
+
+
 def main(argv: list[str] | None = None) -> Path:
     """Command line -> slim checkpoint; returns the run's folder."""
     parser = pruning_parser(__doc__)
@@ -152,6 +163,9 @@ def main(argv: list[str] | None = None) -> Path:
         print(f"--weights not given: taking the newest sparsity run, {opt.weights}")
     source = checkpoint.read(opt.weights)
     model = checkpoint.build(source, path=opt.weights)
+    if source.get("shrunk", {}).get("done") and not {"percent", "target", "sweep", "sensitivity"} & set(opt.given):
+        print(f"{opt.weights}: its zeros were cut in the training, nothing more is (--percent 0.2: a fifth more)")
+        opt.percent = 0.0
     if opt.cfg:
         check_cfg(model.yaml, opt.cfg)
     opt = resolve(opt, source)
@@ -167,12 +181,13 @@ def main(argv: list[str] | None = None) -> Path:
     result = cut(pruner, opt)
     models = repair(pruner, result, opt, device)
     folder = write(result, opt, source)  # before the measurements: whatever becomes of them, the model is there
-    stages, ms = [], {}
+    stages, ms, pairs = [], {}, []
     if not opt.noval:
         loader = dataset_loader(model, opt)
         stages = [{"stage": stage, **accuracy(m, loader, opt, device)} for stage, m in models.items()]
         print(report.stage_table(stages) + "\n")
         ms = milliseconds([model, result.slim], opt.imgsz, device)
+        pairs = pictures([model, result.slim], loader, device)
     before, after = (profile(m, opt.imgsz, model.yaml["ch"]) for m in (model, result.slim))
     print(report.cost_table(costs := report.cost_rows(before, after, ms)))
     print(f"milliseconds are medians, in turn; {torch.get_num_threads()} threads on the CPU\n" if ms else "")
@@ -182,7 +197,8 @@ def main(argv: list[str] | None = None) -> Path:
         "command": command_line(), "weights": str(opt.weights), "data": opt.data, "imgsz": opt.imgsz,
         "requested": dict([opt.target]) if opt.target else opt.percent, **result.report, "stages": stages,
         "cost": costs, "threads": torch.get_num_threads(), "device": str(device), "lineage": lineage})
-    print(f"Slim model: {folder / OUTPUT} (and {OUTPUT}); report and pictures in {folder}")
+    write_page(folder, opt, stages, costs, pairs)
+    print(f"Slim model: {folder / OUTPUT} (and {OUTPUT}); report.html and pictures in {folder}")
     return folder
 
 

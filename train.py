@@ -366,11 +366,11 @@ def finish(run: Run, hours: float) -> Evaluation:
     return result
 
 
-def main(argv: list[str] | None = None) -> Run:
-    """Command line -> training."""
+def main(argv: list[str] | None = None, hooks: Sequence[Hook] = ()) -> Run:
+    """Command line, and hooks -> training."""
     opt = training_parser(__doc__).parse_args(argv)
     opt.script = os.path.basename(__file__)
-    return train(opt if opt.resume else resolve(opt))
+    return train(opt if opt.resume else resolve(opt), hooks)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
     python train_sparsity.py --st --sr 0.0001                    # the penalty: you choose its strength
     python train_sparsity.py --target-sparsity 0.5               # half of the prunable channels end at exactly 0
+    python train_sparsity.py --target flops=0.5 --shrink         # as many as half of the FLOPs take, cut in the run
     tensorboard --logdir runs/train                              # bn_weights/hist: watch the gammas go to zero
 
 This is train.py with one hook. The next step is: python prune.py --percent 0.5
@@ -10,7 +11,8 @@ from __future__ import annotations
 
 import math
 import os
-from argparse import BooleanOptionalAction, Namespace
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,22 +20,27 @@ import torch
 from PIL import Image
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from models.pruning import model_pruner
+from models.yolo import Model
 from train import train
 from utils.errors import UserError, run_cli
 from utils.files import write_array
-from utils.options import HelpfulParser, at_least, fraction, resolve, training_parser
+from utils.options import add_sparsity_flags, resolve, training_parser
 from utils.plots.slimming import plot_gamma_history, plot_gammas
-from utils.slimming.graph import batch_norms, matching
-from utils.slimming.pruner import Pruner
+from utils.slimming.cost import profile
+from utils.slimming.graph import Masks, batch_norms, matching
 from utils.slimming.ranking import MIN_SHARE, NOTHING_TO_CUT, Rules
 from utils.slimming.sparsity import GammaL1, gamma_stats, l1_reach
-from utils.slimming.surgery import masked
+from utils.slimming.surgery import last_masks, masked, slim
 from utils.slimming.target_sparsity import TargetSparsity
+from utils.slimming.targets import TARGETS
+from utils.training.narrow import narrow
 from utils.training.run import Hook, Run
 from val import evaluate
 
 # AVX-512 kernels compute 16 channels at a time, AVX2 and GPUs 8; a multiple of 16 suits them all.
 BLOCK_SIZES = (16, 8, 4, 2, 1)
+ENOUGH = 0.1  # of the channels: --shrink cuts when so many more are 0 for good; each cut takes a second or two
 NO_NORMS = ("sparsity: no BatchNorm is left to act on; give fewer --keep, --only or --freeze, "
             "or a model with BatchNorms")
 
@@ -45,42 +52,61 @@ class SparsityHook(Hook):
     others, unless --shortcuts joint takes such channels as one.
     """
 
+    done = False  # --shrink has cut the last channel: none is left for the target to look at
+
     def start(self, run: Run) -> None:
         self.run = run
-        # What is shown is what is saved, the averaged weights: the pruner looks at them.
-        try:
-            self.pruner = Pruner(run.ema.ema, run.opt.imgsz)
-        except ValueError as error:
-            raise UserError(f"sparsity: {error}" if str(error) != NOTHING_TO_CUT else NO_NORMS) from None
-        names = self.sparsified_norms()
-        self.averaged = {name: self.pruner.norms[name] for name in names}
-        self.norms = batch_norms(run.model, names)
-        self.penalty = GammaL1(list(self.norms.values()), run.opt.sr, run.opt.epochs, run.opt.sr_bias)
-        self.round_to = 1
-        self.target = self.build_target() if run.opt.target_sparsity else None
+        shrunk = run.resumed.get("shrunk")
+        self.before: Masks = shrunk["before"] if shrunk else dict(run.model.masks)  # as the run starts
+        self.kept: Masks = {}  # over the channels that it starts with: what --shrink has left; empty before it cuts
+        self.proof = shrunk["proof"] if shrunk else 0.0  # largest relative difference that a cut has made
+        if shrunk:
+            # What is shown is over the channels of the start: the model as it was, with zeros where channels were.
+            wide = slim(Model(run.model.yaml), self.before).to(run.world.device)
+            self.choose(run.opt, wide, wide, run.resumed, self.frozen_norms(run.model))
+            self.narrowed()
+        else:
+            # What is shown is what is saved, the averaged weights: the pruner looks at them.
+            self.choose(run.opt, run.model, run.ema.ema, run.resumed, self.frozen_norms(run.model))
         self.history: list[torch.Tensor] = []  # |gamma| of all channels, an entry an epoch
         if run.world.main:
             print(self.summary())
             if run.opt.sr:
                 print(l1_note(run, self.penalty))
 
+    def choose(self, opt: Namespace, model: Model, average: Model, resumed: Mapping[str, Any],
+               frozen: set[str]) -> None:
+        """Which BatchNorms to act on, and how. UserError where there are none, or the target can't be reached."""
+        self.opt, self.resumed, self.frozen = opt, resumed, frozen
+        try:
+            self.pruner = model_pruner(average, opt.imgsz)
+        except ValueError as error:
+            raise UserError(f"sparsity: {error}" if str(error) != NOTHING_TO_CUT else NO_NORMS) from None
+        names = self.sparsified_norms()
+        self.averaged = {name: self.pruner.norms[name] for name in names}
+        self.norms = batch_norms(model, names)
+        self.penalty = GammaL1(list(self.norms.values()), opt.sr, opt.epochs, opt.sr_bias)
+        self.round_to = 1
+        self.target = self.build_target() if opt.target_sparsity or opt.target else None
+
     def sparsified_norms(self) -> list[str]:
         """Names of the BatchNorms to act on, as --shortcuts, --only, --keep and --freeze leave them."""
-        opt, graph = self.run.opt, self.pruner.graph
+        opt, graph = self.opt, self.pruner.graph
         every = set(graph.norms)
         try:
             keep = flag_matches("--keep", every, opt.keep)
             only = flag_matches("--only", every, opt.only) if opt.only else every
         except ValueError as error:
             raise UserError(f"{error}; prune.py's table shows the names") from None
-        names = graph.prunable_norms(opt.shortcuts == "joint", self.frozen_norms() | keep | (every - only))
+        names = graph.prunable_norms(opt.shortcuts == "joint", (self.frozen & every) | keep | (every - only))
         if not names:
             raise UserError(NO_NORMS)
         return names
 
-    def frozen_norms(self) -> set[str]:
+    @staticmethod
+    def frozen_norms(model: Model) -> set[str]:
         """The BatchNorms that --freeze froze."""
-        norms = batch_norms(self.run.model, self.pruner.graph.norms)
+        norms = {name: norm for name, norm in model.named_modules() if isinstance(norm, _BatchNorm) and norm.affine}
         return {name for name, norm in norms.items() if not norm.weight.requires_grad}
 
     def build_target(self) -> TargetSparsity:
@@ -88,30 +114,53 @@ class SparsityHook(Hook):
 
         Without that flag they are of the largest size that leaves a choice of blocks.
         """
-        opt, graph = self.run.opt, self.pruner.graph
+        opt, graph = self.opt, self.pruner.graph
         flops = self.pruner.costs.flops_per_channel()
         costs = [flops[name] for name in self.norms] if opt.per_flop else None
         groups = [graph.group[graph.norms[name]] for name in self.norms]
         # The average of a gamma that is 0 comes near 0 but never there, so it is set to 0 as well.
         norms, averaged = list(self.norms.values()), list(self.averaged.values())
+        wanted = opt.target_sparsity or 1 - opt.target[1]  # share of the channels, or of the figure, that is to go
         for size in self.block_sizes():
             target = TargetSparsity(norms, opt.target_sparsity, averaged, costs, groups, size)
-            if opt.target_sparsity <= 0.9 * target.most:
+            most = target.most if opt.target_sparsity else 1 - self.figure_without(target.most_gone)
+            if wanted <= 0.9 * most:
                 break
         self.round_to = size
-        if opt.target_sparsity > target.most:
-            most = math.floor(1000 * target.most) / 1000
-            mend = f" in blocks of {size}; give less, or a smaller --round-to"
-            raise UserError(f"--target-sparsity {opt.target_sparsity:g}: at most {most} of the channels can go"
-                            + (mend if size > 1 else "; every layer keeps some; give less"))
+        if wanted > most:
+            asked, of_what, mend = f"--target-sparsity {wanted:g}", "channels", "less"
+            if opt.target:
+                asked, of_what, mend = "--target {}={:g}".format(*opt.target), opt.target[0], "more"
+            end = f" in blocks of {size}; give {mend}, or a smaller --round-to" if size > 1 else (
+                f"; every layer keeps some; give {mend}")
+            raise UserError(f"{asked}: at most {math.floor(1000 * most) / 1000} of the {of_what} can go{end}")
         return target
+
+    def figure_without(self, gone: Sequence[np.ndarray]) -> float:
+        """The figure of --target, 0..1 of the start's, without these channels: bool (channels,) per BatchNorm."""
+        return TARGETS[self.opt.target[0]].value(self.pruner, self.kept_without(gone))
+
+    def kept_without(self, gone: Sequence[np.ndarray]) -> np.ndarray:
+        """Channels that go -> what is kept, bool (ids,); a convolution that would be left without any keeps all."""
+        graph = self.pruner.graph
+        keep = np.ones(len(graph.group), bool)
+        for name, flags in zip(self.norms, gone):
+            keep[graph.group[graph.norms[name][flags]]] = False
+        for ids in graph.outputs.values():
+            if not keep[graph.group[ids]].any():
+                keep[graph.group[ids]] = True
+        return keep[graph.group]
+
+    def reached(self, gone: list[np.ndarray]) -> bool:
+        """Is --target reached without these channels?"""
+        return self.figure_without(gone) <= self.opt.target[1]
 
     def block_sizes(self) -> tuple[int, ...]:
         """The sizes of blocks to try, in order. A resumed run goes on with its own."""
-        if self.run.opt.round_to:
-            return (self.run.opt.round_to,)
-        if self.run.resumed:
-            return (self.run.resumed.get("sparsity", {}).get("round_to", 1),)  # 1: the run is older than blocks
+        if self.opt.round_to:
+            return (self.opt.round_to,)
+        if self.resumed:
+            return (self.resumed.get("sparsity", {}).get("round_to", 1),)  # 1: the run is older than blocks
         return BLOCK_SIZES
 
     def summary(self) -> str:
@@ -119,16 +168,17 @@ class SparsityHook(Hook):
         opt = self.run.opt
         how = f"sr {opt.sr:g}"
         if self.target:
-            how = f"target {opt.target_sparsity:.0%}" + (f" in blocks of {self.round_to}" if self.round_to > 1 else "")
+            how = "target " + (f"{opt.target_sparsity:.0%}" if opt.target_sparsity else "{}={:g}".format(*opt.target))
+            how += f" in blocks of {self.round_to}" if self.round_to > 1 else ""
         others = []
         if opt.shortcuts == "skip":
             others.append("tied by shortcuts")
         if opt.keep or opt.only:
             others.append("left out by --keep or --only")
-        if self.frozen_norms():
+        if self.frozen:
             others.append("frozen")
         total = sum(isinstance(module, _BatchNorm) for module in self.run.model.modules())
-        channels = sum(len(norm.weight) for norm in self.norms.values())
+        channels = sum(len(self.pruner.norms[name].weight) for name in self.norms)
         text = f"sparsity: {how}, on {len(self.norms)} of {total} BatchNorms, {channels} channels"
         text += f"; the others are {' or '.join(others)}" if others else ""
         if self.target:
@@ -137,16 +187,63 @@ class SparsityHook(Hook):
         return text
 
     def before_step(self) -> None:
-        if self.target:
+        if self.target and not self.done:
             self.target.observe()  # the loss's gradients, without the penalty's
         self.penalty.add_to_gradients(self.run.epoch, self.run.batch_fraction)
 
     def after_step(self, skipped: bool) -> None:
-        if self.target and not skipped:
-            self.target.shrink(self.run.progress)
+        if self.target is None or skipped or self.done:
+            return
+        if self.run.opt.target and self.target.due(self.run.progress):
+            self.target.aim(self.reached)
+        self.target.shrink(self.run.progress)
+
+    def shrink(self) -> None:
+        """--shrink: cut the channels that are 0 for good, once the zeros are final or there are enough new ones."""
+        if not self.run.opt.shrink or self.target is None or self.done:
+            return
+        masks = self.pruner.graph.masks(self.kept_without(self.target.gone))
+        new = last_masks(self.kept, masks)
+        channels = sum(int((~new[name]).sum()) for name in self.norms)
+        if not self.target.settled and channels < ENOUGH * self.target.total:
+            return
+        self.done = self.target.settled
+        if not channels:
+            return
+        zeroed = self.run.ema.ema
+        narrow(self.run, new)
+        try:
+            self.proof = max(self.proof, self.pruner.check(zeroed, self.run.ema.ema))
+        except ValueError as error:
+            raise UserError(f"--shrink: {error}; last.pt is whole, as of the epoch before") from None
+        if self.run.world.main:
+            cost = profile(self.run.model, self.run.opt.imgsz)
+            print(f"{'':>11}slim from here on: {cost.parameters:,} parameters, {cost.gflops:.2f} GFLOPs; "
+                  f"proof: largest relative difference {self.proof:.1e}", flush=True)
+
+    def narrowed(self) -> None:
+        run, names = self.run, list(self.norms)
+        self.pruner.model.cpu()  # nobody else holds it any more
+        self.kept = last_masks(self.before, run.model.masks)
+        self.norms = batch_norms(run.model, names)
+        self.averaged = {name: self.pruner.norms[name] for name in names}
+        self.penalty = GammaL1(list(self.norms.values()), run.opt.sr, run.opt.epochs, run.opt.sr_bias)
+        if self.target:
+            averaged = list(batch_norms(run.ema.ema, names).values())
+            self.target.follow(list(self.norms.values()), averaged, [self.kept[name].numpy() for name in names])
+
+    @torch.no_grad()
+    def look(self) -> None:
+        """Where channels were cut: bring the averaged scales and shifts into the model that the pruner looks at."""
+        for name, norm in batch_norms(self.run.ema.ema, self.kept).items():
+            wide = self.pruner.norms[name]
+            for mine, theirs in ((wide.weight, norm.weight), (wide.bias, norm.bias)):
+                mine.zero_()
+                mine[self.kept[name]] = theirs.cpu()
 
     def epoch_end(self, log: dict[str, float]) -> None:
         opt = self.run.opt
+        self.look()
         gammas: list[torch.Tensor] = [norm.weight for norm in self.averaged.values()]
         self.history.append(torch.cat(gammas).detach().abs().half().cpu())
         stats = gamma_stats(gammas)
@@ -162,15 +259,21 @@ class SparsityHook(Hook):
             print(f"{'':>11}gammas {shares}; limit: {limit:.1%}", flush=True)
         log.update(self.preview_cut())
         self.add_histograms()
+        if opt.target and self.target and not self.target.settled:
+            self.target.aim(self.reached)
+        self.shrink()
 
     def preview_cut(self) -> dict[str, float]:
         """What prune.py --percent would make of the model as it is now: size and, now and then, mAP."""
         run, opt = self.run, self.run.opt
-        masks, parameters, flops = self.pruner.preview(opt.percent)
+        percent = opt.percent
+        if percent is None:  # what --target takes as the channels rank now
+            percent = self.target.share * self.target.total / self.pruner.ranking.total if self.target else 0.0
+        masks, parameters, flops = self.pruner.preview(percent)
         log = {"sparsity/parameters_left": float(parameters), "sparsity/gflops_left": flops / 1e9}
-        text = f"--percent {opt.percent:g} would leave {parameters:,} parameters, {flops / 1e9:.3f} GFLOPs"
+        text = f"--percent {percent:.3g} would leave {parameters:,} parameters, {flops / 1e9:.3f} GFLOPs"
         if opt.masked_val and (run.epoch + 1) % opt.masked_val == 0:
-            candidate = masked(run.ema.ema, masks)
+            candidate = masked(run.ema.ema, last_masks(self.kept, masks))
             ap = evaluate(candidate, run.val_loader, run.world.device, processes=run.world.size).ap
             log.update({"sparsity/masked_mAP_0.5": ap.map50, "sparsity/masked_mAP_0.5:0.95": ap.map})
             text += f", mAP50 {ap.map50:.3f}, mAP50-95 {ap.map:.3f}"
@@ -206,16 +309,20 @@ class SparsityHook(Hook):
         return self.target is None or self.target.settled
 
     def state_dict(self) -> dict[str, Any]:
-        return {"history": self.history, "target": self.target.state_dict() if self.target else None}
+        target = self.target.state_dict() if self.target else None
+        return {"history": self.history, "target": target, "done": self.done}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.history = list(state["history"])
+        self.history, self.done = list(state["history"]), state.get("done", False)
         if self.target:
             self.target.load_state_dict(state["target"])
 
     def record(self) -> dict[str, Any]:
-        """For prune.py: a cut follows the sparsity training's blocks and shortcuts."""
-        return {"sparsity": {"round_to": self.round_to, "shortcuts": self.run.opt.shortcuts}}
+        """For prune.py: a cut follows the sparsity training's blocks and shortcuts. For a resumed run: what is cut."""
+        known: dict[str, Any] = {"sparsity": {"round_to": self.round_to, "shortcuts": self.run.opt.shortcuts}}
+        if self.kept:
+            known["shrunk"] = {"before": self.before, "done": self.done, "proof": self.proof}
+        return known
 
 
 def flag_matches(flag: str, names: set[str], patterns: list[str]) -> set[str]:
@@ -250,57 +357,39 @@ def l1_note(run: Run, penalty: GammaL1) -> str:
 
 def check(opt: Namespace) -> Namespace:
     """Refuse flags that contradict each other; --sparsity says which mode they belong to, or follows from them."""
-    if opt.sparsity == "target" and opt.target_sparsity is None:
-        opt.target_sparsity = 0.5
     if opt.sparsity == "l1" and opt.target_sparsity is not None:
         raise UserError("--sparsity l1 knows no --target-sparsity; leave one of the two out")
-    if opt.round_to and not opt.target_sparsity:
+    if opt.target and (opt.sparsity == "l1" or opt.target_sparsity):
+        other = "--sparsity l1" if opt.sparsity == "l1" else "--target-sparsity"
+        raise UserError(f"--target {opt.target[0]}: does not go with {other}; leave one of the two out")
+    if opt.sparsity == "target" and not (opt.target or opt.target_sparsity):
+        opt.target_sparsity = 0.5
+    aimed = opt.target or opt.target_sparsity
+    if opt.shrink and not aimed:
+        raise UserError("--shrink: cuts zeros; needs --target-sparsity or --target, which make them")
+    if opt.round_to and not aimed:
         raise UserError(f"--round-to {opt.round_to}: needs --target-sparsity (without it give --round-to to prune.py)")
     if opt.sr is None:
-        opt.sr = 0.0 if opt.target_sparsity else 0.0001
-    if opt.percent is None:
+        opt.sr = 0.0 if aimed else 0.0001
+    if opt.percent is None and not opt.target:
         opt.percent = opt.target_sparsity or 0.5
     if not opt.st:
-        opt.sr, opt.sr_bias, opt.target_sparsity = 0.0, 0.0, None
+        opt.sr, opt.sr_bias, opt.target_sparsity, opt.target, opt.percent = 0.0, 0.0, None, None, opt.percent or 0.5
     return opt
 
 
-def add_sparsity_flags(parser: HelpfulParser) -> None:
-    """The flags that train.py does not have."""
-    add = parser.add_argument
-    half = "0.5 takes half of the prunable channels to 0"
-    add("--st", action=BooleanOptionalAction, default=True, help="sparsity training; --no-st trains without it")
-    add("--sparsity", choices=["l1", "target"],
-        help="l1: the penalty of --sr (default); target: --target-sparsity, 0.5 where that is not given")
-    add("--sr", type=at_least(0, float),
-        help="strength of the L1 penalty on the BN scales (0.0001; 0 with --target-sparsity)")
-    add("--sr-bias", type=float, help="strength of the L1 penalty on the BN shifts (10 * sr)")
-    add("--target-sparsity", type=fraction(zero=False, one=False, hint=half),
-        help="share of the prunable channels that are exactly 0 in the end, 0..1 "
-             "(as many as fill up blocks of --round-to)")
-    add("--per-flop", action=BooleanOptionalAction, default=True,
-        help="with --target-sparsity: rank channels by importance per FLOP, which makes the slim model faster; "
-             "--no-per-flop: by importance")
-    add("--round-to", type=at_least(1), metavar="N",
-        help="with --target-sparsity: channels go in blocks, so that what is left of a layer is a multiple of N, as "
-             "fast kernels want it; 1: one by one (16, or less where layers are too narrow for a choice)")
-    add("--shortcuts", choices=["skip", "joint"], default="skip",
-        help="channels that shortcuts tie together are left alone (skip), or taken as one (joint)")
-    add("--keep", nargs="+", default=[], metavar="PATTERN", help="BatchNorms to leave alone, such as 'model.0.*'")
-    add("--only", nargs="+", default=[], metavar="PATTERN", help="act on no BatchNorms but these")
-    add("--percent", type=fraction(one=False),
-        help="the prune.py --percent that every epoch's preview is for (0.5, or --target-sparsity)")
-    add("--masked-val", type=int, default=0, metavar="N",
-        help="every N epochs also validate the model without those channels (0: never)")
-
-
-def main(argv: list[str] | None = None) -> Run:
-    """Command line -> sparsity training."""
+def parse(argv: list[str] | None = None) -> Namespace:
+    """Command line -> options; those of a run that does not go on are resolved."""
     parser = training_parser(__doc__)
     add_sparsity_flags(parser)
     opt = parser.parse_args(argv)
     opt.script = os.path.basename(__file__)
-    return train(opt if opt.resume else resolve(check(opt)), [SparsityHook()])
+    return opt if opt.resume else resolve(check(opt))
+
+
+def main(argv: list[str] | None = None, hooks: Sequence[Hook] = ()) -> Run:
+    """Command line, and further hooks -> sparsity training."""
+    return train(parse(argv), [SparsityHook(), *hooks])
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import time
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -143,6 +143,33 @@ def accuracy(model: Model, loader: DetectionLoader, opt: Namespace, device: torc
     """P, R, mAP50 and mAP50-95 of a Model, fused, on `device`."""
     ap = evaluate(on_device(fused(model), device), loader, device, single_cls=opt.single_cls).ap
     return {"P": ap.mp, "R": ap.mr, "mAP50": ap.map50, "mAP50-95": ap.map}
+
+
+@torch.inference_mode()
+def pictures(models: Sequence[Model], loader: DetectionLoader, device: torch.device,
+             count: int = 10) -> list[tuple[str, list[np.ndarray]]]:
+    """The first `count` images of a loader with what each model finds in them: (name, [(H, W, 3) uint8 RGB]).
+
+    Small ones are enlarged, so that captions are readable.
+    """
+    from utils.plots.detections import MIN_CONFIDENCE, draw_boxes
+
+    ready, shown = [on_device(fused(model), device) for model in models], []
+    for batch in loader:
+        x = batch.images.to(device, torch.float32, memory_format=torch.channels_last) / 255
+        found = [nms(model(x)[0].float(), MIN_CONFIDENCE, 0.45) for model in ready]
+        for i, file in enumerate(batch.paths):
+            image, drawn = batch.images[i].permute(1, 2, 0).numpy(), []
+            times = max(480 // image.shape[1], 1)
+            image = image.repeat(times, 0).repeat(times, 1)
+            for model, detections in zip(ready, found):
+                boxes, scores, classes = detections[i].cpu().split((4, 1, 1), 1)
+                labels = [f"{model.names[int(c)]} {score:.2f}" for score, c in zip(scores, classes)]
+                drawn.append(draw_boxes(image, times * boxes.numpy(), labels, classes.flatten().int().tolist()))
+            shown.append((Path(file).name, drawn))
+            if len(shown) == count:
+                return shown
+    return shown
 
 
 def print_table(result: Evaluation, names: dict[int, str], per_class: bool) -> None:

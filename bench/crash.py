@@ -1,4 +1,4 @@
-"""Kill the training scripts at random instants, go on, and compare with a run that was not disturbed, bit for bit.
+"""Kill the training scripts and slim.py at random instants, go on, and compare with undisturbed runs, bit for bit.
 
     python bench/crash.py                        # 20 kills per script, about ten minutes on two cores
 
@@ -42,8 +42,18 @@ def commands(folder: Path) -> dict[str, list[str]]:
     checkpoint.save(weights, pruner.rank().cut(percent=0.4).slim, imgsz=64)
     train = ["--data", str(data), *TRAIN.split()]
     scratch = [*train, "--weights", "", "--cfg", str(yaml)]
-    return {"train.py": scratch, "train_sparsity.py": [*scratch, "--target-sparsity", "0.4"],
-            "finetune_pruned.py": [*train, "--weights", str(weights)]}
+    sparse = [*scratch, "--target-sparsity", "0.4", "--shrink"]
+    return {"train.py": scratch, "train_sparsity.py": sparse,
+            "finetune_pruned.py": [*train, "--weights", str(weights)],
+            "slim.py": [*scratch, "--target", "flops=0.6", "--epochs", "9"]}
+
+
+def is_done(script: str, folder: Path) -> bool:
+    """Has a run come to its end?"""
+    if script == "slim.py":
+        return (crash.road(folder) / "report.json").is_file()
+    last = crash.last(folder)
+    return last.is_file() and checkpoint.read(last)["training"]["epoch"] >= EPOCHS
 
 
 def disturb(script: str, flags: list[str], folder: Path, kills: int, rng: random.Random) -> Row:
@@ -52,18 +62,19 @@ def disturb(script: str, flags: list[str], folder: Path, kills: int, rng: random
     crash.finish(script, [*flags, "--workers", "0"], undisturbed)
     seconds = time.monotonic() - start
     done, runs, found = 0, 0, []
+    differences = crash.road_differences if script == "slim.py" else crash.differences
     while done < kills:
         runs += 1
         here, workers = folder / f"run{runs}", rng.choice([0, 1, 2])
-        mine, last = [*flags, "--workers", str(workers)], crash.last(here)
+        mine = [*flags, "--workers", str(workers)]
         for _ in range(rng.randint(1, 4)):
             instant = crash.random_instant(rng, seconds)
             if not crash.kill(script, crash.going_on(mine, here, workers), here, instant):
                 break
             done += 1
-        if not last.is_file() or checkpoint.read(last)["training"]["epoch"] < EPOCHS:
+        if not is_done(script, here):
             crash.finish(script, crash.going_on(mine, here, workers), here)
-        found += [f"run {runs}: {what}" for what in crash.differences(undisturbed, here)]
+        found += [f"run {runs}: {what}" for what in differences(undisturbed, here)]
         print(f"{script}: {done} of {kills} kills", flush=True)
     outcome = f"{len(found)} differences: {'; '.join(found[:5])}" if found else "all bit-identical in the end"
     print(f"{script}: {done} kills in {runs} runs, {outcome}")
@@ -74,12 +85,14 @@ def main() -> None:
     """Disturb all scripts."""
     parser = HelpfulParser(__doc__)
     parser.add_argument("--kills", type=int, default=20, help="kills per script")
+    parser.add_argument("--scripts", nargs="+", help="only these")
     parser.add_argument("--seed", type=int, default=0, help="seed of the instants")
     opt = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         rows = [disturb(script, flags, Path(name) / script, opt.kills, random.Random(opt.seed))
-                for script, flags in commands(Path(name)).items()]
-    write_csv(RESULTS / "crash.csv", rows)
+                for script, flags in commands(Path(name)).items() if script in (opt.scripts or [script])]
+    if not opt.scripts:
+        write_csv(RESULTS / "crash.csv", rows)
     sys.exit(any(row["differences"] for row in rows))
 
 

@@ -42,8 +42,15 @@ def last(folder: Path) -> Path:
     return folder / "runs" / "train" / "exp" / "weights" / "last.pt"
 
 
+def road(folder: Path) -> Path:
+    """The only run of slim.py in the folder."""
+    return folder / "runs" / "slim" / "exp"
+
+
 def going_on(flags: list[str], folder: Path, workers: int = 0) -> list[str]:
     """How a user goes on after a crash: --resume, or the same command again where nothing had been saved yet."""
+    if (road(folder) / "slim.json").is_file():
+        return ["--resume", str(road(folder)), "--workers", str(workers), "--device", "cpu"]
     if not last(folder).is_file():
         return [*flags, "--exist-ok"]
     return ["--resume", str(last(folder)), "--workers", str(workers), "--device", "cpu"]
@@ -60,7 +67,7 @@ def while_saving(nth: int) -> Callable[[Path], bool]:
     seen: set[tuple[str, int]] = set()
 
     def now(folder: Path) -> bool:
-        for file in last(folder).parent.glob(".*.tmp"):
+        for file in folder.glob("runs/*/**/weights/.*.tmp"):
             try:
                 seen.add((file.name, file.stat().st_ino))
             except OSError:
@@ -113,6 +120,12 @@ def differences(a: Path, b: Path) -> list[str]:
     if not same(*best):
         found.append("best.pt")
     return found
+
+
+def road_differences(a: Path, b: Path) -> list[str]:
+    """What is not equal, bit for bit, in the slim models of two runs of slim.py."""
+    one, two = (checkpoint.read(road(folder) / "slim.pt") for folder in (a, b))
+    return [key for key in ("yaml", "masks", "state_dict") if not same(one[key], two[key])]
 
 
 def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:

@@ -307,7 +307,8 @@ def test_official_weights_give_stocks_figures_on_coco128(script, assets, tmp_pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["train.py", "train_sparsity.py", "prune.py", "finetune_pruned.py", "val.py"])
+@pytest.mark.parametrize("name", ["train.py", "train_sparsity.py", "prune.py", "finetune_pruned.py", "slim.py",
+                                  "val.py"])
 def test_help_explains_every_flag(script, tmp_path, name):
     out = script(name, "--help", cwd=tmp_path).stdout
     assert "--weights" in out and "--imgsz" in out

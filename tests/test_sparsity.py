@@ -294,7 +294,7 @@ def test_blocks_are_as_large_as_leaves_a_choice(width, share, expected):
     hook, model = SparsityHook(), Model({**read_yaml("yolov5n.yaml"), "width_multiple": width}, nc=3)
     hook.pruner = Pruner(model, 64)
     hook.norms = hook.averaged = batch_norms(model, hook.pruner.graph.prunable_norms())
-    hook.run = SimpleNamespace(opt=Namespace(target_sparsity=share, round_to=None, per_flop=False), resumed={})
+    hook.opt, hook.resumed = Namespace(target_sparsity=share, round_to=None, per_flop=False), {}
     target = hook.build_target()
     assert hook.round_to == expected and share <= 0.9 * target.most
 

@@ -6,7 +6,14 @@ from __future__ import annotations
 
 import math
 import re
-from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter, ArgumentParser, ArgumentTypeError, Namespace
+from argparse import (
+    SUPPRESS,
+    ArgumentDefaultsHelpFormatter,
+    ArgumentParser,
+    ArgumentTypeError,
+    BooleanOptionalAction,
+    Namespace,
+)
 from collections.abc import Callable, Collection
 from copy import deepcopy
 from pathlib import Path
@@ -22,6 +29,7 @@ BUILT_IN_DATA = "data/shapes.yaml"
 # What holds when neither a flag nor the data yaml says otherwise: YOLOv5's defaults.
 DEFAULTS: dict[str, Any] = {"weights": "yolov5s.pt", "cfg": "", "imgsz": 640, "epochs": 100, "batch_size": 16,
                             "nbs": None, "optimizer": "SGD", "cache": None, "hyp": None}
+FIGURES = ("flops", "params")  # of TARGETS: those that are counted, not measured
 LEAST = {"imgsz": 32, "epochs": 1, "batch_size": 1, "nbs": 1}
 # Optimizer -> its hyper-parameters.
 HYP_FOR = {"SGD": "data/hyps/hyp.scratch-low.yaml", "Adam": "data/hyps/hyp.adamw.yaml",
@@ -44,6 +52,17 @@ class HelpfulParser(ArgumentParser):
         for name in [name for name, value in vars(opt).items() if value is unset]:
             setattr(opt, name, deepcopy(self.get_default(name)))
         return opt
+
+    def flags(self, opt: Namespace, leave: Collection[str] = ()) -> list[str]:
+        """What was given, as a command line again; but for the values of the names in `leave`."""
+        found: list[str] = []
+        for action in self._actions:
+            if action.dest not in opt.given or action.dest in leave:
+                continue
+            value, name = getattr(opt, action.dest), action.option_strings[0]
+            values = value if isinstance(value, list) else [] if action.nargs == 0 else [value]
+            found += [name, *map(str, values)]
+        return found
 
     def error(self, message: str) -> Any:
         """Raise UserError for what a validator below refuses; anything else is said in argparse's way."""
@@ -193,6 +212,54 @@ def training_parser(description: str | None, project: str = "runs/train") -> Hel
     add("--seed", type=int, default=0, help="seed of weights and augmentation")
     add("--deterministic", action="store_true",
         help="on a GPU, too, the same seed gives the same result, as far as PyTorch can; slower")
+    return parser
+
+
+def add_sparsity_flags(parser: ArgumentParser) -> None:
+    """The flags of train_sparsity.py that train.py does not have."""
+    add = parser.add_argument
+    half = "0.5 takes half of the prunable channels to 0"
+    add("--st", action=BooleanOptionalAction, default=True, help="sparsity training; --no-st trains without it")
+    add("--sparsity", choices=["l1", "target"],
+        help="l1: the penalty of --sr (default); target: --target-sparsity, 0.5 where that is not given")
+    add("--sr", type=at_least(0, float),
+        help="strength of the L1 penalty on the BN scales (0.0001; 0 with --target-sparsity)")
+    add("--sr-bias", type=float, help="strength of the L1 penalty on the BN shifts (10 * sr)")
+    add("--target-sparsity", type=fraction(zero=False, one=False, hint=half),
+        help="share of the prunable channels that are exactly 0 in the end, 0..1 "
+             "(as many as fill up blocks of --round-to)")
+    add("--target", type=named_fraction(FIGURES, "flops=0.5 or params=0.5"),
+        help="instead of a share of channels: as many as leave this share of the FLOPs, or of the parameters")
+    add("--shrink", action="store_true",
+        help="with --target-sparsity or --target: cut the zeros in the run, which goes on, faster, with the slim model")
+    add("--per-flop", action=BooleanOptionalAction, default=True,
+        help="with --target-sparsity: rank channels by importance per FLOP, which makes the slim model faster; "
+             "--no-per-flop: by importance")
+    add("--round-to", type=at_least(1), metavar="N",
+        help="with --target-sparsity: channels go in blocks, so that what is left of a layer is a multiple of N, as "
+             "fast kernels want it; 1: one by one (16, or less where layers are too narrow for a choice)")
+    add("--shortcuts", choices=["skip", "joint"], default="skip",
+        help="channels that shortcuts tie together are left alone (skip), or taken as one (joint)")
+    add("--keep", nargs="+", default=[], metavar="PATTERN", help="BatchNorms to leave alone, such as 'model.0.*'")
+    add("--only", nargs="+", default=[], metavar="PATTERN", help="act on no BatchNorms but these")
+    add("--percent", type=fraction(one=False),
+        help="the prune.py --percent that every epoch's preview is for (0.5, or --target-sparsity)")
+    add("--masked-val", type=int, default=0, metavar="N",
+        help="every N epochs also validate the model without those channels (0: never)")
+
+
+def road_parser(description: str | None) -> HelpfulParser:
+    """The flags of slim.py: those of a training, and what the whole is to reach."""
+    parser = training_parser(description, "runs/slim")
+    add = parser.add_argument
+    add("--target", type=named_fraction(TARGETS, "flops=0.5, params=0.5, latency=0.6 or map-drop=0.01"),
+        default=("flops", 0.5),
+        help="what is to be left: flops=0.5, params=0.5, latency=0.6 (in PyTorch, on --device), or map-drop=0.01, the "
+             "mAP50-95 on val that a cut may cost before fine-tuning")
+    add("--rounds", type=at_least(1), default=1, help="become sparse and slim in so many trainings")
+    add("--export", nargs="+", metavar="FORMAT", help="in the end write these formats of export.py, such as onnx")
+    add("--int8", action="store_true", help="with --export: in 8 bits, where the format knows them")
+    parser.set_defaults(epochs=None)
     return parser
 
 

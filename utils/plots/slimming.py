@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -191,6 +192,18 @@ def plot_sweep(rows: Sequence[Mapping[str, float]], path: str | Path, knee: int)
     other.set_ylim(0, 1.1)
     other.yaxis.set_major_formatter("{x:.0%}")
     legend_below(figure)
+    return save_figure(figure, path)
+
+
+def plot_tradeoff(rows: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
+    """mAP50-95 (y) against milliseconds an image (x), a point per model. Each row has model (its name), ms and map."""
+    figure, ax = new_chart(6, 3.8, "Accuracy and time", "ms an image", "mAP50-95")
+    for row, colour in zip(rows, cycle(STAGES)):
+        ax.plot(row["ms"], row["map"], color=colour, marker="o", markersize=10, linestyle="")
+        ax.annotate(readable(row["model"]), (row["ms"], row["map"]), xytext=(8, 6), textcoords="offset points",
+                    fontsize=10, color=INK)
+    ax.set_xlim(0, 1.25 * max(row["ms"] for row in rows))
+    ax.set_ylim(0, 1.25 * max(row["map"] for row in rows) or 1)
     return save_figure(figure, path)
 
 

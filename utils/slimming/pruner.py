@@ -63,18 +63,23 @@ class Pruner(TracedModel[M]):
         keep, outcome = (self.ranking.keep_percent(percent or 0.0), None) if target is None else self._reach(*target)
         masks = self.graph.masks(keep)
         zeroed, narrow = masked(self.model, masks), slim(self.model, masks, self.graph)
-        side = max(self.stride, 32)
-        sizes = ((1, 2 * side, 2 * side), (3, 2 * side, 3 * side))
-        difference = largest_difference(zeroed, narrow, self.channels, sizes)
-        if not difference < EQUIVALENCE_BOUND:
-            raise ValueError(f"the slim model differs from the masked one by {difference:.1e} (relative; rounding is "
-                             f"below {EQUIVALENCE_BOUND:.0e}): it holds a block that the channel graph misreads")
+        difference = self.check(zeroed, narrow)
         gone = torch.cat([self.norms[name].weight.detach().abs()[~mask] for name, mask in masks.items()])
         prunable = self.ranking.prunable
         return PruneResult(self.model, narrow, zeroed, masks, prunable, torch.cat(list(self.gammas(prunable).values())),
                            self.safe_threshold(prunable), float(gone.max()) if len(gone) else 0.0,
                            len(gone) / self.ranking.total, difference, outcome, self.graph.notes,
                            self.score)
+
+    def check(self, zeroed: M, narrow: M) -> float:
+        """The equivalence check: the largest relative |narrow - zeroed| in float64. ValueError if it is too large."""
+        side = max(self.stride, 32)
+        sizes = ((1, 2 * side, 2 * side), (3, 2 * side, 3 * side))
+        difference = largest_difference(zeroed, narrow, self.channels, sizes)
+        if not difference < EQUIVALENCE_BOUND:
+            raise ValueError(f"the slim model differs from the masked one by {difference:.1e} (relative; rounding is "
+                             f"below {EQUIVALENCE_BOUND:.0e}): it holds a block that the channel graph misreads")
+        return difference
 
     def _reach(self, name: str, wanted: float) -> tuple[np.ndarray, TargetOutcome]:
         """What the cut keeps that just reaches a target, and the outcome."""

@@ -1,7 +1,7 @@
 """--target-sparsity: take a share of the channels to exactly 0 while the network trains."""
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,8 @@ from utils.slimming.blocks import ChannelBlocks, append, membership_table
 class TargetSparsity:
     """Takes `share` (0..1) of the channels of the given BatchNorms to exactly 0, the least important ones.
 
-    (As many as fill up blocks, to be precise: less than `share` by less than a block, see `round_to`.)
+    (As many as fill up blocks, to be precise: less than `share` by less than a block, see `round_to`.) Without a share
+    none goes until aim() has chosen one.
 
     A channel's importance is the running mean of (gamma * dL/dgamma + beta * dL/dbeta)^2, the first-order estimate of
     what the loss would lose with it (Molchanov et al. 2019, arXiv 1906.10771, eq. 8). Every step multiplies gamma and
@@ -45,19 +46,17 @@ class TargetSparsity:
     MEMORY = 0.98                      # of the running mean, per step
     FLOOR, LEAST = 0.1, 4
 
-    def __init__(self, norms: Sequence[_BatchNorm], share: float, copies: Sequence[_BatchNorm] = (),
+    def __init__(self, norms: Sequence[_BatchNorm], share: float | None, copies: Sequence[_BatchNorm] = (),
                  costs: Sequence[np.ndarray] | None = None, groups: Sequence[np.ndarray] | None = None,
                  round_to: int = 1, allowed: Sequence[np.ndarray] | None = None):
-        if not 0 < share < 1 or round_to < 1:
+        if (share is not None and not 0 < share < 1) or round_to < 1:
             raise ValueError(f"share must be between 0 and 1, not {share}, and round_to at least 1, not {round_to}")
-        self.share = share
-        trained = [i for i, norm in enumerate(norms) if norm.weight.requires_grad]
-        self.gammas: list[Tensor] = [norms[i].weight for i in trained]
-        self.betas: list[Tensor] = [norms[i].bias for i in trained]
-        followers = [copies[i] for i in trained] if copies else []
-        self.copies: list[Tensor] = [tensor for copy in followers for tensor in (copy.weight, copy.bias)]
-        self.sizes = [len(gamma) for gamma in self.gammas]
+        self.share = share or 0.0
+        self.lengths = [len(norm.weight) for norm in norms]
+        trained = self.trained = [i for i, norm in enumerate(norms) if norm.weight.requires_grad]
+        self.sizes = [self.lengths[i] for i in trained]
         self.total = sum(self.sizes)  # channels
+        self.follow(norms, copies)
         device = self.gammas[0].device if self.gammas else None
 
         def on_device(array: np.ndarray) -> Tensor:
@@ -87,6 +86,54 @@ class TargetSparsity:
         self.score = torch.zeros(len(counts), device=device)  # (groups,)
         self.dead = torch.zeros(len(counts), dtype=torch.bool, device=device)  # (groups,)
 
+    def follow(self, norms: Sequence[_BatchNorm], copies: Sequence[_BatchNorm] = (),
+               kept: Sequence[np.ndarray] | None = None) -> None:
+        """Act on these BatchNorms from now on: the same ones, of which dead channels have been cut.
+
+        kept: bool (channels,) per BatchNorm, over the channels of the first ones: these are left. All that is counted
+        and ranked here goes on being over the first ones' channels, so that a cut changes no choice.
+        """
+        self.gammas: list[Tensor] = [norms[i].weight for i in self.trained]
+        self.betas: list[Tensor] = [norms[i].bias for i in self.trained]
+        followers = [copies[i] for i in self.trained] if copies else []
+        self.copies: list[Tensor] = [tensor for copy in followers for tensor in (copy.weight, copy.bias)]
+        self.present: Tensor | slice = slice(None)  # numbers of the channels that are left
+        if kept is not None:
+            left = np.flatnonzero(np.concatenate([kept[i] for i in self.trained]))
+            self.present = torch.as_tensor(left, device=self.gammas[0].device)
+
+    def aim(self, reached: Callable[[list[np.ndarray]], bool]) -> None:
+        """Choose the smallest share with which `reached` is true, by the present ranking.
+
+        reached: of what goes, bool (channels,) per BatchNorm. Taken to stay true where more goes.
+        """
+        blocks, order, channels, protected = self._arranged()
+        low, high = 0, int((~protected).sum())
+        while low < high:
+            middle = (low + high) // 2
+            flags = torch.zeros_like(protected)
+            flags[order[:middle]] = True
+            if reached(self._per_norm(self._groups_of(flags, blocks))):
+                high = middle
+            else:
+                low = middle + 1
+        self.share = int(channels[order[:high]].sum()) / self.total
+
+    @property
+    def most_gone(self) -> list[np.ndarray]:
+        """Bool (channels,) per BatchNorm: all that may go, by the present ranking."""
+        blocks, _, _, protected = self._arranged()
+        return self._per_norm(self._groups_of(~protected, blocks))
+
+    @property
+    def gone(self) -> list[np.ndarray]:
+        """Bool (channels,) per BatchNorm: those that are 0 for good."""
+        return self._per_norm(self.dead)
+
+    def due(self, progress: float) -> bool:
+        """Is this a moment at which aim() is needed: before the first channel shrinks, and before the last one is 0?"""
+        return not self.settled and (progress >= self.LAST or (progress >= self.BEGIN and not self.share))
+
     def wanted(self, progress: float) -> int:
         """Channels that should be 0, or on their way there, at this point (0..1) of the run."""
         u = min(max((progress - self.BEGIN) / (self.END - self.BEGIN), 0.0), 1.0)
@@ -95,7 +142,7 @@ class TargetSparsity:
     @torch.no_grad()
     def observe(self) -> None:
         """Update the importances from complete, unscaled gradients. Call it before the optimizer's step."""
-        square = (_times_gradient(self.gammas) + _times_gradient(self.betas)).float().square()
+        square = self._of_all((_times_gradient(self.gammas) + _times_gradient(self.betas)).float().square())
         # Not finite in a step that the loss scaler is about to skip: such a step does not count.
         finite = square.isfinite().all()
         summed = append(square.nan_to_num(0, 0), 0)[self.members].sum(1)
@@ -105,18 +152,12 @@ class TargetSparsity:
     def shrink(self, progress: float) -> None:
         """Shrink what ranks lowest now. Call it after the optimizer's step."""
         if not (wanted := self.wanted(progress)):
+            self.settled |= progress >= self.LAST
             return
-        ranking = self.score.masked_fill(self.dead, -1.0).argsort(stable=True)  # dead groups, then by importance
-        blocks = self.blocks.arrange(ranking)
-        dead = append(self.dead, False)[blocks].any(1)
-        protected = append(self._protected(ranking), False)[blocks].any(1)
-        mean = append(self.score, 0)[blocks].sum(1) / (blocks < len(self.score)).sum(1)
-        channels = append(self.channels, 0)[blocks].sum(1)
-        # The first to go are the dead, then the others by importance. The protected never go.
-        order = mean.masked_fill(dead, -1.0).masked_fill(protected, float("inf")).argsort(stable=True)
-        chosen = torch.zeros_like(dead)
+        blocks, order, channels, protected = self._arranged()
+        chosen = torch.zeros_like(protected)
         chosen[order] = channels[order].cumsum(0) <= wanted
-        chosen &= dead if self.settled else ~protected
+        chosen &= append(self.dead, False)[blocks].any(1) if self.settled else ~protected
         self.settled |= progress >= self.LAST
         # A block dies as a whole, or the rest of its layer would not be a multiple.
         dying = chosen if self.settled else chosen & (self._largest_gamma(blocks) < self.DEAD)
@@ -127,14 +168,45 @@ class TargetSparsity:
         """SHRINK the gammas and betas of the shrinking groups (1 or 0 each), set those of dead groups to 0."""
         alive = (~self.dead).to(self.score.dtype)[self.group]
         factors = (1 - (1 - self.SHRINK) * shrinking)[self.group] * alive
-        torch._foreach_mul_(self.gammas, list(factors.split(self.sizes)))
-        torch._foreach_mul_(self.betas, list(factors.split(self.sizes)))
+        sizes = [len(gamma) for gamma in self.gammas]
+        parts = list(factors[self.present].split(sizes))
+        torch._foreach_mul_(self.gammas, parts)
+        torch._foreach_mul_(self.betas, parts)
         if self.copies:
-            torch._foreach_mul_(self.copies, [part for part in alive.split(self.sizes) for _ in range(2)])
+            torch._foreach_mul_(self.copies, [part for part in alive[self.present].split(sizes) for _ in range(2)])
+
+    def _of_all(self, values: Tensor) -> Tensor:
+        """Values of the channels that are left -> (channels,) of all, 0 for the others."""
+        everything = values.new_zeros(self.total)
+        everything[self.present] = values
+        return everything
+
+    def _per_norm(self, groups: Tensor) -> list[np.ndarray]:
+        """Flags of groups -> bool (channels,) per BatchNorm; no channel of a frozen one is flagged."""
+        found = [np.zeros(length, bool) for length in self.lengths]
+        for i, flags in zip(self.trained, groups[self.group].split(self.sizes)):
+            found[i] = flags.cpu().numpy()
+        return found
+
+    def _arranged(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The blocks by the present ranking.
+
+        Returns blocks (blocks, most groups), their order from the first to go to the last, their channels, and which
+        are protected: these come last in the order, and never go.
+        """
+        ranking = self.score.masked_fill(self.dead, -1.0).argsort(stable=True)  # dead groups, then by importance
+        blocks = self.blocks.arrange(ranking)
+        dead = append(self.dead, False)[blocks].any(1)
+        protected = append(self._protected(ranking), False)[blocks].any(1)
+        mean = append(self.score, 0)[blocks].sum(1) / (blocks < len(self.score)).sum(1)
+        channels = append(self.channels, 0)[blocks].sum(1)
+        # The first to go are the dead, then the others by importance.
+        order = mean.masked_fill(dead, -1.0).masked_fill(protected, float("inf")).argsort(stable=True)
+        return blocks, order, channels, protected
 
     def _largest_gamma(self, blocks: Tensor) -> Tensor:
         """(blocks,) largest |gamma| of a block."""
-        per_channel = torch.cat(self.gammas).abs().to(self.score.dtype)
+        per_channel = self._of_all(torch.cat(self.gammas).abs().to(self.score.dtype))
         per_group = append(per_channel, 0)[self.members].amax(1)
         return append(per_group, 0)[blocks].amax(1)
 
@@ -157,11 +229,12 @@ class TargetSparsity:
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs."""
-        return {"score": self.score, "dead": self.dead, "settled": self.settled}
+        return {"score": self.score, "dead": self.dead, "settled": self.settled, "share": self.share}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take state_dict()'s values back."""
         self.settled = state.get("settled", False)
+        self.share = state.get("share", self.share)
         self.score.copy_(state["score"])
         self.dead.copy_(state["dead"])
 

@@ -1,0 +1,146 @@
+"""slim.py: the whole road, killed and out of disk on its way, to every kind of target; what is refused at the start."""
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+import slim
+from models import checkpoint
+from models.yolo import Model
+from tests import crash
+from tests.test_crash import run_with
+from utils.errors import UserError
+from utils.slimming.cost import profile
+from utils.slimming.targets import TARGETS, Target
+from utils.training.road import Road, known_road
+
+
+@pytest.fixture(scope="module")
+def flags(tiny, cfg) -> list[str]:
+    """Three epochs of training, six of sparsity."""
+    return ["--data", str(tiny), "--weights", "", "--cfg", str(cfg), "--epochs", "9", "--imgsz", "64",
+            "--batch-size", "4", "--nbs", "4", "--workers", "0", "--device", "cpu", "--noplots", "--adam",
+            "--target", "flops=0.6"]
+
+
+@pytest.fixture
+def quick(monkeypatch, tmp_path) -> None:
+    """In an empty folder, without measuring milliseconds."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(slim, "milliseconds", lambda models, *_: {"torch, batch 1": [2.0, 1.0]})
+
+
+def share_left(road: Path, figure: str) -> float:
+    """Of slim.pt, of the dense model."""
+    model = checkpoint.load(road / "slim.pt")
+    return getattr(profile(model, 64), figure) / getattr(profile(Model(model.yaml), 64), figure)
+
+
+@pytest.mark.slow
+def test_disturbed_at_each_stage_it_ends_bit_identical(flags, tmp_path):
+    whole, disturbed = tmp_path / "whole", tmp_path / "disturbed"
+    crash.finish("slim.py", flags, whole)
+    log = (whole / "log.txt").read_text()
+    for words in ("dense (3 epochs), sparse (6 epochs); target flops=0.6", "slim from here on", "asked flops=0.6: 0.",
+                  "4 of 9 epochs of the whole, about", "Slim model: "):
+        assert words in log, words
+    road = whole / "runs/slim/exp"
+    assert 0.5 < share_left(road, "flops") <= 0.6
+    told = json.loads((road / "report.json").read_text())
+    assert told["proof"] < 1e-9 and [row["model"] for row in told["rows"]] == ["before", "slim"]
+    assert len(told["commands"]) == 2 and "train_sparsity.py" in told["commands"][1]
+    assert (road / "report.html").read_text().count("data:image/jpeg") == 2 * 6  # the val images
+    for folder in ("dense", "sparse"):  # ordinary runs
+        assert {"opt.yaml", "results.csv"} <= {path.name for path in (road / folder).iterdir()}
+
+    disturbed.mkdir()
+    code, output = run_with("full-disk", flags, disturbed, "slim.py")
+    assert code == 2 and "can't be written" in output and "Traceback" not in output
+    for words in ("slim from here on", "val-before"):  # the second one is in the log already: a kill at the start
+        assert crash.kill("slim.py", crash.going_on(flags, disturbed), disturbed, crash.when_logged(words))
+    crash.finish("slim.py", crash.going_on(flags, disturbed), disturbed)
+    assert crash.road_differences(whole, disturbed) == []
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick")
+def test_rounds_to_a_share_of_the_parameters(flags, capsys):
+    road = slim.main([*flags, "--target", "params=0.5", "--rounds", "2", "--epochs", "4", "--export", "yolov5"])
+    said = capsys.readouterr().out
+    assert "dense (1 epochs), sparse1 (2 epochs), sparse2 (1 epochs)" in said and "asked params=0.5: 0." in said
+    halfway = checkpoint.load(road / "sparse1/weights/best.pt")
+    assert 0.5 < share_left(road, "parameters") / 0.5 <= 1
+    assert sum(p.numel() for p in halfway.parameters()) > sum(
+        p.numel() for p in checkpoint.load(road / "slim.pt").parameters())
+    assert any("slim" in path.name and path.suffix == ".pt" for path in road.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick")
+def test_a_drop_of_map_is_cut_and_tuned(flags, capsys):
+    road = slim.main([*flags, "--target", "map-drop=0.02", "--epochs", "5"])
+    said = capsys.readouterr().out
+    assert "dense (1 epochs), sparse (3 epochs), cut, tuned (1 epochs)" in said and "asked map-drop=0.02" in said
+    slimmer = [sum(p.numel() for p in checkpoint.load(road / file).parameters())
+               for file in ("dense/weights/best.pt", "sparse/weights/best.pt", "cut/pruned_model.pt", "slim.pt")]
+    assert slimmer[0] > slimmer[1] >= slimmer[2] == slimmer[3]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick")
+def test_milliseconds_become_flops(flags, monkeypatch, capsys):
+    """As if the time were that of the FLOPs; and where nothing makes it faster, it is said."""
+    monkeypatch.setitem(TARGETS, "latency", TARGETS["flops"])
+    road = slim.main([*flags, "--target", "latency=0.7", "--epochs", "3", "--teacher", "none"])
+    assert "latency=0.7 takes about flops=0." in (said := capsys.readouterr().out) and "teacher:" not in said
+    assert share_left(road, "flops") <= 0.7
+    monkeypatch.setitem(TARGETS, "latency", Target(lambda traced, keep: 1.0))
+    again = ["--weights", str(road / "dense/weights/best.pt"), "--target", "latency=0.7"]
+    monkeypatch.setattr(slim, "LEAST_MAP", -1.0)
+    with pytest.raises(UserError, match="can't be reached, with all that may go 1.000 of the time"):
+        slim.main(again)  # its data, image size and optimizer are those of the checkpoint
+    told = json.loads(Path("runs/slim/exp2/slim.json").read_text())
+    assert told["trained"] and told["imgsz"] == 64 and told["flags"] == ["--optimizer", "AdamW"]
+
+
+@pytest.mark.parametrize("change, words", [
+    (["--weights", "missing.pt"], "missing.pt: no such checkpoint"),
+    (["--target", "flops=0.01"], "of the flops can go"),
+    (["--epochs", "2"], "too few"),
+    (["--int8"], "belongs to --export"),
+    (["--resume"], "no road under runs/slim"),
+    (["--resume", "somewhere/else"], "no slim.json there or above")])
+@pytest.mark.usefixtures("quick")
+def test_what_can_be_known_at_the_start_is_refused_there(flags, tmp_path, change, words):
+    with pytest.raises(UserError, match=words):
+        slim.main([*flags, *change])
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+@pytest.mark.usefixtures("quick")
+def test_weights_that_find_nothing_teach_nothing(tiny, teacher):
+    with pytest.raises(UserError, match="finds nothing on the val images"):
+        slim.main(["--weights", str(teacher), "--data", str(tiny), "--imgsz", "64", "--workers", "0"])
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_road_keeps_what_it_was_started_with(tmp_path):
+    road = Road(tmp_path / "runs/slim/exp", "", [], None, None, None, None, ("flops", 0.5), 9, 1, True)
+    road.save()
+    assert known_road(True, "runs/slim") == road
+    with pytest.raises(UserError, match="a road is there already; --resume goes on"):
+        slim.main(["--exist-ok"])
+    with pytest.raises(UserError, match="--epochs: a road that goes on keeps"):
+        slim.main(["--resume", "runs/slim/exp/sparse/weights/last.pt", "--epochs", "3"])
+    (road.folder / "slim.json").write_text("{}")
+    with pytest.raises(UserError, match="damaged, or of another version"):
+        slim.main(["--resume"])
+
+
+@pytest.mark.usefixtures("quick")
+def test_several_processes_are_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="runs in one process"):
+        slim.main([])

@@ -1,0 +1,97 @@
+"""A run as one page that can be sent: a self-contained HTML file, with its pictures inside."""
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from utils.files import write_text
+
+WIDTH = 480  # pixels, of a picture of a pair
+STYLE = """
+:root { color-scheme: light dark; --ink: #222; --paper: #fff; --line: #ddd; --soft: #f4f5f7 }
+@media (prefers-color-scheme: dark) { :root { --ink: #e4e6ea; --paper: #16181c; --line: #3a3f47; --soft: #22262c } }
+body { margin: 0 auto; max-width: 60rem; padding: 1rem; font: 16px/1.5 system-ui, sans-serif; color: var(--ink);
+       background: var(--paper) }
+h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2rem }
+img { max-width: 100%; height: auto; border-radius: 4px; background: #fff }
+figure { margin: 0 0 1.5rem } figcaption { font-size: .9rem; opacity: .8 }
+.wide { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums; white-space: nowrap }
+th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--line); text-align: right }
+th:first-child, td:first-child { text-align: left }
+pre { background: var(--soft); padding: .8rem; overflow-x: auto; border-radius: 4px; font-size: .85rem }
+.pair { display: grid; grid-template-columns: 1fr 1fr; gap: .5rem }
+.pair img { width: 100% } .pair figcaption { overflow-wrap: anywhere }
+"""
+
+
+@dataclass
+class Page:
+    """What the page shows, from top to bottom; parts that are empty are left out."""
+
+    title: str
+    facts: Sequence[str]                                  # what was asked, what was reached
+    tables: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)  # heading -> rows of equal keys
+    pictures: Mapping[str, Path] = field(default_factory=dict)  # caption -> file; a file that is missing is left out
+    pairs: Sequence[tuple[str, Sequence[np.ndarray]]] = ()  # name of an image -> (H, W, 3) uint8 RGB before, after
+    commands: Sequence[str] = ()
+
+    def write(self, path: Path) -> Path:
+        """Write the page, atomically."""
+        parts = [f"<h1>{escape(self.title)}</h1>", *(f"<p>{escape(fact)}</p>" for fact in self.facts if fact)]
+        for heading, rows in self.tables.items():
+            parts += [f"<h2>{escape(heading)}</h2>", _table(rows)] if rows else []
+        for caption, file in self.pictures.items():
+            if file.is_file():
+                parts += [f"<h2>{escape(caption)}</h2>", _figure(_embedded(file.read_bytes(), "png"), caption)]
+        if self.pairs:
+            parts.append("<h2>Detections before and after</h2>")
+            parts += [_pair(name, images) for name, images in self.pairs]
+        if self.commands:
+            parts += ["<h2>Commands</h2>", f"<pre>{escape(chr(10).join(self.commands))}</pre>"]
+        head = ('<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+                '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
+                f"<title>{escape(self.title)}</title><style>{STYLE}</style></head><body>")
+        write_text(path, "\n".join([head, *parts, "</body></html>\n"]))
+        return path
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> str:
+    def show(value: Any) -> str:
+        if isinstance(value, float):
+            return f"{value:.3f}"
+        return f"{value:,}" if isinstance(value, int) else escape(str(value))
+
+    head = "".join(f"<th>{escape(key)}</th>" for key in rows[0])
+    body = "".join("<tr>" + "".join(f"<td>{show(value)}</td>" for value in row.values()) + "</tr>" for row in rows)
+    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _figure(source: str, caption: str) -> str:
+    return f'<figure><img src="{source}" alt="{escape(caption)}"></figure>'
+
+
+def _pair(name: str, images: Sequence[np.ndarray]) -> str:
+    """The same image twice, side by side."""
+    both = "".join(f'<img src="{_jpeg(image)}" alt="{escape(f"{name}, {when}")}">'
+                   for image, when in zip(images, ("before", "after"), strict=True))
+    return f'<figure><div class="pair">{both}</div><figcaption>{escape(name)}</figcaption></figure>'
+
+
+def _jpeg(image: np.ndarray) -> str:
+    """An image (H, W, 3) as a data URI, at most WIDTH pixels wide."""
+    picture = Image.fromarray(image)
+    picture.thumbnail((WIDTH, 4 * WIDTH))
+    picture.save(stream := io.BytesIO(), "JPEG", quality=80)
+    return _embedded(stream.getvalue(), "jpeg")
+
+
+def _embedded(content: bytes, kind: str) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode('ascii')}"
