@@ -2,11 +2,10 @@
 
     python prune.py --percent 0.5                                # the newest sparsity run
     python prune.py --weights runs/train/exp/weights/last.pt --target flops=0.5 --shortcuts joint
-    python prune.py --sweep 0.1:0.8:0.1                          # only shows what each percent would give
-    python prune.py --sensitivity                                # ... what each layer would
+    python prune.py --sweep 0.1:0.8:0.1                          # only shows; --sensitivity: layer by layer
 
-Prints what it cut, checks that the slim model computes what the masked one does, and measures accuracy before and
-after. The engine is utils/slimming/pruner.py. The next step is: python finetune_pruned.py
+Prints what it cut, checks that the slim model computes what the masked one does, measures both. The engine is
+utils/slimming/pruner.py. The next step is: python finetune_pruned.py
 """
 from __future__ import annotations
 
@@ -133,7 +132,7 @@ def write(result: PruneResult[Model], opt: Namespace, source: dict[str, Any]) ->
                 title="BatchNorm scales before the cut")
     plot_kept(result.layers, folder / "channels.png")
     if Path(OUTPUT).exists():
-        print(f"note: {OUTPUT} was there already and is replaced; every run keeps its own copy ({folder / OUTPUT})")
+        print(f"note: {OUTPUT} was there and is replaced; every run keeps its own copy ({folder / OUTPUT})")
     try:
         copy_file(folder / OUTPUT, Path(OUTPUT))
     except UserError as error:
@@ -152,20 +151,14 @@ def write_page(folder: Path, opt: Namespace, stages: list[dict[str, Any]], costs
 
 def main(argv: list[str] | None = None) -> Path:
     """Command line -> slim checkpoint; returns the run's folder."""
-    parser = pruning_parser(__doc__)
-    add = parser.add_argument
-    add("--runtime", choices=["torch", *runtimes()], default="torch",
-        help="what --target latency and --sweep measure in")
-    add("--int8", action="store_true", help="... in 8 bits, where the runtime has it")
-    opt = parser.parse_args(argv)
+    opt = pruning_parser(__doc__, ["torch", *runtimes()]).parse_args(argv)
     if not opt.weights:
         opt.weights = str(newest_run("train_sparsity.py"))
         print(f"--weights not given: taking the newest sparsity run, {opt.weights}")
-    source = checkpoint.read(opt.weights)
-    model = checkpoint.build(source, path=opt.weights)
+    model = checkpoint.build(source := checkpoint.read(opt.weights), path=opt.weights)
     if source.get("shrunk", {}).get("done") and not {"percent", "target", "sweep", "sensitivity"} & set(opt.given):
-        print(f"{opt.weights}: its zeros were cut in the training, nothing more is (--percent 0.2: a fifth more)")
         opt.percent = 0.0
+        print(f"{opt.weights}: its zeros were cut in the training, nothing more is (--percent 0.2: a fifth more)")
     if opt.cfg:
         check_cfg(model.yaml, opt.cfg)
     opt = resolve(opt, source)

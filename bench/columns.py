@@ -37,7 +37,7 @@ L1: Columns = [  # of the rows that l1_rows() makes
     ("optimizer", "optimizer", str), ("--sr", "sr", str), ("gammas at 0", "zero", SHARE),
     ("below 0.1", "below_0.1", SHARE), MAP, *CUTS]
 EQUAL: Columns = [  # of the rows that equal_rows() makes
-    ("data", "data", str), ("epochs in all", "epochs", str), ("road", "road", str), ("runs", "runs", str),
+    ("data", "data", str), ("epochs in all", "epochs", str), ("pipeline", "pipeline", str), ("runs", "runs", str),
     ("mAP50-95", "map", str), ("mean of the last five", "mean5", str), ("FLOPs left", "flops", SHARE)]
 ENGINE: Columns = [("model", "model", str), ("by", "method", str), ("seconds", "seconds", TWO),
                    ("memory, times the weights", "memory", ONE), ("parameters left", "left", SHARE)]
@@ -105,10 +105,10 @@ def l1_rows(rows: Sequence[Row]) -> list[Row]:
 
 
 def equal_rows(rows: Sequence[Row]) -> list[Row]:
-    """equal.csv's runs, a row per road: means over the seeds."""
+    """equal.csv's runs, a row per pipeline: means over the seeds."""
     groups: dict[tuple[str, int, str], list[Row]] = {}
     for row in rows:
-        groups.setdefault((row["data"], row["epochs"], row["road"]), []).append(row)
+        groups.setdefault((row["data"], row["epochs"], row["pipeline"]), []).append(row)
     return [{**runs[0], "runs": len(runs), "map": spread(runs, "map"), "mean5": spread(runs, "mean5"),
              "flops": np.mean([run["flops"] for run in runs])} for runs in groups.values()]
 

@@ -51,7 +51,7 @@ def commands(folder: Path) -> dict[str, list[str]]:
 def is_done(script: str, folder: Path) -> bool:
     """Has a run come to its end?"""
     if script == "slim.py":
-        return (crash.road(folder) / "report.json").is_file()
+        return (crash.pipeline(folder) / "report.json").is_file()
     last = crash.last(folder)
     return last.is_file() and checkpoint.read(last)["training"]["epoch"] >= EPOCHS
 
@@ -62,7 +62,7 @@ def disturb(script: str, flags: list[str], folder: Path, kills: int, rng: random
     crash.finish(script, [*flags, "--workers", "0"], undisturbed)
     seconds = time.monotonic() - start
     done, runs, found = 0, 0, []
-    differences = crash.road_differences if script == "slim.py" else crash.differences
+    differences = crash.pipeline_differences if script == "slim.py" else crash.differences
     while done < kills:
         runs += 1
         here, workers = folder / f"run{runs}", rng.choice([0, 1, 2])

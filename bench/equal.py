@@ -1,10 +1,11 @@
-"""Roads from yolov5n.pt to a slim model against dense training of as many epochs, on BCCD and on aquarium.
+"""Pipelines from yolov5n.pt to a slim model against dense training of as many epochs, on BCCD and on aquarium.
 
     python bench/equal.py --voc BCCD_Dataset/BCCD --aquarium aquarium --weights yolov5n.pt     # a day on two cores
 
-Every road has the same number of epochs in all, those of its teacher included. A run that is done is not run again;
---seeds, --budgets and --roads choose, --measure makes no run at all. Writes bench/results/equal.csv, a row per run that
-is done: mAP50-95 on val of the last epoch, the mean of the last five epochs, the best, and the FLOPs that are left.
+Every pipeline has the same number of epochs in all, its teacher's included. A run that is done is not run again;
+--seeds, --sets, --budgets and --pipelines choose, --measure makes no run at all. Writes bench/results/equal.csv, a row
+per run that is done: mAP50-95 on val of the last epoch, the mean of the last five epochs, the best, and the FLOPs that
+are left.
 """
 from __future__ import annotations
 
@@ -24,26 +25,26 @@ from utils.tables import text_table, write_csv
 
 SIZES = {"bccd": 320, "aquarium": 416}
 TARGET = "--target-sparsity 0.55"
-ROADS = ("dense", "one-run", "teacher", "three-commands")
+PIPELINES = ("dense", "one-run", "teacher", "three-commands")
 
 
-def stages(road: str, epochs: int) -> list[tuple[str, int, str]]:
-    """(script, epochs, flags) of a road's trainings, in order; {before} is the checkpoint that the one before made."""
+def stages(pipeline: str, epochs: int) -> list[tuple[str, int, str]]:
+    """(script, epochs, flags) of a pipeline's trainings, in order; {before} is what the one before made."""
     third = epochs // 3
     return {"dense": [("train.py", epochs, "")],
             "one-run": [("train_sparsity.py", epochs, TARGET)],
             "teacher": [("train.py", third, ""),
                         ("train_sparsity.py", epochs - third, f"{TARGET} --teacher {{before}}")],
             "three-commands": [("train_sparsity.py", epochs // 2, "--sr 0.0001"),
-                               ("finetune_pruned.py", epochs - epochs // 2, "")]}[road]
+                               ("finetune_pruned.py", epochs - epochs // 2, "")]}[pipeline]
 
 
-def commands(data: str, road: str, epochs: int, seed: int, weights: Path) -> dict[str, str]:
-    """Product of a command -> command, in order. The last is the results.csv of the road."""
+def commands(data: str, pipeline: str, epochs: int, seed: int, weights: Path) -> dict[str, str]:
+    """Product of a command -> command, in order. The last is the results.csv of the pipeline."""
     made, before = {}, str(weights)
-    parts = stages(road, epochs)
+    parts = stages(pipeline, epochs)
     for number, (script, length, flags) in enumerate(parts, 1):
-        name = run_name(data, road, epochs, seed) + (f"-{number}" if number < len(parts) else "")
+        name = run_name(data, pipeline, epochs, seed) + (f"-{number}" if number < len(parts) else "")
         if script == "finetune_pruned.py":
             made[CUT.format(name)] = f"prune.py --weights {before} --percent 0.5 --noval --name {name}"
             before = CUT.format(name)
@@ -55,14 +56,14 @@ def commands(data: str, road: str, epochs: int, seed: int, weights: Path) -> dic
     return made
 
 
-def run_name(data: str, road: str, epochs: int, seed: int) -> str:
-    """Name of the folder of a road's last training."""
-    return f"{data}-{road}-{epochs}-{seed}"
+def run_name(data: str, pipeline: str, epochs: int, seed: int) -> str:
+    """Name of the folder of a pipeline's last training."""
+    return f"{data}-{pipeline}-{epochs}-{seed}"
 
 
-def measure(folder: Path, data: str, road: str, epochs: int, seed: int) -> Row:
-    """The row of a road that is done."""
-    name = run_name(data, road, epochs, seed)
+def measure(folder: Path, data: str, pipeline: str, epochs: int, seed: int) -> Row:
+    """The row of a pipeline that is done."""
+    name = run_name(data, pipeline, epochs, seed)
     with open(folder / "runs" / "train" / name / "results.csv", newline="", encoding="utf-8") as file:
         values = [float(row[MAP_KEY]) for row in csv.DictReader(file)]
     saved = checkpoint.read(folder / SPARSE.format(name))
@@ -70,7 +71,7 @@ def measure(folder: Path, data: str, road: str, epochs: int, seed: int) -> Row:
     whole = model_pruner(dense, SIZES[data]).costs.remaining()[1]
     pruner = model_pruner(checkpoint.build(saved), SIZES[data]).rank()
     left = pruner.preview(float((pruner.ranking.scores[pruner.ranking.groups] == 0).mean()))[2]
-    return {"data": data, "epochs": epochs, "road": road, "seed": seed, "map": values[-1],
+    return {"data": data, "epochs": epochs, "pipeline": pipeline, "seed": seed, "map": values[-1],
             "mean5": sum(values[-5:]) / len(values[-5:]), "best": max(values), "flops": left / whole}
 
 
@@ -91,20 +92,20 @@ def main() -> None:
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds to run")
     add("--sets", nargs="+", choices=SIZES, default=list(SIZES), help="data sets to run on")
     add("--budgets", type=int, nargs="+", default=[30, 80], help="epochs in all")
-    add("--roads", nargs="+", choices=ROADS, default=list(ROADS), help="roads to run")
+    add("--pipelines", nargs="+", choices=PIPELINES, default=list(PIPELINES), help="pipelines to run")
     add("--measure", action="store_true", help="make no run, only the rows of those that are done")
     opt = parser.parse_args()
     prepare(opt)
     rows = []
     for data in opt.sets:
         for epochs in opt.budgets:
-            for road in opt.roads:
+            for pipeline in opt.pipelines:
                 for seed in opt.seeds:
-                    todo = commands(data, road, epochs, seed, opt.weights)
+                    todo = commands(data, pipeline, epochs, seed, opt.weights)
                     if not opt.measure:
                         common.run_missing(todo, opt.folder)
                     if all(common.is_done(opt.folder / product, command) for product, command in todo.items()):
-                        rows.append(measure(opt.folder, data, road, epochs, seed))
+                        rows.append(measure(opt.folder, data, pipeline, epochs, seed))
     write_csv(RESULTS / "equal.csv", rows)
     print(text_table(*formatted(equal_rows(rows), EQUAL)))
 

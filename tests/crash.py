@@ -42,15 +42,15 @@ def last(folder: Path) -> Path:
     return folder / "runs" / "train" / "exp" / "weights" / "last.pt"
 
 
-def road(folder: Path) -> Path:
+def pipeline(folder: Path) -> Path:
     """The only run of slim.py in the folder."""
     return folder / "runs" / "slim" / "exp"
 
 
 def going_on(flags: list[str], folder: Path, workers: int = 0) -> list[str]:
     """How a user goes on after a crash: --resume, or the same command again where nothing had been saved yet."""
-    if (road(folder) / "slim.json").is_file():
-        return ["--resume", str(road(folder)), "--workers", str(workers), "--device", "cpu"]
+    if (pipeline(folder) / "slim.json").is_file():
+        return ["--resume", str(pipeline(folder)), "--workers", str(workers), "--device", "cpu"]
     if not last(folder).is_file():
         return [*flags, "--exist-ok"]
     return ["--resume", str(last(folder)), "--workers", str(workers), "--device", "cpu"]
@@ -122,9 +122,9 @@ def differences(a: Path, b: Path) -> list[str]:
     return found
 
 
-def road_differences(a: Path, b: Path) -> list[str]:
+def pipeline_differences(a: Path, b: Path) -> list[str]:
     """What is not equal, bit for bit, in the slim models of two runs of slim.py."""
-    one, two = (checkpoint.read(road(folder) / "slim.pt") for folder in (a, b))
+    one, two = (checkpoint.read(pipeline(folder) / "slim.pt") for folder in (a, b))
     return [key for key in ("yaml", "masks", "state_dict") if not same(one[key], two[key])]
 
 

@@ -124,7 +124,7 @@ def test_a_score_with_gradients_on_data():
     assert scores[pruner.graph.group[pruner.graph.norms["1.bn"][2]]] == pytest.approx(abs(change), rel=0.05)
     with pytest.raises(ValueError, match=r"give Pruner\(..., losses=\)"):
         Pruner(network, 16).rank("taylor")
-    assert pruning_parser("").parse_args(["--score", "taylor"]).score == "taylor"
+    assert pruning_parser("", ["torch"]).parse_args(["--score", "taylor"]).score == "taylor"
 
 
 # A target -------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""slim.py: the whole road, killed and out of disk on its way, to every kind of target; what is refused at the start."""
+"""slim.py: killed and out of disk on its way, to every kind of target; what is refused at the start."""
 from __future__ import annotations
 
 import json
@@ -14,7 +14,7 @@ from tests.test_crash import run_with
 from utils.errors import UserError
 from utils.slimming.cost import profile
 from utils.slimming.targets import TARGETS, Target
-from utils.training.road import Road, known_road
+from utils.training.pipeline import Pipeline, known_pipeline
 
 
 @pytest.fixture(scope="module")
@@ -32,9 +32,9 @@ def quick(monkeypatch, tmp_path) -> None:
     monkeypatch.setattr(slim, "milliseconds", lambda models, *_: {"torch, batch 1": [2.0, 1.0]})
 
 
-def share_left(road: Path, figure: str) -> float:
+def share_left(pipeline: Path, figure: str) -> float:
     """Of slim.pt, of the dense model."""
-    model = checkpoint.load(road / "slim.pt")
+    model = checkpoint.load(pipeline / "slim.pt")
     return getattr(profile(model, 64), figure) / getattr(profile(Model(model.yaml), 64), figure)
 
 
@@ -46,14 +46,14 @@ def test_disturbed_at_each_stage_it_ends_bit_identical(flags, tmp_path):
     for words in ("dense (3 epochs), sparse (6 epochs); target flops=0.6", "slim from here on", "asked flops=0.6: 0.",
                   "4 of 9 epochs of the whole, about", "Slim model: "):
         assert words in log, words
-    road = whole / "runs/slim/exp"
-    assert 0.5 < share_left(road, "flops") <= 0.6
-    told = json.loads((road / "report.json").read_text())
+    pipeline = whole / "runs/slim/exp"
+    assert 0.5 < share_left(pipeline, "flops") <= 0.6
+    told = json.loads((pipeline / "report.json").read_text())
     assert told["proof"] < 1e-9 and [row["model"] for row in told["rows"]] == ["before", "slim"]
     assert len(told["commands"]) == 2 and "train_sparsity.py" in told["commands"][1]
-    assert (road / "report.html").read_text().count("data:image/jpeg") == 2 * 6  # the val images
+    assert (pipeline / "report.html").read_text().count("data:image/jpeg") == 2 * 6  # the val images
     for folder in ("dense", "sparse"):  # ordinary runs
-        assert {"opt.yaml", "results.csv"} <= {path.name for path in (road / folder).iterdir()}
+        assert {"opt.yaml", "results.csv"} <= {path.name for path in (pipeline / folder).iterdir()}
 
     disturbed.mkdir()
     code, output = run_with("full-disk", flags, disturbed, "slim.py")
@@ -61,29 +61,29 @@ def test_disturbed_at_each_stage_it_ends_bit_identical(flags, tmp_path):
     for words in ("slim from here on", "val-before"):  # the second one is in the log already: a kill at the start
         assert crash.kill("slim.py", crash.going_on(flags, disturbed), disturbed, crash.when_logged(words))
     crash.finish("slim.py", crash.going_on(flags, disturbed), disturbed)
-    assert crash.road_differences(whole, disturbed) == []
+    assert crash.pipeline_differences(whole, disturbed) == []
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 def test_rounds_to_a_share_of_the_parameters(flags, capsys):
-    road = slim.main([*flags, "--target", "params=0.5", "--rounds", "2", "--epochs", "4", "--export", "yolov5"])
+    pipeline = slim.main([*flags, "--target", "params=0.5", "--rounds", "2", "--epochs", "4", "--export", "yolov5"])
     said = capsys.readouterr().out
     assert "dense (1 epochs), sparse1 (2 epochs), sparse2 (1 epochs)" in said and "asked params=0.5: 0." in said
-    halfway = checkpoint.load(road / "sparse1/weights/best.pt")
-    assert 0.5 < share_left(road, "parameters") / 0.5 <= 1
+    halfway = checkpoint.load(pipeline / "sparse1/weights/best.pt")
+    assert 0.5 < share_left(pipeline, "parameters") / 0.5 <= 1
     assert sum(p.numel() for p in halfway.parameters()) > sum(
-        p.numel() for p in checkpoint.load(road / "slim.pt").parameters())
-    assert any("slim" in path.name and path.suffix == ".pt" for path in road.iterdir())
+        p.numel() for p in checkpoint.load(pipeline / "slim.pt").parameters())
+    assert any("slim" in path.name and path.suffix == ".pt" for path in pipeline.iterdir())
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 def test_a_drop_of_map_is_cut_and_tuned(flags, capsys):
-    road = slim.main([*flags, "--target", "map-drop=0.02", "--epochs", "5"])
+    pipeline = slim.main([*flags, "--target", "map-drop=0.02", "--epochs", "5"])
     said = capsys.readouterr().out
     assert "dense (1 epochs), sparse (3 epochs), cut, tuned (1 epochs)" in said and "asked map-drop=0.02" in said
-    slimmer = [sum(p.numel() for p in checkpoint.load(road / file).parameters())
+    slimmer = [sum(p.numel() for p in checkpoint.load(pipeline / file).parameters())
                for file in ("dense/weights/best.pt", "sparse/weights/best.pt", "cut/pruned_model.pt", "slim.pt")]
     assert slimmer[0] > slimmer[1] >= slimmer[2] == slimmer[3]
 
@@ -93,11 +93,11 @@ def test_a_drop_of_map_is_cut_and_tuned(flags, capsys):
 def test_milliseconds_become_flops(flags, monkeypatch, capsys):
     """As if the time were that of the FLOPs; and where nothing makes it faster, it is said."""
     monkeypatch.setitem(TARGETS, "latency", TARGETS["flops"])
-    road = slim.main([*flags, "--target", "latency=0.7", "--epochs", "3", "--teacher", "none"])
+    pipeline = slim.main([*flags, "--target", "latency=0.7", "--epochs", "3", "--teacher", "none"])
     assert "latency=0.7 takes about flops=0." in (said := capsys.readouterr().out) and "teacher:" not in said
-    assert share_left(road, "flops") <= 0.7
+    assert share_left(pipeline, "flops") <= 0.7
     monkeypatch.setitem(TARGETS, "latency", Target(lambda traced, keep: 1.0))
-    again = ["--weights", str(road / "dense/weights/best.pt"), "--target", "latency=0.7"]
+    again = ["--weights", str(pipeline / "dense/weights/best.pt"), "--target", "latency=0.7"]
     monkeypatch.setattr(slim, "LEAST_MAP", -1.0)
     with pytest.raises(UserError, match="can't be reached, with all that may go 1.000 of the time"):
         slim.main(again)  # its data, image size and optimizer are those of the checkpoint
@@ -110,7 +110,7 @@ def test_milliseconds_become_flops(flags, monkeypatch, capsys):
     (["--target", "flops=0.01"], "of the flops can go"),
     (["--epochs", "2"], "too few"),
     (["--int8"], "belongs to --export"),
-    (["--resume"], "no road under runs/slim"),
+    (["--resume"], "no pipeline under runs/slim"),
     (["--resume", "somewhere/else"], "no slim.json there or above")])
 @pytest.mark.usefixtures("quick")
 def test_what_can_be_known_at_the_start_is_refused_there(flags, tmp_path, change, words):
@@ -126,15 +126,15 @@ def test_weights_that_find_nothing_teach_nothing(tiny, teacher):
 
 
 @pytest.mark.usefixtures("quick")
-def test_a_road_keeps_what_it_was_started_with(tmp_path):
-    road = Road(tmp_path / "runs/slim/exp", "", [], None, None, None, None, ("flops", 0.5), 9, 1, True)
-    road.save()
-    assert known_road(True, "runs/slim") == road
-    with pytest.raises(UserError, match="a road is there already; --resume goes on"):
+def test_a_pipeline_keeps_what_it_was_started_with(tmp_path):
+    pipeline = Pipeline(tmp_path / "runs/slim/exp", "", [], None, None, None, None, ("flops", 0.5), 9, 1, True)
+    pipeline.save()
+    assert known_pipeline(True, "runs/slim") == pipeline
+    with pytest.raises(UserError, match="a pipeline is there already; --resume goes on"):
         slim.main(["--exist-ok"])
-    with pytest.raises(UserError, match="--epochs: a road that goes on keeps"):
+    with pytest.raises(UserError, match="--epochs: a pipeline that goes on keeps"):
         slim.main(["--resume", "runs/slim/exp/sparse/weights/last.pt", "--epochs", "3"])
-    (road.folder / "slim.json").write_text("{}")
+    (pipeline.folder / "slim.json").write_text("{}")
     with pytest.raises(UserError, match="damaged, or of another version"):
         slim.main(["--resume"])
 

@@ -248,7 +248,7 @@ def add_sparsity_flags(parser: ArgumentParser) -> None:
         help="every N epochs also validate the model without those channels (0: never)")
 
 
-def road_parser(description: str | None) -> HelpfulParser:
+def pipeline_parser(description: str | None) -> HelpfulParser:
     """The flags of slim.py: those of a training, and what the whole is to reach."""
     parser = training_parser(description, "runs/slim")
     add = parser.add_argument
@@ -263,8 +263,8 @@ def road_parser(description: str | None) -> HelpfulParser:
     return parser
 
 
-def pruning_parser(description: str | None) -> HelpfulParser:
-    """The flags of prune.py."""
+def pruning_parser(description: str | None, runtimes: Collection[str]) -> HelpfulParser:
+    """The flags of prune.py. runtimes: those that it can measure latency in, the default first."""
     parser = HelpfulParser(description)
     add = parser.add_argument
     add("--weights", help="checkpoint to cut (not given: last.pt of the newest sparsity run)")
@@ -275,6 +275,9 @@ def pruning_parser(description: str | None) -> HelpfulParser:
     add("--target", type=named_fraction(TARGETS, "params=0.5, flops=0.5, latency=0.6 or map-drop=0.01"),
         help="cut as much as this takes, instead of --percent: params=0.5, flops=0.5, latency=0.6 (what is left), "
              "map-drop=0.01")
+    add("--runtime", choices=list(runtimes), default=next(iter(runtimes)),
+        help="what --target latency and --sweep measure in")
+    add("--int8", action="store_true", help="... in 8 bits, where the runtime has it")
     add("--latency-batch", type=at_least(1), default=1, help="with --target latency: images a batch")
     add("--sweep", type=fractions,
         help="first:last:step; show what each of these percents would give, and write no model")

@@ -1,4 +1,4 @@
-"""The road from a model to a slim one: its stages, what is done of them, and how long the rest takes."""
+"""The pipeline from a model to a slim one: its stages, what is done of them, and how long the rest takes."""
 from __future__ import annotations
 
 import json
@@ -18,7 +18,7 @@ SHARE = 3  # one in so many epochs is for what comes before, or after, becoming 
 
 @dataclass(frozen=True)
 class Stage:
-    """One command of the road. Its name is that of its run's folder."""
+    """One command of the pipeline. Its name is that of its run's folder."""
 
     name: str
     script: str
@@ -33,8 +33,8 @@ class Stage:
 
 
 @dataclass
-class Road:
-    """Everything that is known of a road. It lies in the road's folder, as slim.json, written anew after each stage."""
+class Pipeline:
+    """What is known of a pipeline. It lies in its folder, as slim.json, written anew after each stage."""
 
     folder: Path
     command: str
@@ -69,12 +69,12 @@ class Road:
         if self.target[0] == "map-drop":
             found += [Stage("cut", PRUNE), Stage("tuned", "finetune_pruned.py", tuning)]
         if any(stage.epochs < 1 for stage in found if stage.script != PRUNE):
-            raise UserError(f"--epochs {self.epochs}: too few, the road is {len(found)} stages long; give more")
+            raise UserError(f"--epochs {self.epochs}: too few, the pipeline is {len(found)} stages long; give more")
         return found
 
     @property
     def machine(self) -> list[str]:
-        """Flags that every script takes, and that may change when the road goes on."""
+        """Flags that every script takes, and that may change when the pipeline goes on."""
         return ["--workers", str(self.workers), *(["--device", self.device] if self.device else [])]
 
     @property
@@ -92,26 +92,26 @@ class Road:
         write_json(self.folder / STATE, {key: value for key, value in asdict(self).items() if key != "folder"})
 
 
-def known_road(resume: str | bool, project: str) -> Road:
-    """The road that --resume means: its folder, a file in it, or the newest."""
+def known_pipeline(resume: str | bool, project: str) -> Pipeline:
+    """The pipeline that --resume means: its folder, a file in it, or the newest."""
     path = Path(resume) if isinstance(resume, str) else newest(f"{project}/*/{STATE}")
     if path is None:
-        raise UserError(f"--resume: no road under {project}; give its folder: --resume path/to/exp")
+        raise UserError(f"--resume: no pipeline under {project}; give its folder: --resume path/to/exp")
     for folder in (path.absolute(), *path.absolute().parents):
         if (folder / STATE).is_file():
             try:
                 data = json.loads((folder / STATE).read_text(encoding="utf-8"))
-                return Road(folder, **{**data, "target": tuple(data["target"])})
+                return Pipeline(folder, **{**data, "target": tuple(data["target"])})
             except (ValueError, TypeError, KeyError):
-                raise UserError(f"{folder / STATE}: damaged, or of another version; start a new road: --weights with "
-                                "the best of its stages") from None
+                raise UserError(f"{folder / STATE}: damaged, or of another version; start a new pipeline: "
+                                "--weights with the best of its stages") from None
     raise UserError(f"--resume {path}: no {STATE} there or above; give the folder of a slim.py run")
 
 
 class Progress(Hook):
-    """After each epoch of a stage: how far the whole road is, and about how long the rest takes.
+    """After each epoch of a stage: how far the whole pipeline is, and about how long the rest takes.
 
-    before: epochs of the stages before this one. epochs: of the whole road.
+    before: epochs of the stages before this one. epochs: of the whole pipeline.
     """
 
     def __init__(self, before: int, epochs: int):
