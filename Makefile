@@ -13,7 +13,7 @@ setup: .venv/ready
 	touch $@
 
 test: setup
-	$(BIN)/python -m pytest -q --durations=10
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile --durations=15
 
 lint: setup
 	$(BIN)/ruff check .
