@@ -41,6 +41,8 @@ EQUAL: Columns = [  # of the rows that equal_rows() makes
     ("mAP50-95", "map", str), ("mean of the last five", "mean5", str), ("FLOPs left", "flops", SHARE)]
 ENGINE: Columns = [("model", "model", str), ("by", "method", str), ("seconds", "seconds", TWO),
                    ("memory, times the weights", "memory", ONE), ("parameters left", "left", SHARE)]
+SCALE: Columns = [("images", "images", COUNT), ("by", "by", str), ("first scan, s", "first_seconds", TWO),
+                  ("MB", "first_memory", ONE), ("next start, s", "next_seconds", TWO), ("MB", "next_memory", ONE)]
 OVERHEAD: Columns = [
     ("model", "model", str), ("step, ms", "step", "{:.0f}".format), ("--sr, ms", "l1", TWO),
     ("of a step", "l1_share", "{:.2%}".format), ("--target-sparsity, ms", "target", TWO),
