@@ -174,8 +174,9 @@ def _grown(work) -> float:
 
 def _wide(path: Path, state: dict) -> Path:
     """A file whose yaml describes hundreds of gigabytes."""
-    torch.save({"format": checkpoint.FORMAT, "yaml": {**small().yaml, "width_multiple": 99.0}, "names": {0: "a", 1: "b"},
-                "masks": {}, "state_dict": state, "ema": None}, path)
+    yaml = {**small().yaml, "width_multiple": 99.0}
+    torch.save({"format": checkpoint.FORMAT, "yaml": yaml, "names": {0: "a", 1: "b"}, "masks": {}, "state_dict": state,
+                "ema": None}, path)
     return path
 
 
