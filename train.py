@@ -333,7 +333,7 @@ def describe(run: Run) -> None:
     if not opt.noplots:
         from utils.plots.training import plot_labels
 
-        plot_labels(np.concatenate(run.loader.dataset.labels), run.model.names, run.folder / "labels.png")
+        plot_labels(run.loader.dataset.labels.flat(), run.model.names, run.folder / "labels.png")
     losses = "".join(f"{name[:3]:>9}" for name in LOSSES)
     print(f"{'epoch':>8}{losses}" + "".join(f"{name:>10}" for name in ("P", "R", "mAP50", "mAP50-95")))
 

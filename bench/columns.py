@@ -49,6 +49,8 @@ INT8: Columns = [("images", "split", str), ("runtime", "runtime", str), ("models
 RUNTIMES: Columns = [  # of the rows that runtime_rows() makes
     ("model", "model", str), ("runtime", "runtime", str), ("precision", "precision", str), ("dense", 0, TIMES),
     ("one by one", 1, TIMES), ("blocks of 8", 8, TIMES), ("of 16", 16, TIMES), ("of 32", 32, TIMES)]
+SCALE: Columns = [("images", "images", COUNT), ("by", "by", str), ("first scan, s", "first_seconds", TWO),
+                  ("MB", "first_memory", ONE), ("next start, s", "next_seconds", TWO), ("MB", "next_memory", ONE)]
 OVERHEAD: Columns = [
     ("model", "model", str), ("step, ms", "step", "{:.0f}".format), ("--sr, ms", "l1", TWO),
     ("of a step", "l1_share", "{:.2%}".format), ("--target-sparsity, ms", "target", TWO),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import zipfile
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -106,27 +107,50 @@ def read(path: str | Path) -> dict[str, Any]:
 
 def load(path: str | Path, device: str | torch.device = "cpu") -> Model:
     """The model of a checkpoint, fp32, in eval mode; the EMA weights where there are two."""
-    return build(read(path), device, path)
+    return _assemble(read(path), path).to(device)
 
 
 def build(data: dict[str, Any], device: str | torch.device = "cpu", path: str | Path = "checkpoint",
           ema: bool = True) -> Model:
-    """The Model that read()'s dict describes: built from its yaml, narrowed to the shapes of its weights, loaded."""
+    """The Model that read()'s dict describes, with a copy of its weights; ema=False: the raw ones where there are two.
+    """
+    return deepcopy(_assemble(data, path, ema)).to(device)
+
+
+def _assemble(data: dict[str, Any], path: str | Path, ema: bool = True, place: str = "meta") -> Model:
+    """Built from its yaml, narrowed to the shapes of its weights, and given these: they are data's own tensors.
+
+    On the meta device a yaml allocates nothing, whatever width it asks for: only what is in the file takes memory. A
+    block that computes with values while it is built, or keeps some that are not in the file, needs a real device.
+    """
     state = data["ema"] if ema and data.get("ema") else data["state_dict"]
     try:
-        model = Model(data["yaml"], names=data["names"])
+        with torch.device(place):
+            model = Model(data["yaml"], names=data["names"])
     except UserError as error:
+        if place == "meta" and "meta tensor" in str(error.__context__):
+            return _assemble(data, path, ema, "cpu")
         raise UserError(f"{path}: {error}") from None
     convs = [name for name, module in model.named_modules() if isinstance(module, Conv)]
     if not any(f"{name}.bn.running_mean" in state for name in convs):  # they are folded into the convolutions
         model = fused(model)
     try:
         resize_like(model, state)
-        model.load_state_dict(state)
+        for name, value in state.items():
+            if value.is_meta or value.untyped_storage().nbytes() < value.numel() * value.element_size():
+                raise ValueError(f"{name}: fewer numbers than its shape {tuple(value.shape)} has")
+        model.load_state_dict(state, assign=True)
     except (KeyError, ValueError, RuntimeError, AttributeError, TypeError) as error:
         raise UserError(f"{path}: the weights do not fit the yaml inside ({first_line(error)})") from None
+    if any(t.is_meta for t in (*model.parameters(), *model.buffers())):
+        return _assemble(data, path, ema, "cpu")
     model.masks = dict(data.get("masks") or {})
-    return model.float().to(device).eval()
+    model.float().eval()
+    try:
+        model.set_strides()
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    return model
 
 
 def load_fitting(model: Model, path: str | Path) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 import models.experimental  # noqa: F401  (registers its block)
 from models.common import BLOCKS, EPS, MOMENTUM, Conv, block
@@ -36,9 +37,10 @@ class Detect(nn.Module):
         self.nc, self.no = nc, nc + 5
         self.nl, self.na = len(anchors), len(anchors[0]) // 2
         # In grid units once Model has divided by the strides. A buffer, so that autoanchor's result travels with the
-        # weights.
-        self.register_buffer("anchors", torch.tensor(anchors, dtype=torch.float32).view(self.nl, -1, 2))
-        self.register_buffer("stride", torch.zeros(self.nl), persistent=False)
+        # weights. Both have values even where a model is built on the meta device.
+        grid = torch.tensor(anchors, dtype=torch.float32, device="cpu")
+        self.register_buffer("anchors", grid.view(self.nl, -1, 2))
+        self.register_buffer("stride", torch.zeros(self.nl, device="cpu"), persistent=False)
         self.m = nn.ModuleList(nn.Conv2d(c, self.no * self.na, 1) for c in ch)
 
     def forward(self, x: list[Tensor]) -> Any:
@@ -138,8 +140,24 @@ def _stack(spec: Any, args: list, repeat: int) -> list[nn.Module]:
     return [spec.cls(args[0] if k == 0 else args[1], *args[1:]) for k in range(repeat)]
 
 
+class _Shapes(TorchFunctionMode):
+    """Within it convolution and BatchNorm give the right shape and nothing else, for next to no work."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        # Where channels do not agree the operation itself complains.
+        if func is torch.batch_norm and args[3] is not None and args[0].shape[1] == len(args[3]):
+            return args[0].clone()  # what follows may work in place
+        if func is torch.conv2d and len(args) == 7:
+            x, weight, _, *how, groups = args
+            if x.shape[1] == weight.shape[1] * groups:
+                return torch.conv2d(x[:, :1], weight[:1, :1], None, *how, 1).repeat(1, len(weight), 1, 1)
+        return func(*args, **(kwargs or {}))
+
+
 class Model(nn.Module):
     """A detector built from a yaml. Input (B, ch, H, W) in 0..1, H and W multiples of the largest stride.
+
+    Built on the meta device it has shapes only: whoever gives it its weights and anchors calls set_strides().
 
     .yaml    the description it was built from (nc and anchors as really used)
     .names   dict class index -> name
@@ -167,8 +185,10 @@ class Model(nn.Module):
                 module.eps, module.momentum = EPS, MOMENTUM
         if "activation" in self.yaml:
             self._set_activation(str(self.yaml["activation"]))
-        self._set_strides(ch)
-        self.detect.init_biases()
+        if not self.detect.m[0].weight.is_meta:  # type: ignore[union-attr]
+            self.set_strides()
+            self._scale_anchors()
+            self.detect.init_biases()
 
     @property
     def detect(self) -> Detect:
@@ -207,18 +227,28 @@ class Model(nn.Module):
             if isinstance(module, Conv) and isinstance(module.act, nn.SiLU):
                 module.act = cls(float(written[2])) if written[2] else cls()
 
-    def _set_strides(self, ch: int, size: int = 256) -> None:
-        """Measure the strides with one blank image, bring the anchors to grid units and into the strides' order."""
+    def set_strides(self) -> None:
+        """Measure the strides with one blank image. UserError where the layers do not fit together."""
+        modes = [(module, module.training) for module in self.modules()]
         self.eval()  # the blank image must leave the BN statistics alone
         self.detect.train()
-        try:
-            with torch.no_grad():
-                outputs = self.forward(torch.zeros(1, ch, size, size))
-        except BUILD_ERRORS as error:
-            raise UserError(f"model yaml: its layers do not fit together ({first_line(error, 120)})") from None
-        self.train()
+        for size in (64, 256):  # a small image is the faster one, if it is large enough
+            try:
+                with torch.no_grad(), _Shapes():
+                    sides = [y.shape[-2] for y in self.forward(torch.zeros(1, self.yaml["ch"], size, size))]
+            except BUILD_ERRORS as error:
+                if size == 64:
+                    continue
+                raise UserError(f"model yaml: its layers do not fit together ({first_line(error, 120)})") from None
+            if min(sides) > 1:  # else it may have been rounded up
+                break
+        for module, training in modes:
+            module.training = training
+        self.detect.stride.copy_(torch.tensor([size / side for side in sides]))
+
+    def _scale_anchors(self) -> None:
+        """Bring the anchors into the strides' order, and to grid units."""
         head = self.detect
-        head.stride.copy_(torch.tensor([size / y.shape[-2] for y in outputs]))
         areas = head.anchors.prod(-1).mean(-1)
         if head.nl > 1 and (areas[-1] - areas[0]) * (head.stride[-1] - head.stride[0]) < 0:
             head.anchors.copy_(head.anchors.flip(0))

@@ -68,3 +68,15 @@ def test_every_fine_tuned_run_of_the_tables_is_among_the_runs(bench):
     assert [command.split()[0] for command in made] == ["train_sparsity.py", "prune.py", "finetune_pruned.py"]
     assert "--percent 0.55 " in made[1]
     assert len(sparsity.commands("SGD-sr0.1-seed0", Path("w.pt"), 40)) == 1
+
+
+def test_a_made_up_data_set_has_what_it_says(bench, tmp_path, monkeypatch):
+    scale = bench("scale")
+    monkeypatch.setattr(scale, "LINKS", 3)
+    monkeypatch.setattr(scale, "PER_FOLDER", 12)
+    monkeypatch.setenv("YOLO_CACHE", str(tmp_path / "cache"))
+    images = scale.make_set(tmp_path, 31)
+    assert scale.sample(images)["images"] == 31 and len(list((tmp_path / "cache/labels").iterdir())) == 1
+    assert max(file.stat().st_nlink for file in tmp_path.rglob("*.jpg")) <= 1 + 3
+    scale.forget(images)
+    assert not list((tmp_path / "cache/labels").iterdir()) and len(list(images.rglob("*.jpg"))) == 31

@@ -3,9 +3,11 @@ from __future__ import annotations
 
 import os
 import pickle
+import resource
 import sys
 import types
 import zipfile
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ import torch
 from torch import nn
 
 from models import checkpoint
+from models.common import BLOCKS, BlockSpec
 from models.yolo import Model, fused
 from tests.blocks import randomised
 from utils.errors import UserError
@@ -158,3 +161,92 @@ def test_what_a_model_is_survives_the_cut_and_the_file(tmp_path):
     assert all(len(m) == dict(first.named_modules())[n].num_features for n, m in model.masks.items())
     assert sum(int(m.sum()) for m in model.masks.values()) == sum(m.num_features for m in norms)
     assert largest_difference(slim(first, model.masks), model) < 1e-6  # the file holds fp32, and the rounds compose
+
+
+# The yaml in a file asks for what it likes ----------------------------------------------------------------------------
+
+def _grown(work) -> float:
+    """Megabytes by which the process's peak grew in a call."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    work()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+
+
+def _wide(path: Path, state: dict) -> Path:
+    """A file whose yaml describes hundreds of gigabytes."""
+    yaml = {**small().yaml, "width_multiple": 99.0}
+    torch.save({"format": checkpoint.FORMAT, "yaml": yaml, "names": {0: "a", 1: "b"}, "masks": {}, "state_dict": state,
+                "ema": None}, path)
+    return path
+
+
+def test_a_width_of_99_allocates_nothing(tmp_path):
+    model = randomised(small()).eval()
+    path = _wide(tmp_path / "x.pt", model.state_dict())
+    found: list[Model] = []
+    assert _grown(lambda: found.append(checkpoint.load(path))) < 200
+    assert all(map(torch.equal, found[0].state_dict().values(), model.state_dict().values()))  # a very slim model
+    assert torch.equal(found[0].stride, model.stride)
+
+
+@pytest.mark.parametrize("kind", ["one number", "one of them", "none"])
+def test_a_shape_without_its_numbers_is_refused(tmp_path, kind):
+    with torch.device("meta"):
+        huge = Model({**small().yaml, "width_multiple": 99.0}).state_dict()
+    expanded = {name: torch.tensor(1.0).expand(value.shape) for name, value in huge.items()}
+    first = "model.0.conv.weight"
+    state = {"one number": expanded, "none": huge,
+             "one of them": {**small().state_dict(), first: expanded[first]}}[kind]
+    path = _wide(tmp_path / "x.pt", state)
+
+    def load() -> None:
+        with pytest.raises(UserError, match=r"x\.pt: .*fewer numbers than its shape"):
+            checkpoint.load(path)
+
+    assert _grown(load) < 200
+
+
+def test_loading_keeps_one_copy_of_the_weights_and_draws_no_random_number(tmp_path):
+    checkpoint.save(tmp_path / "x.pt", small())
+    state = torch.get_rng_state()
+    data = checkpoint.read(tmp_path / "x.pt")
+    model = checkpoint.build(data)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(p.requires_grad and p.dtype == torch.float32 for p in model.parameters())
+    with torch.no_grad():  # what was read stays as it was
+        model.model[0].conv.weight.zero_()
+    assert data["state_dict"]["model.0.conv.weight"].any()
+
+
+class _Table(nn.Module):
+    """Keeps values that its file does not hold."""
+
+    def __init__(self, c1: int):
+        super().__init__()
+        self.register_buffer("table", torch.linspace(1, 2, c1).view(1, -1, 1, 1), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.table
+
+
+class _Computed(nn.Module):
+    """Computes with tensors while it is built."""
+
+    def __init__(self, c1: int):
+        super().__init__()
+        self.factor = torch.linspace(0, 1, 3)[1].item()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.factor
+
+
+@pytest.mark.parametrize("cls", [_Table, _Computed])
+def test_a_block_that_needs_values_has_them(tmp_path, monkeypatch, cls):
+    monkeypatch.setitem(BLOCKS, "Own", BlockSpec(cls, "input", False))
+    cfg = deepcopy(small().yaml)
+    cfg["backbone"][9] = [-1, 1, "Own", []]
+    model = randomised(Model(cfg, nc=2)).eval()
+    checkpoint.save(tmp_path / "x.pt", model)
+    again, x = checkpoint.load(tmp_path / "x.pt"), torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(again(x)[0], model(x)[0])

@@ -7,6 +7,7 @@ from torch import nn
 
 from models import checkpoint
 from models.common import BLOCKS, block
+from models.config import read_yaml
 from models.yolo import Model, fused, set_anchors, with_classes
 from utils.errors import UserError
 
@@ -84,3 +85,15 @@ def test_bad_yaml_is_refused_in_one_line(change, words):
     change(cfg)
     with pytest.raises(UserError, match=words):
         Model(cfg)
+
+
+@pytest.mark.parametrize("name", ["yolov5n.yaml", "yolov5n6.yaml", "yolov5-p7.yaml", "yolov5-p2.yaml",
+                                  "yolov5s-transformer.yaml", "yolov3-tiny.yaml"])
+def test_strides_are_those_of_a_real_forward_pass(name):
+    model = Model({**read_yaml(name), "width_multiple": 0.125}).eval()
+    model.detect.train()
+    with torch.no_grad():
+        sides = [y.shape[-2] for y in model(torch.zeros(1, 3, 512, 512))]
+    assert model.stride.tolist() == [512 / side for side in sides]
+    model.train().set_strides()
+    assert all(module.training for module in model.modules())

@@ -24,8 +24,10 @@ from tqdm import tqdm
 
 import utils.data.augmentations as aug
 from utils.boxes import letterbox, xywh2xyxy, xyxy2xywh
-from utils.data.image_files import IMAGE_SUFFIXES, Record, decode, find_images, label_path, scan_image
+from utils.data.image_files import IMAGE_SUFFIXES, decode, find_images, label_path, path_order, scan_image
 from utils.data.label_cache import cache_folder, scan_with_cache
+from utils.data.ragged import Paths
+from utils.data.scan import Scan, scan_groups
 from utils.errors import UserError
 from utils.files import write_array
 
@@ -66,9 +68,9 @@ class DetectionDataset(Dataset[Sample]):
     holds them (plus `pad` strides), and there is no mosaic. cache: "ram" or "disk" keeps decoded images. nc: classes
     must be below it.
 
-    .images, .labels ((m, 5): class, xywh normalised) and .shapes ((n, 2): w, h) are in the data set's order. .problems
-    counts what was repaired or left out, .refused lists (path, reason) of the images that were left out, .notes and
-    summary() are for the log.
+    .images (Path), .labels ((m, 5): class, xywh normalised) and .shapes ((n, 2): w, h) are in the data set's order; the
+    first two are sequences over one array each, not lists (see ragged.py). .problems counts what was repaired or left
+    out, .refused lists (path, reason) of the images that were left out, .notes and summary() are for the log.
 
     UserError where a source is missing or none of the images can be used.
     """
@@ -82,15 +84,13 @@ class DetectionDataset(Dataset[Sample]):
         self.hyp = {key: float((hyp or {}).get(key, 0.0)) for key in HYP}
         self.seed = seed % 2**63  # numpy takes no negative seed
         self.notes: list[str] = []
-        records = self._scan([Path(s).absolute() for s in sources], nc, single_cls)
+        self.images, scan = self._scan([Path(s).absolute() for s in sources], nc, single_cls)
         if rect:
-            records.sort(key=lambda r: r.size[1] / r.size[0])
-        self.images = [r.path for r in records]
-        self.labels = [r.labels for r in records]
-        self.shapes = np.array([r.size for r in records], int)
-        self.orientations = np.array([r.orientation for r in records], np.uint8)
+            order = np.argsort(scan.sizes[:, 1] / scan.sizes[:, 0], kind="stable")
+            self.images, scan = self.images.take(order), scan.take(order)
+        self.labels, self.shapes, self.orientations = scan.labels, scan.sizes.astype(int), scan.orientations
         self.batch_shapes = rect_shapes(self.shapes, batch_size, imgsz, stride, pad) if rect else None
-        if not any(map(len, self.labels)):
+        if not self.labels.counts.any():
             self.notes.append(f"no labels at all: looked for {label_path(self.images[0])} and so on")
         if augment and self.hyp["copy_paste"]:
             self.notes.append("copy_paste has no effect: it needs polygons, and only boxes are kept")
@@ -101,26 +101,35 @@ class DetectionDataset(Dataset[Sample]):
         elif cache == "disk":
             self._fill_disk()
 
-    def _scan(self, sources: Sequence[Path], nc: int | None, single_cls: bool) -> list[Record]:
-        """Records of the usable images, sorted by path; sets .problems and .refused."""
-        found = [image for source in sources for image in find_images(source)]
+    def _scan(self, sources: Sequence[Path], nc: int | None, single_cls: bool) -> tuple[Paths, Scan]:
+        """The usable images, sorted by path, and what is known of them; sets .problems and .refused."""
+        found = sorted((image for source in sources for image in find_images(source)), key=path_order)
         where = ", ".join(map(str, sources)) or "no source"
         if not found:
             raise UserError(f"{where}: no images there ({', '.join(sorted(s[1:] for s in IMAGE_SUFFIXES))})")
-        scan = partial(scan_image, nc=nc, single_cls=single_cls)
+        one = partial(scan_image, nc=nc, single_cls=single_cls)
         title = f"{self.prefix} scan".strip()
-        records = scan_with_cache(sorted(found), f"{nc} {single_cls}", lambda changed: in_threads(scan, changed, title))
-        self.problems: dict[str, int] = dict(sum((r.problems for r in records), Counter()))
-        self.refused = [(r.path, r.refused) for r in records if r.refused]
-        usable = [r for r in records if not r.refused]
-        if not usable:
+        scan = scan_with_cache(found, f"{nc} {single_cls}", lambda groups: scan_groups(one, groups, title))
+        problems: Counter[str] = Counter()
+        reasons: dict[int, str] = {}
+        for i, counts, reason in scan.remarks():
+            problems += counts
+            if reason:
+                reasons[i] = reason
+        self.problems: dict[str, int] = dict(problems)
+        self.refused = [(Path(found[i]), reason) for i, reason in reasons.items()]
+        images = Paths(found)
+        if len(reasons) == len(found):
             path, reason = self.refused[0]
             raise UserError(f"{where}: none of the {len(found)} images can be used; the first: {path} ({reason})")
-        return usable
+        if reasons:
+            usable = np.delete(np.arange(len(found)), list(reasons))
+            images, scan = images.take(usable), scan.take(usable)
+        return images, scan
 
     def summary(self) -> str:
         """What was found, repaired and left out, and the notes: one line or a few."""
-        boxes, background = sum(map(len, self.labels)), sum(not len(x) for x in self.labels)
+        boxes, background = self.labels.counts.sum(), (self.labels.counts == 0).sum()
         lines = [f"{len(self.images)} images, {boxes} boxes, {background} images without any"]
         if self.problems:
             lines[0] += "; " + ", ".join(f"{n} {what}" for what, n in sorted(self.problems.items()))

@@ -4,8 +4,9 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import cv2
 import numpy as np
@@ -16,6 +17,7 @@ from utils.errors import UserError
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".mpo", ".png", ".tif", ".tiff", ".webp"})
 LEAST_SIDE = 10          # pixels; smaller images are left out
+MARGIN = 1e-5            # of an image's side: many times what float32 rounds away
 EXIF_ORIENTATION = 274   # the tag's number
 CHECKED = ("JPEG", "PNG")   # read_header() notices a damaged one without decoding it
 # What Pillow raises for a file that it can't read, and decode().
@@ -41,17 +43,22 @@ class Record(NamedTuple):
     refused: str = ""              # why the image can't be used
 
 
-def find_images(source: Path) -> list[Path]:
+def find_images(source: Path) -> list[str]:
     """The images in a folder and its subfolders or in a txt list, or `source` itself. UserError if it is missing."""
     if source.is_dir():
-        paths = (Path(folder, name) for folder, _, names in os.walk(source, followlinks=True) for name in names)
-        return [path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES]
+        return [os.path.join(folder, name) for folder, _, names in os.walk(source, followlinks=True) for name in names
+                if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES]
     if not source.is_file():
         raise UserError(f"{source}: no such folder, list or image; correct the data yaml")
     if source.suffix.lower() != ".txt":
-        return [source] if source.suffix.lower() in IMAGE_SUFFIXES else []
+        return [str(source)] if source.suffix.lower() in IMAGE_SUFFIXES else []
     lines = source.read_text(encoding="utf-8-sig", errors="replace").splitlines()
-    return [listed_path(source.parent, line.strip()) for line in lines if line.strip()]
+    return [str(listed_path(source.parent, line.strip())) for line in lines if line.strip()]
+
+
+def path_order(path: str) -> str:
+    """The key by which paths sort as Path does, folder by folder: no separator may come after a letter."""
+    return os.path.normcase(path).replace(os.sep, "\0")
 
 
 def listed_path(folder: Path, line: str) -> Path:
@@ -62,10 +69,20 @@ def listed_path(folder: Path, line: str) -> Path:
 
 def label_path(image: Path) -> Path:
     """.../images/a/b.jpg -> .../labels/a/b.txt: the last folder called images counts; without one, beside the image."""
-    folders = list(image.parent.parts)
-    if "images" in folders:
-        folders[len(folders) - 1 - folders[::-1].index("images")] = "labels"
-    return Path(*folders, image.stem + ".txt")
+    return Path(next(label_files([str(image)])))
+
+
+def label_files(images: Iterable[str]) -> Iterator[str]:
+    """label_path() of each image. Neighbours mostly share their folder, which is looked at once."""
+    before = labels = None
+    for image in images:
+        folder, name = os.path.split(image)
+        if folder != before:
+            before, folders = folder, folder.split(os.sep)
+            if "images" in folders:
+                folders[len(folders) - 1 - folders[::-1].index("images")] = "labels"
+            labels = os.sep.join(folders)
+        yield os.path.join(labels or "", f"{os.path.splitext(name)[0]}.txt")
 
 
 def read_header(path: Path) -> Header:
@@ -73,7 +90,7 @@ def read_header(path: Path) -> Header:
 
     One of UNREADABLE for a file that is not an image, or not a whole one if its format is CHECKED.
     """
-    with Image.open(path) as image:
+    with open(path, "rb") as file, Image.open(file) as image:
         size, kind = image.size, image.format or ""
         orientation = 1
         # A PNG's EXIF may follow its pixels, and reading it would decode them. TIFF decoders rotate by themselves.
@@ -84,7 +101,7 @@ def read_header(path: Path) -> Header:
                 orientation = 1
         if kind == "PNG":
             image.verify()  # checksums
-        elif kind == "JPEG" and not _ends_with(path, b"\xff\xd9"):
+        elif kind == "JPEG" and not _ends_with(file, b"\xff\xd9"):
             image.load()    # truncated, or data follows the image: only decoding tells which
         elif kind != "JPEG" and not cv2.haveImageReader(str(path)):
             raise ValueError(f"OpenCV reads no {kind}")
@@ -92,10 +109,13 @@ def read_header(path: Path) -> Header:
     return Header(size[::-1] if orientation >= 5 else size, orientation, kind)
 
 
-def _ends_with(path: Path, mark: bytes) -> bool:
-    with path.open("rb") as file:
-        file.seek(-len(mark), os.SEEK_END)
-        return file.read() == mark
+def _ends_with(file: BinaryIO, mark: bytes) -> bool:
+    """Whether a file ends with `mark`. Its position stays."""
+    position = file.tell()
+    file.seek(-len(mark), os.SEEK_END)
+    found = file.read() == mark
+    file.seek(position)
+    return found
 
 
 def decode(path: Path, orientation: int = 1) -> np.ndarray:
@@ -142,7 +162,9 @@ def parse_labels(text: str, path: Path, nc: int | None = None,
                             "correct the label or add the name")
         else:
             rows.append(row)
-    labels = _repair(np.array(rows, np.float32).reshape(-1, 5), problems)
+    labels = np.array(rows, np.float32).reshape(-1, 5)
+    if not all(_well_inside(*row[1:]) for row in rows) or len(set(map(tuple, labels.tolist()))) < len(rows):
+        labels = _repair(labels, problems)
     return labels, +problems  # without zeros
 
 
@@ -163,6 +185,12 @@ def _parse_row(line: str) -> list[float] | None:
     return [values[0], (x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1]
 
 
+def _well_inside(x: float, y: float, w: float, h: float) -> bool:
+    """Is a box so far from the edge, and so large, that rounding to float32 can't leave anything to repair?"""
+    return w > MARGIN and h > MARGIN and (w + MARGIN) / 2 < x < 1 - (w + MARGIN) / 2 \
+        and (h + MARGIN) / 2 < y < 1 - (h + MARGIN) / 2
+
+
 def _repair(labels: np.ndarray, problems: Counter[str]) -> np.ndarray:
     """Cut boxes at the image's edge; drop duplicates and boxes without area inside the image. Count each."""
     corners = xywh2xyxy(labels[:, 1:])
@@ -172,12 +200,14 @@ def _repair(labels: np.ndarray, problems: Counter[str]) -> np.ndarray:
     repaired = labels.copy()
     repaired[excess > 0, 1:] = xyxy2xywh(inside[excess > 0])
     repaired = repaired[keep]
-    first = np.sort(np.unique(repaired, axis=0, return_index=True)[1])
+    first: dict[tuple[float, ...], int] = {}
+    for i, row in enumerate(repaired.tolist()):
+        first.setdefault(tuple(row), i)
     # Coordinates rounded to a few digits often exceed the edge slightly: such boxes are cut, but not counted.
     problems["boxes cut at the edge"] = int((keep & (excess > 1e-4)).sum())
     problems["boxes dropped (no area in the image)"] = int((~keep).sum())
     problems["duplicate rows removed"] = len(repaired) - len(first)
-    return repaired[first]
+    return repaired[list(first.values())] if first else repaired
 
 
 def reason_of(error: Exception, path: Path) -> str:
@@ -202,7 +232,7 @@ def scan_image(path: Path, nc: int | None = None, single_cls: bool = False) -> R
         return Record(path, size, 1, no_labels, problems, f"{size[0]} x {size[1]} px")
     file = label_path(path)
     try:
-        text = file.read_text(encoding="utf-8-sig", errors="replace")
+        text = file.read_bytes().decode("utf-8-sig", "replace")
     except (FileNotFoundError, NotADirectoryError):
         text = ""
     except OSError as error:

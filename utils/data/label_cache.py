@@ -1,27 +1,44 @@
 """What a scan of images and labels found, kept for the next start in a cache folder outside the data set.
 
-A record is reused only while the path, size and modification time of both the image and its label file are unchanged;
-all other images are scanned again. The cache holds numbers and text, never pickled objects, so reading a file that
-somebody else made is safe.
+Images are cached in parts of PART, each a file, which is written as soon as its images are read: a scan of very many
+goes on where it was interrupted. What was found out about an image is reused only while the path, size and modification
+time of both the image and its label file are unchanged; all other images are scanned again. The cache holds numbers and
+text, never pickled objects, so reading a file that somebody else made is safe.
 """
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from utils.data.image_files import Record, label_path
+from utils.data.image_files import label_files
+from utils.data.ragged import Ragged
+from utils.data.scan import Scan
 from utils.errors import UserError
-from utils.files import write_text
+from utils.files import atomic
 
-VERSION = 2                          # raise it with every change of what a scan finds
+VERSION = 3                          # raise it with every change of what a scan finds
 FOLDER = "~/.cache/yolov5-slimming"  # the variable YOLO_CACHE names another
+PART = 10_000                        # images
+# Of the arrays in a file: type and shape of a row. The last two have the rows of all images.
+COLUMNS = {"stamps": (np.int64, (4,)), "sizes": (np.int32, (2,)), "orientations": (np.uint8, ()),
+           "boxes": (np.int64, ()), "lengths": (np.int64, ()), "labels": (np.float32, (5,)), "notes": (np.uint8, ())}
+
+
+@dataclass
+class _Part:
+    """Some images, and what the cache knows of them."""
+
+    images: Sequence[str]
+    file: Path
+    stamps: np.ndarray   # int64 (n, 4)
+    known: Scan | None   # of all images; outdated where `missing`
+    missing: np.ndarray  # (k,) indices of images to scan
 
 
 def cache_folder(kind: str) -> Path:
@@ -29,49 +46,76 @@ def cache_folder(kind: str) -> Path:
     return Path(os.environ.get("YOLO_CACHE") or FOLDER).expanduser() / kind
 
 
-def scan_with_cache(images: Sequence[Path], settings: str,
-                    scan: Callable[[Sequence[Path]], list[Record]]) -> list[Record]:
-    """Records of `images` in their order: from the cache where nothing has changed, from `scan` for the others.
+def scan_with_cache(images: Sequence[str], settings: str,
+                    scan: Callable[[Sequence[Sequence[str]]], Iterator[Scan]]) -> Scan:
+    """What is known of `images`, at least one: from the cache where nothing has changed, from `scan` for the others.
 
-    `settings` names whatever else a record depends on. A cache that can't be read or written only costs time.
+    scan: groups of images -> a Scan of each. `settings` names whatever else it depends on. A cache that can't be read
+    or written only costs time.
     """
-    stamps = [_stamp(image, settings) for image in images]
-    digest = hashlib.sha256("\n".join((settings, *map(str, images))).encode()).hexdigest()[:40]
-    file = cache_folder("labels") / f"{digest}.json"
-    cached = _read(file)
-    missing = [i for i, stamp in enumerate(stamps) if stamp not in cached]
-    if not missing:
-        return [cached[stamp]._replace(path=image) for image, stamp in zip(images, stamps)]
-    scanned = dict(zip(missing, scan([images[i] for i in missing])))
-    records = [scanned[i] if i in scanned else cached[stamp]._replace(path=images[i]) for i, stamp in enumerate(stamps)]
-    # float32 -> float64 -> text -> float32 is exact.
-    rows = [(stamp, r.size, r.orientation, r.labels.astype(float).tolist(), r.problems, r.refused)
-            for stamp, r in zip(stamps, records)]
-    with suppress(UserError):
-        write_text(file, json.dumps(rows))
-    return records
+    parts = [_open(images[i:i + PART], settings) for i in range(0, len(images), PART)]
+    changed = [part for part in parts if len(part.missing)]
+    fresh = scan([[part.images[i] for i in part.missing] for part in changed]) if changed else iter(())
+    for found, part in zip(fresh, changed):
+        _update(part, found)
+        with suppress(UserError):
+            _write(part)
+    return Scan.joined([part.known for part in parts if part.known is not None])
 
 
-def _stamp(image: Path, settings: str) -> str:
-    """Text that changes whenever a record of `image` may no longer hold."""
-    parts = [f"{VERSION} {settings}", str(image)]
-    for path in (image, label_path(image)):
-        try:
-            stat = path.stat()
-            parts.append(f"{stat.st_mtime_ns} {stat.st_size}")
-        except OSError:
-            parts.append("none")
-    return "|".join(parts)
+def _open(images: Sequence[str], settings: str) -> _Part:
+    digest = hashlib.sha256(os.fsencode("\n".join((f"{VERSION} {settings}", *images)))).hexdigest()[:40]
+    file, stamps = cache_folder("labels") / f"{digest}.npz", _stamps(images)
+    old, known = _read(file, len(images))
+    missing = np.arange(len(images)) if known is None else np.flatnonzero((old != stamps).any(1))
+    return _Part(images, file, stamps, known, missing)
 
 
-def _read(file: Path) -> dict[str, Record]:
-    """Stamp -> record, with an empty path; {} if there is no cache or it is damaged."""
-    records = {}
+def _stamps(images: Sequence[str]) -> np.ndarray:
+    """int64 (n, 4): modification time in ns and size of each image and its label file; -1 for one that is missing."""
+    numbers: list[int] = []
+    for pair in zip(images, label_files(images)):
+        for path in pair:
+            try:
+                stat = os.stat(path)
+                numbers += stat.st_mtime_ns, stat.st_size
+            except OSError:
+                numbers += -1, -1
+    return np.array(numbers, np.int64).reshape(-1, 4)
+
+
+def _update(part: _Part, found: Scan) -> None:
+    """Put what was found of the missing images in its place."""
+    if part.known is None:
+        part.known = found
+        return
+    index = np.arange(len(part.images))
+    index[part.missing] = len(index) + np.arange(len(found))
+    part.known = Scan.joined([part.known, found]).take(index)
+
+
+def _write(part: _Part) -> None:
+    scan = part.known
+    assert scan is not None
+    with atomic(part.file) as temporary, open(temporary, "wb") as file:
+        np.savez(file, stamps=part.stamps, sizes=scan.sizes, orientations=scan.orientations,
+                 boxes=scan.labels.counts, lengths=scan.notes.counts, labels=scan.labels.flat(),
+                 notes=scan.notes.flat())
+
+
+def _read(file: Path, images: int) -> tuple[np.ndarray, Scan | None]:
+    """(stamps, what the file knows); None if there is no such file or it is damaged."""
+    nothing = np.empty(0), None
     try:
-        for stamp, (w, h), orientation, labels, problems, refused in json.loads(file.read_bytes()):
-            boxes = np.array(labels, np.float32).reshape(-1, 5)
-            counts = Counter({str(problem): int(count) for problem, count in problems.items()})
-            records[str(stamp)] = Record(Path(), (int(w), int(h)), int(orientation), boxes, counts, str(refused))
-    except (OSError, ValueError, TypeError, AttributeError):
-        return {}
-    return records
+        with np.load(file, allow_pickle=False) as arrays:
+            found = {name: arrays[name] for name in COLUMNS}
+    except Exception:  # a damaged file raises many kinds of exceptions
+        return nothing
+    if any((found[name].dtype, found[name].ndim, found[name].shape[1:]) != (kind, len(row) + 1, row)
+           for name, (kind, row) in COLUMNS.items()):
+        return nothing
+    stamps, sizes, orientations, boxes, lengths, labels, notes = found.values()
+    rows = [images] * 5 + [int(boxes.sum()), int(lengths.sum())]
+    if [len(array) for array in found.values()] != rows or (boxes < 0).any() or (lengths < 0).any():
+        return nothing
+    return stamps, Scan(sizes, orientations, Ragged(labels, boxes), Ragged(notes, lengths))

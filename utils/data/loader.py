@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from utils.data.config import DataConfig
 from utils.data.dataset import PARTNERS, DetectionDataset, Geometry, Sample
+from utils.data.scan import cores
 from utils.errors import UserError
 
 
@@ -110,9 +111,8 @@ def collate(samples: Sequence[Sample]) -> Batch:
 
 def usable_workers(wanted: int, world_size: int, batches: int) -> int:
     """The number of worker processes: `wanted`, at most this process's share of the cores, at most one per batch."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     here = min(int(os.environ.get("LOCAL_WORLD_SIZE") or world_size), world_size)  # torchrun's, on this machine
-    return max(min(wanted, cores // here, batches), 0)
+    return max(min(wanted, cores() // here, batches), 0)
 
 
 def _start_worker(shutdown: Event | None, _: int) -> None:

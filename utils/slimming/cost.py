@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from utils.slimming.graph import ChannelGraph, convolutions
 
@@ -42,6 +41,8 @@ def profile(model: nn.Module, imgsz: int = 640, channels: int = 3) -> Cost:
 
 def _meta_pass(model: nn.Module, names: Iterable[str], imgsz: int, channels: int) -> tuple[dict[str, int], int]:
     """(name of a convolution -> positions of its kernel over all calls, FLOPs of the whole model)."""
+    from torch.utils.flop_counter import FlopCounterMode  # here, because it imports triton
+
     # deepcopy takes what the memo has in the place of a tensor: no weight is copied.
     memo: dict[int, Any] = {id(b): b.to("meta") for b in model.buffers()}
     memo |= {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in model.parameters()}

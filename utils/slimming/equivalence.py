@@ -2,11 +2,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from copy import deepcopy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
 
 EQUIVALENCE_BOUND = 1e-9  # float64 rounding stays below it
 
@@ -28,10 +29,36 @@ def largest_difference(a: nn.Module, b: nn.Module, channels: int = 3,
 
 @torch.no_grad()
 def _outputs(model: nn.Module, channels: int, sizes: Sequence[tuple[int, int, int]], seed: int) -> list[Tensor]:
-    """All outputs for all sizes. There is one float64 copy at a time: large models are checked in little memory."""
-    model, generator = deepcopy(model).cpu().double().eval(), torch.Generator().manual_seed(seed)
-    images = (torch.rand(n, channels, h, w, dtype=torch.float64, generator=generator) for n, h, w in sizes)
-    return [y for x in images for y in _tensors(model(x))]
+    """All outputs for all sizes, on the CPU. The model is not changed."""
+    generator = torch.Generator().manual_seed(seed)
+    images = [torch.rand(n, channels, h, w, dtype=torch.float64, generator=generator) for n, h, w in sizes]
+    training = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        with _Doubles():
+            return [y for x in images for y in _tensors(model(x))]
+    finally:
+        for module, flag in training:
+            module.training = flag
+
+
+class _Doubles(TorchFunctionMode):
+    """Within it every operation takes its floating-point tensors as float64 ones on the CPU.
+
+    A weight has a float64 copy while it is used and no longer: large models are checked in little memory.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if getattr(func, "__name__", "") == "__get__":  # an attribute
+            if func == Tensor.dtype.__get__ and args[0].is_floating_point():  # type: ignore[attr-defined]
+                return torch.float64
+            return func(*args, **(kwargs or {}))
+        args, kwargs = tree_map_only(Tensor, _double, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+def _double(x: Tensor) -> Tensor:
+    return x.to("cpu", torch.float64 if x.is_floating_point() else x.dtype)
 
 
 def _tensors(value: Any) -> Iterable[Tensor]:

@@ -20,7 +20,7 @@ from utils.slimming.equivalence import EQUIVALENCE_BOUND, largest_difference
 from utils.slimming.graph import Masks
 from utils.slimming.ranking import NOTHING_TO_CUT, Ranking, Rules, TracedModel
 from utils.slimming.result import PruneResult, TargetOutcome
-from utils.slimming.surgery import M, masked, slim
+from utils.slimming.surgery import M, masked_view, slim
 from utils.slimming.targets import TARGETS
 
 
@@ -62,11 +62,11 @@ class Pruner(TracedModel[M]):
         """cut() by the ranking as it is."""
         keep, outcome = (self.ranking.keep_percent(percent or 0.0), None) if target is None else self._reach(*target)
         masks = self.graph.masks(keep)
-        zeroed, narrow = masked(self.model, masks), slim(self.model, masks, self.graph)
+        zeroed, narrow = masked_view(self.model, masks), slim(self.model, masks, self.graph)
         difference = self.check(zeroed, narrow)
         gone = torch.cat([self.norms[name].weight.detach().abs()[~mask] for name, mask in masks.items()])
         prunable = self.ranking.prunable
-        return PruneResult(self.model, narrow, zeroed, masks, prunable, torch.cat(list(self.gammas(prunable).values())),
+        return PruneResult(self.model, narrow, masks, prunable, torch.cat(list(self.gammas(prunable).values())),
                            self.safe_threshold(prunable), float(gone.max()) if len(gone) else 0.0,
                            len(gone) / self.ranking.total, difference, outcome, self.graph.notes,
                            self.score)

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Generic
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from utils.slimming.graph import Masks
 from utils.slimming.ranking import SafeThreshold
-from utils.slimming.surgery import M
+from utils.slimming.surgery import M, masked
 
 FAR_BELOW = 0.1  # largest |gamma| of a channel that goes, relative to the median of those that stay
 
@@ -30,7 +31,6 @@ class PruneResult(Generic[M]):
 
     model: M                     # before
     slim: M
-    masked: M                    # of the old shape, gamma = beta = 0 on the cut channels
     masks: Masks
     prunable: Masks              # which channels may be cut at all
     gammas: Tensor               # |gamma| of all prunable channels
@@ -41,6 +41,11 @@ class PruneResult(Generic[M]):
     target: TargetOutcome | None
     graph_notes: list[str]
     score: str                   # one of SCORES, by which the channels were ranked
+
+    @cached_property
+    def masked(self) -> M:
+        """Of the old shape, gamma = beta = 0 on the cut channels: made of .model when it is first asked for."""
+        return masked(self.model, self.masks)
 
     @property
     def small_gammas(self) -> bool:

@@ -1,6 +1,7 @@
 """From masks to a slim model, to a masked one, and from a slim model's weights back to its shape."""
 from __future__ import annotations
 
+from collections.abc import Iterable
 from copy import deepcopy
 from typing import TypeVar
 
@@ -11,6 +12,7 @@ from utils.slimming.graph import ChannelGraph, Convolution, Masks, batch_norms, 
 from utils.slimming.tracing import trace
 
 M = TypeVar("M", bound=nn.Module)
+REPLACED = ("weight", "bias", "running_mean", "running_var")  # tensors of a layer that is cut
 
 
 def slim(model: M, masks: Masks, graph: ChannelGraph | None = None) -> M:
@@ -23,7 +25,9 @@ def slim(model: M, masks: Masks, graph: ChannelGraph | None = None) -> M:
     """
     graph = graph or trace(model)
     keep = graph.kept(masks)
-    new = deepcopy(model)
+    new = copy_sharing(model, (tensor for layer in (*convolutions(model, graph.outputs).values(),
+                                                   *batch_norms(model, graph.norms).values())
+                               for tensor in (getattr(layer, key, None) for key in REPLACED)))
     for name, conv in convolutions(new, graph.outputs).items():
         outputs, inputs = (torch.from_numpy(keep[ids[name]]) for ids in (graph.outputs, graph.inputs))
         rows, columns = (outputs, inputs) if isinstance(conv, nn.Conv2d) else (inputs, outputs)
@@ -33,7 +37,7 @@ def slim(model: M, masks: Masks, graph: ChannelGraph | None = None) -> M:
         if conv.bias is not None:
             _replace(conv, "bias", conv.bias.detach()[outputs])
     for name, norm in batch_norms(new, graph.norms).items():
-        for key in ("weight", "bias", "running_mean", "running_var"):
+        for key in REPLACED:
             if (old := getattr(norm, key)) is not None:
                 _replace(norm, key, old.detach()[torch.from_numpy(keep[graph.norms[name]])])
     for module in new.modules():
@@ -45,12 +49,23 @@ def slim(model: M, masks: Masks, graph: ChannelGraph | None = None) -> M:
 
 def masked(model: M, masks: Masks) -> M:
     """A copy of `model` of the same shape whose cut channels have gamma = beta = 0."""
-    new = deepcopy(model)
+    return deepcopy(masked_view(model, masks))
+
+
+def masked_view(model: M, masks: Masks) -> M:
+    """masked() that shares all tensors but these gammas and betas with `model`: to look at, not to train."""
+    own = {id(tensor) for norm in batch_norms(model, masks).values() for tensor in (norm.weight, norm.bias)}
+    new = copy_sharing(model, (t for t in (*model.parameters(), *model.buffers()) if id(t) not in own))
     with torch.no_grad():
         for name, norm in batch_norms(new, masks).items():
             norm.weight[~masks[name]] = 0.0
             norm.bias[~masks[name]] = 0.0
     return new
+
+
+def copy_sharing(model: M, tensors: Iterable[Tensor | None]) -> M:
+    """A deep copy of `model`, except for these parameters and buffers, which both hold."""
+    return deepcopy(model, {id(tensor): tensor for tensor in tensors if tensor is not None})
 
 
 def compose_masks(old: Masks, new: Masks) -> Masks:

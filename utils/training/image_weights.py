@@ -1,7 +1,7 @@
 """--image-weights: draw images with rare and badly detected classes more often."""
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -42,7 +42,7 @@ def map_of_classes(ap: APResult, nc: int) -> np.ndarray:
     return values
 
 
-def image_weights(labels: Sequence[np.ndarray], class_map: np.ndarray) -> np.ndarray:
+def image_weights(labels: Iterable[np.ndarray], class_map: np.ndarray) -> np.ndarray:
     """(images,) chance of each image: the sum over its boxes of (1 - mAP of the class)^2 / boxes of the class.
 
     labels: (m, 5) per image, class first. class_map: (nc,) in 0..1. Images without boxes get the smallest chance.

@@ -48,7 +48,7 @@ def adapt_anchors(opt: Namespace, model: Model, dataset: DetectionDataset, world
         return
     largest = dataset.shapes.max(1, keepdims=True)
     sizes = dataset.shapes / largest * opt.imgsz
-    wh = np.concatenate([labels[:, 3:5] * size for labels, size in zip(dataset.labels, sizes)])
+    wh = dataset.labels.flat()[:, 3:5] * np.repeat(sizes, dataset.labels.counts, 0)
     pixels = (model.detect.anchors * model.stride.view(-1, 1, 1)).cpu().numpy()
     better, message = fit_anchors(wh, pixels, opt.imgsz, opt.hyp["anchor_t"], opt.seed)
     if world.main:

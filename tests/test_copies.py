@@ -1,0 +1,77 @@
+"""What a cut and its check copy: little, and nothing that another model holds."""
+from __future__ import annotations
+
+from copy import deepcopy
+
+import torch
+from torch import Tensor, nn
+
+from models.yolo import Model
+from tests.blocks import randomised
+from utils.slimming import Pruner, slim
+from utils.slimming.equivalence import _outputs
+from utils.slimming.surgery import masked, masked_view
+
+
+def small() -> Model:
+    torch.manual_seed(0)
+    return randomised(Model({**Model("yolov5n.yaml").yaml, "width_multiple": 0.125}, nc=2)).train()
+
+
+def storages(model: nn.Module) -> set[int]:
+    return {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers()) if t.numel()}
+
+
+def test_the_models_of_a_cut_share_no_memory_and_change_nothing():
+    model = small()
+    before = deepcopy(model.state_dict())
+    result = Pruner(model, 64).rank().cut(percent=0.5)
+    assert result.masked is result.masked
+    parts = [storages(m) for m in (model, result.masked, result.slim)]
+    assert len(set.union(*parts)) == sum(map(len, parts))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(module.training for m in (model, result.masked, result.slim) for module in m.modules())
+    assert all(p.requires_grad for m in (result.masked, result.slim) for p in m.parameters())
+
+
+def test_a_view_of_the_masked_model_has_its_own_gammas_only():
+    model = small()
+    masks = Pruner(model, 64).rank().preview(0.5)[0]
+    view, copied = masked_view(model, masks), masked(model, masks)
+    assert all(torch.equal(a, b) for a, b in zip(view.state_dict().values(), copied.state_dict().values()))
+    own = storages(view) - storages(model)
+    assert own == {t.untyped_storage().data_ptr() for name in masks
+                   for t in (view.get_submodule(name).weight, view.get_submodule(name).bias)}
+    assert storages(slim(model, masks)).isdisjoint(storages(model))
+
+
+class _Odd(nn.Module):
+    """Uses another module's weights, its own parameter, a type and a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.attention = nn.Conv2d(3, 8, 3), nn.MultiheadAttention(8, 2, batch_first=True)
+        self.w = nn.Parameter(torch.rand(2))
+        self.register_buffer("table", torch.rand(8))
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        y = nn.functional.conv2d(x, self.conv.weight.to(x.dtype), self.conv.bias, 2)
+        flat = (y * self.w.softmax(0)[0]).flatten(2).transpose(1, 2).to(self.w.dtype)
+        zeros = torch.zeros(flat.shape[1], 8)
+        return {"a": self.attention(flat + zeros, flat, flat)[0] * self.table, "b": torch.cat([y, y.relu()], 1)}
+
+
+def test_the_check_computes_what_a_float64_copy_would():
+    sizes = ((1, 64, 64), (2, 64, 96))
+    for model in (small(), _Odd().train()):
+        copied, generator = deepcopy(model).double().eval(), torch.Generator().manual_seed(3)
+        before = deepcopy(model.state_dict())
+        with torch.no_grad():
+            wanted = [copied(torch.rand(n, 3, h, w, dtype=torch.float64, generator=generator)) for n, h, w in sizes]
+        flat = [y for out in wanted for y in (out.values() if isinstance(out, dict) else (out[0], *out[1]))]
+        found = _outputs(model, 3, sizes, 3)
+        assert [y.dtype for y in found] == [torch.float64] * len(flat)
+        assert all(torch.allclose(a, b, rtol=0, atol=1e-12 * float(b.abs().max())) for a, b in zip(found, flat))
+        assert all(module.training for module in model.modules())
+        assert all(torch.equal(value, before[name]) and value.dtype == before[name].dtype
+                   for name, value in model.state_dict().items())
