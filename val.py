@@ -163,9 +163,9 @@ def pictures(models: Sequence[Model], loader: DetectionLoader, device: torch.dev
             times = max(480 // image.shape[1], 1)
             image = image.repeat(times, 0).repeat(times, 1)
             for model, detections in zip(ready, found):
-                boxes, scores, classes = detections[i].cpu().split((4, 1, 1), 1)
-                labels = [f"{model.names[int(c)]} {score:.2f}" for score, c in zip(scores, classes)]
-                drawn.append(draw_boxes(image, times * boxes.numpy(), labels, classes.flatten().int().tolist()))
+                boxes, classes = times * detections[i][:, :4].cpu().numpy(), detections[i][:, 5].int().tolist()
+                labels = [f"{model.names[c]} {score:.2f}" for score, c in zip(detections[i][:, 4].tolist(), classes)]
+                drawn.append(draw_boxes(image, boxes, labels, classes))
             shown.append((Path(file).name, drawn))
             if len(shown) == count:
                 return shown

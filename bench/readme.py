@@ -54,6 +54,7 @@ def tables() -> dict[str, str]:
              "sparsity": (columns.share_rows(sparsity), columns.SPARSITY),
              "l1": (columns.l1_rows(sparsity), columns.L1), "pruning": (read_results("pruning"), columns.PRUNING),
              "pipeline": (read_results("pipeline"), columns.PIPELINE),
+             "absorb": (read_results("absorb"), columns.ABSORB),
              "device": (read_results("benchmarks"), columns.DEVICE),
              "int8": (columns.int8_rows(read_results("int8")), columns.INT8),
              "runtimes": (columns.runtime_rows(read_results("runtimes")), columns.RUNTIMES)}

@@ -95,3 +95,28 @@ def test_a_browser_shows_its_images(page, tmp_path):
 
 def test_points_at_nothing_are_drawn(tmp_path):
     assert plot_tradeoff([{"model": "untrained", "ms": 5.0, "map": 0.0}], tmp_path / "a.png").is_file()
+
+
+@pytest.mark.slow
+def test_pictures_show_what_each_model_finds(tiny, teacher, monkeypatch):
+    """With detections: a caption and a box in the colour of its class, enlarged alike."""
+    import torch
+
+    import val
+    from models import checkpoint
+    from utils.data.config import read_data
+    from utils.data.loader import validation_loader
+
+    model = checkpoint.load(teacher)
+    loader = validation_loader(read_data(str(tiny)), "val", 64, 4, 32, workers=0)
+    found = [torch.tensor([[4.0, 4, 40, 40, 0.875, 1]]), torch.zeros(0, 6)]
+    monkeypatch.setattr(val, "nms", lambda decoded, *_: [found[i % 2] for i in range(len(decoded))])
+    shown = val.pictures([model, model], loader, torch.device("cpu"), count=5)
+    assert [name for name, _ in shown] == [f"{i:03d}.png" for i in range(5)]
+    pixels = next(iter(loader)).images.permute(0, 2, 3, 1).numpy()
+    for i, (_, (first, second)) in enumerate(shown):
+        times = first.shape[1] // pixels[0].shape[1]
+        enlarged = pixels[i % 4].repeat(times, 0).repeat(times, 1) if i < 4 else None
+        assert times > 1 and np.array_equal(first, second)
+        if enlarged is not None:
+            assert np.array_equal(first, enlarged) == (i % 2 == 1)
