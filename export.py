@@ -94,7 +94,7 @@ def export_options(opt: Namespace, model: Model, trained: dict[str, Any]) -> Exp
         raise UserError(f"--imgsz {' '.join(map(str, size))}: one or two multiples of {stride} are needed")
     shape = [opt.batch_size, model.yaml["ch"], size[0], size[-1]]
     metadata = {"stride": stride, "names": dict(model.names), "shape": shape, "imgsz": [size[0], size[-1]],
-                "letterbox": {"colour": 114, "centred": True, "scale_up": False}, "precision": opt.precision}
+                "letterbox": {"colour": 114, "centred": True, "scale_up": True}, "precision": opt.precision}
     options = ExportOptions(torch.rand(shape), metadata, opt.dynamic, opt.opset, opt.precision)
     if not opt.int8:
         return options

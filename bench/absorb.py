@@ -1,6 +1,6 @@
 """What prune.py --absorb gains where gammas are near 0 and shifts are not: an L1 run on BCCD without --sr-bias.
 
-    python bench/absorb.py --voc BCCD_Dataset/BCCD --weights yolov5n.pt       # ten minutes, most of them for the training
+    python bench/absorb.py --voc BCCD_Dataset/BCCD --weights yolov5n.pt       # ten minutes
 
 A run that is done is not run again. Writes bench/results/absorb.csv, a row per share that is cut.
 """

@@ -39,8 +39,8 @@ L1: Columns = [  # of the rows that l1_rows() makes
 EQUAL: Columns = [  # of the rows that equal_rows() makes
     ("data", "data", str), ("epochs in all", "epochs", str), ("pipeline", "pipeline", str), ("runs", "runs", str),
     ("mAP50-95", "map", str), ("mean of the last five", "mean5", str), ("FLOPs left", "flops", SHARE)]
-ABSORB: Columns = [("cut", "share", SHARE), ("largest gamma", "threshold", "{:.1g}".format), ("before", "before", THREE),
-                   ("cut", "slim", THREE), ("with --absorb", "absorbed", THREE)]
+ABSORB: Columns = [("channels cut", "share", SHARE), ("largest gamma", "threshold", "{:.1g}".format),
+                   ("before", "before", THREE), ("after", "slim", THREE), ("with --absorb", "absorbed", THREE)]
 ENGINE: Columns = [("model", "model", str), ("by", "method", str), ("seconds", "seconds", TWO),
                    ("memory, times the weights", "memory", ONE), ("parameters left", "left", SHARE)]
 DEVICE: Columns = [("model", "model", str), ("format", "format", str), ("precision", "precision", str),
