@@ -214,7 +214,7 @@ def test_resume_takes_what_can_change_and_refuses_the_rest_by_name(interrupted, 
     opt = options(interrupted, "--patience", 0, "--amp", "bf16", "--cache", "ram", "--data", tiny, "--workers", 0)
     assert (opt.patience, opt.amp, opt.cache, opt.data, opt.workers) == (0, "bf16", "ram", str(tiny), 0)
     assert options(interrupted, "--batch-size", 4).batch_size == 4  # the same as before: nothing to refuse
-    for flag, value in (("--batch-size", 8), ("--nbs", 16), ("--optimizer", "Adam"), ("--imgsz", 96), ("--seed", 7)):
+    for flag, value in (("--batch-size", 8), ("--nbs", 24), ("--optimizer", "Adam"), ("--imgsz", 96), ("--seed", 7)):
         with pytest.raises(UserError, match=f"^{flag}: a run that goes on keeps it"):
             options(interrupted, flag, value)
 
@@ -241,7 +241,7 @@ def test_resume_across_scalers_and_with_fewer_gpus(interrupted, here, monkeypatc
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_rng_state_all", restored.append)
-    resume.restore(run, data | {"ema": data["ema"]})
+    resume.restore_hooks(run, data["training"])
     assert len(restored[0]) == 2
 
 
@@ -318,10 +318,10 @@ def test_an_image_size_between_strides_is_rounded_up(weights, tiny):
 
 @pytest.mark.slow
 def test_a_latency_out_of_reach_is_refused_and_its_batch_can_be_chosen(weights, tiny, here, monkeypatch):
-    from utils.slimming import targets
+    from models import speed
 
     asked = []
-    monkeypatch.setattr(targets, "latency", lambda models, imgsz, batch, **_: asked.append(batch) or [1.0, 0.9])
+    monkeypatch.setattr(speed, "torch_latency", lambda models, imgsz, device, batch: asked.append(batch) or [1.0, 0.9])
     with pytest.raises(UserError, match="it is still 0.900; nothing was written"):
         prune.main(["--weights", str(weights), "--data", str(tiny), "--target", "latency=0.5", "--latency-batch", "4"])
     assert set(asked) == {4} and not (here / "pruned_model.pt").exists()

@@ -96,7 +96,7 @@ def test_halves(weights, name):
     single, = export.main(["--weights", str(weights), "--include", name])
     half, = export.main(["--weights", str(weights), "--include", name, "--half"])
     assert half.name == single.name.replace("m", "m_fp16", 1) and single.exists()
-    assert export.megabytes(half) < 0.75 * export.megabytes(single)
+    assert export.megabytes(half) < 0.9 * export.megabytes(single)  # a slim one is graph as much as weights
     images = torch.rand(1, 3, 64, 64)
     detector = formats.load(half, CPU)[0]
     assert detector.dtype == torch.float32
@@ -163,7 +163,7 @@ def test_openvino_int8_keeps_the_head_in_float(weights, tiny):
 
     in_float = {name for name in convs  # the weights of the others are int8, and go through a conversion
                 if ops[name].input(1).get_source_output().get_node().get_type_name() == "Constant"}
-    assert in_float == {name for name in convs if "/model.0/" in name}
+    assert in_float == {name for name in convs if "/model.0/" in name or set(readers[name]) & behind}
 
 
 def test_sensitivity_quantizes_once_for_every_stage(weights, tiny, monkeypatch, capsys):

@@ -28,7 +28,8 @@ class Additive(Hook):
     """
 
     def __init__(self, sparsity: Any):
-        self.sparsity, self.steps, self.increments = sparsity, [], []
+        self.sparsity = sparsity if hasattr(sparsity, "penalty") else None
+        self.steps, self.increments = [], []
 
     def start(self, run: Run) -> None:
         norms = [m for m in run.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 import logging
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from utils.errors import UserError
 from utils.files import atomic
 
 TYPES = {"tensor(float)": torch.float32, "tensor(float16)": torch.float16}  # of an input; YOLOv5 has fp16, too
+SILU_FLOOR = -6.0  # SiLU of less lies between -0.015 and 0
 
 
 def write(model: Model, path: Path, options: ExportOptions) -> None:
@@ -76,10 +77,10 @@ def _quantize(path: Path, loaded: Any, options: ExportOptions) -> Path:
 
     All kinds of operations are quantized, not convolutions alone: a float operation between two of int8 costs a
     conversion each way. The head's convolutions stay in float as well, for onnxruntime would round what they compute,
-    boxes and confidences of all sizes, to 256 steps. The range of an activation is the mean of the images' ranges:
-    that of all images is wide because of a few.
+    boxes and confidences of all sizes, to 256 steps.
     """
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+    from onnxruntime.quantization.calibrate import create_calibrator
 
     class Reader(CalibrationDataReader):
         def __init__(self, images: Sequence[np.ndarray]):
@@ -92,11 +93,30 @@ def _quantize(path: Path, loaded: Any, options: ExportOptions) -> Path:
     nodes = (node.name for node in loaded.graph.node)
     in_float = _decoding(loaded.graph, heads=True) | matching_nodes(nodes, options.keep)
     with _quiet():
+        calibrator = create_calibrator(path, augmented_model_path=str(path.with_name("calibration.onnx")))
+        calibrator.collect_data(Reader(options.calibration))
+        ranges = {name: found.range_value for name, found in calibrator.compute_data().items()}
         quantize_static(str(path), str(path.with_name("int8.onnx")), Reader(options.calibration),
                         quant_format=QuantFormat.QDQ, per_channel=True, activation_type=QuantType.QUInt8,
                         weight_type=QuantType.QInt8, nodes_to_exclude=sorted(in_float),
-                        extra_options={"CalibMovingAverage": True})
+                        extra_options={"TensorQuantOverrides": _without_tails(loaded.graph, ranges)})
     return path.with_name("int8.onnx")
+
+
+def _without_tails(graph: Any, ranges: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """Narrower ranges for what goes into a SiLU: what is below SILU_FLOOR counts as SILU_FLOOR.
+
+    onnxruntime rounds the output of a convolution before the activation, and much of its range is where SiLU is 0.
+    """
+    gates = {name for node in graph.node if node.op_type == "Sigmoid" for name in node.input}
+    found: dict[str, list[dict[str, Any]]] = {}
+    for node in graph.node:
+        output = node.output[0]
+        if node.op_type == "Conv" and output in gates and output in ranges:
+            low, high = (np.asarray(limit, np.float32).reshape(-1)[0] for limit in ranges[output])
+            if low < SILU_FLOOR < high:
+                found[output] = [{"rmin": np.float32(SILU_FLOOR), "rmax": high}]
+    return found
 
 
 @contextmanager

@@ -42,7 +42,12 @@ def write(model: Model, path: Path, options: ExportOptions) -> None:
 
 
 def _quantize(model: Any, options: ExportOptions) -> Any:
-    """Post-training quantization of weights and activations, mixed preset: activations may be asymmetric."""
+    """Post-training quantization of weights and activations, mixed preset: activations may be asymmetric.
+
+    The accurate bias correction makes up for what rounding does to the mean of each channel, layer after layer; the
+    fast one, NNCF's default, looks at each layer alone and cost up to .017 mAP50-95 on BCCD. The head's convolutions
+    stay in float, as in onnx.py.
+    """
     import nncf
 
     logging.getLogger("nncf").setLevel(logging.ERROR)
@@ -51,11 +56,12 @@ def _quantize(model: Any, options: ExportOptions) -> Any:
                                         for target in output.get_target_inputs()] for op in ops}
     convolutions = [op.get_friendly_name() for op in ops if op.get_type_name() in ("Convolution", "GroupConvolution")]
     in_float = behind_last(readers, convolutions)
+    in_float |= {conv for conv in convolutions if in_float.intersection(readers[conv])}
     in_float |= matching_nodes(readers, options.keep)
     data = nncf.Dataset(options.calibration)
     scope = nncf.IgnoredScope(names=sorted(in_float), validate=False)
     return nncf.quantize(model, data, preset=nncf.QuantizationPreset.MIXED, subset_size=len(options.calibration),
-                         ignored_scope=scope)
+                         ignored_scope=scope, fast_bias_correction=False)
 
 
 class OpenVinoDetector(FileDetector):
