@@ -4,8 +4,8 @@
 
 Every pipeline has the same number of epochs in all, its teacher's included. A run that is done is not run again;
 --seeds, --sets, --budgets and --pipelines choose, --measure makes no run at all. Writes bench/results/equal.csv, a row
-per run that is done: mAP50-95 on val of the last epoch, the mean of the last five epochs, the best, and the FLOPs that
-are left.
+per run that is done, beside those that it holds already: mAP50-95 on val of the last epoch, the mean of the last five
+epochs, the best, and the FLOPs that are left.
 """
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from argparse import Namespace
 from pathlib import Path
 
 import common
-from columns import EQUAL, RESULTS, Row, equal_rows, formatted
+from columns import EQUAL, RESULTS, Row, equal_rows, formatted, read_results
 from common import BEST, CUT, MAP_KEY, SPARSE
 
 from models import checkpoint
@@ -96,7 +96,9 @@ def main() -> None:
     add("--measure", action="store_true", help="make no run, only the rows of those that are done")
     opt = parser.parse_args()
     prepare(opt)
-    rows = []
+    keys = ("data", "epochs", "pipeline", "seed")
+    known = read_results("equal") if (RESULTS / "equal.csv").is_file() else []
+    found = {tuple(row[key] for key in keys): row for row in known}  # of runs in other folders, too
     for data in opt.sets:
         for epochs in opt.budgets:
             for pipeline in opt.pipelines:
@@ -105,7 +107,8 @@ def main() -> None:
                     if not opt.measure:
                         common.run_missing(todo, opt.folder)
                     if all(common.is_done(opt.folder / product, command) for product, command in todo.items()):
-                        rows.append(measure(opt.folder, data, pipeline, epochs, seed))
+                        found[data, epochs, pipeline, seed] = measure(opt.folder, data, pipeline, epochs, seed)
+    rows = [found[key] for key in sorted(found)]
     write_csv(RESULTS / "equal.csv", rows)
     print(text_table(*formatted(equal_rows(rows), EQUAL)))
 

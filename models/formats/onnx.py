@@ -140,8 +140,8 @@ class OnnxDetector(FileDetector):
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 3
-        # Spinning threads of one model take time from the next, and from PyTorch.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        # Threads that go on spinning after a run take time from the next model, and from PyTorch.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         wanted = ["CUDAExecutionProvider"] if device.type == "cuda" else []
         available = onnxruntime.get_available_providers()
         providers = [p for p in (*wanted, "CPUExecutionProvider") if p in available]
