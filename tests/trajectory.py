@@ -18,6 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from utils.training.gradual import GradualCut
 from utils.training.run import Hook, Run  # noqa: E402
 
 
@@ -28,7 +29,7 @@ class Additive(Hook):
     """
 
     def __init__(self, sparsity: Any):
-        self.sparsity = sparsity if hasattr(sparsity, "penalty") else None
+        self.sparsity = None if isinstance(sparsity, GradualCut) else sparsity
         self.steps, self.increments = [], []
 
     def start(self, run: Run) -> None:
