@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from export import CPU, megabytes
 from models import checkpoint, formats
-from models.formats import PRECISIONS, Detector, ExportOptions, Format
+from models.formats import PRECISIONS, Detector, Format, export_options
 from models.yolo import Model, fused, on_device, whole_strides
 from utils.data.calibration import CalibrationImages
 from utils.data.config import read_data
@@ -149,15 +149,12 @@ def export_all(name: str, model: Model, opt: Namespace, folder: Path, device: to
 def export(entry: Entry, model: Model, fmt: Format, opt: Namespace, folder: Path, device: torch.device,
            calibration: Calibration) -> None:
     """Write a model in a format, and load it again."""
-    stride, shape = int(model.stride.max()), [opt.batch_size, model.yaml["ch"], opt.imgsz, opt.imgsz]
-    metadata = {"stride": stride, "names": dict(model.names), "shape": shape, "imgsz": shape[2:],
-                "precision": entry.precision}
-    options = ExportOptions(torch.rand(shape), metadata, precision=entry.precision,
-                            calibration=calibration() if entry.precision == "int8" else ())
-    path = fmt.path(folder / f"{entry.model.replace('/', '-')}.pt", entry.precision)
-    fmt.write(model, path, options)
-    assert fmt.load is not None
-    entry.megabytes, entry.detector, entry.device = megabytes(path), fmt.load(path, device), device
+    shape = (opt.batch_size, model.yaml["ch"], opt.imgsz, opt.imgsz)
+    options = export_options(model, shape, entry.precision,
+                             calibration=calibration() if entry.precision == "int8" else ())
+    weights, entry.device = folder / f"{entry.model.replace('/', '-')}.pt", device
+    path, entry.detector = fmt.there_and_back(model, weights, options, device)
+    entry.megabytes = megabytes(path)
 
 
 def attempt(entry: Entry, step: Callable[[], None], hard_fail: bool) -> None:

@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 from models import checkpoint, formats
-from models.formats import Detector, ExportOptions, Format
+from models.formats import Detector, ExportOptions, Format, export_options
 from models.formats.format import Decoded
 from models.yolo import Model, fused, on_device
 from utils.data.calibration import CalibrationImages
@@ -29,7 +29,7 @@ from utils.data.loader import DetectionLoader, validation_loader
 from utils.errors import UserError, run_cli
 from utils.options import HelpfulParser, add_imgsz_flag, at_least
 from utils.tables import text_table, write_csv
-from val import evaluate
+from val import evaluate, require_same_classes
 
 WARN_BEYOND = 0.01  # mAP50-95 lost by int8
 CPU = torch.device("cpu")
@@ -87,15 +87,13 @@ def chosen_formats(opt: Namespace) -> list[Format]:
     return found
 
 
-def export_options(opt: Namespace, model: Model, trained: dict[str, Any]) -> ExportOptions:
+def options_of(opt: Namespace, model: Model, trained: dict[str, Any]) -> ExportOptions:
     """What the writers are told. `trained` is read()'s dict. For --int8 the calibration images are read."""
     size, stride = opt.imgsz or [int(trained.get("imgsz") or 640)], int(model.stride.max())
     if len(size) > 2 or any(side % stride for side in size):
         raise UserError(f"--imgsz {' '.join(map(str, size))}: one or two multiples of {stride} are needed")
     shape = [opt.batch_size, model.yaml["ch"], size[0], size[-1]]
-    metadata = {"stride": stride, "names": dict(model.names), "shape": shape, "imgsz": [size[0], size[-1]],
-                "letterbox": {"colour": 114, "centred": True, "scale_up": True}, "precision": opt.precision}
-    options = ExportOptions(torch.rand(shape), metadata, opt.dynamic, opt.opset, opt.precision)
+    options = export_options(model, shape, opt.precision, dynamic=opt.dynamic, opset=opt.opset)
     if not opt.int8:
         return options
     opt.data = opt.data or (trained.get("opt") or {}).get("data")
@@ -103,9 +101,7 @@ def export_options(opt: Namespace, model: Model, trained: dict[str, Any]) -> Exp
         raise UserError(f"--int8: {opt.weights} does not say what it was trained on; "
                         "give the --data whose train images activations are measured on")
     config = read_data(opt.data)
-    if config.nc != len(model.names):
-        raise UserError(f"{opt.weights}: knows {len(model.names)} classes, {opt.data} names {config.nc}; "
-                        "give the --data it was trained on")
+    require_same_classes(opt, len(model.names), config.nc)
     images = CalibrationImages(config, (size[0], size[-1]), opt.calibration_images, opt.seed)
     return replace(options, calibration=images, keep=tuple(opt.int8_keep))
 
@@ -181,7 +177,7 @@ def main(argv: list[str] | None = None) -> list[Path]:
     trained = checkpoint.read(opt.weights)
     model = checkpoint.build(trained, path=opt.weights)
     chosen, weights = chosen_formats(opt), Path(opt.weights)
-    options, stride = export_options(opt, model, trained), int(model.stride.max())
+    options, stride = options_of(opt, model, trained), int(model.stride.max())
     if opt.int8_sensitivity:
         return sensitivity(model, chosen, options, validation(opt, options, stride), weights)
     loader = validation(opt, options, stride) if opt.int8 and not opt.noval else None

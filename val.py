@@ -125,13 +125,19 @@ def dataset_loader(model: Detector, opt: Namespace, task: str = "val", square: b
     are not the detector's.
     """
     config = read_data(opt.data)
-    if config.nc != len(model.names) and not opt.single_cls:
-        raise UserError(f"{opt.weights}: knows {len(model.names)} classes, {opt.data} names {config.nc}; "
-                        "give the --data it was trained on")
+    if not opt.single_cls:
+        require_same_classes(opt, len(model.names), config.nc)
     return validation_loader(config, task, opt.imgsz, opt.batch_size, largest_stride(model), opt.workers,
                              cache="ram" if task == "val" else None, single_cls=opt.single_cls,
                              rect=not square and not model.input_shape[2],
                              pin_memory=torch.cuda.is_available() and opt.device != "cpu")
+
+
+def require_same_classes(opt: Namespace, known: int, named: int) -> None:
+    """UserError where the model of opt.weights knows another number of classes than opt.data names."""
+    if known != named:
+        raise UserError(f"{opt.weights}: knows {known} classes, {opt.data} names {named}; "
+                        "give the --data it was trained on")
 
 
 def largest_stride(model: Detector) -> int:

@@ -31,12 +31,11 @@ def measure(weights: str, data: str, folder: Path, images: int) -> list[Row]:
     trained = checkpoint.read(weights)
     model = checkpoint.build(trained)
     opt = export.parse(["--weights", weights, "--int8", "--data", data, "--calibration-images", str(images)])
-    options = export.export_options(opt, model, trained)
+    options = export.options_of(opt, model, trained)
     detectors: dict[str, formats.Detector] = {"torch": on_device(fused(model), CPU)}
     for runtime, fmt in formats.runtimes().items():
         if "int8" in fmt.precisions and not fmt.missing("int8"):
-            fmt.write(model, path := fmt.path(folder / "m.pt", "int8"), options)
-            detectors[runtime] = formats.load(path, CPU)[0]
+            detectors[runtime] = fmt.there_and_back(model, folder / "m.pt", options, CPU)[1]
     rows = []
     for split in ("val", "test"):
         loader = validation_loader(read_data(data), split, options.metadata["imgsz"][0], 1, int(model.stride.max()),

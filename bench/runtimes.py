@@ -17,8 +17,7 @@ import torch
 from columns import RESULTS, RUNTIMES, Row, formatted, runtime_rows
 from torch import nn
 
-from benchmarks import CPU
-from models.formats import ExportOptions, runtimes
+from models.formats import export_options, runtimes
 from models.pruning import model_pruner
 from models.yolo import Model
 from utils.errors import run_cli
@@ -27,6 +26,7 @@ from utils.slimming import Rules
 from utils.slimming.timing import medians
 from utils.tables import text_table, write_csv
 
+CPU = torch.device("cpu")
 SIZES = {"yolov5s": 640, "yolov5n": 320}
 BLOCKS = (1, 8, 16, 32)
 
@@ -56,11 +56,8 @@ def measure(cfg: str, imgsz: int, runs: int) -> list[Row]:
                 for precision in fmt.precisions:
                     if fmt.missing(precision):
                         continue
-                    metadata = {"names": model.names, "stride": 32, "shape": list(image.shape), "precision": precision}
-                    options = ExportOptions(image, metadata, precision=precision, calibration=[image.numpy()] * 2)
-                    fmt.write(model, path := fmt.path(Path(folder) / f"{block}.pt", precision), options)
-                    assert fmt.load is not None
-                    detector = fmt.load(path, CPU)
+                    options = export_options(model, image.shape, precision, calibration=[image.numpy()] * 2)
+                    detector = fmt.there_and_back(model, Path(folder) / f"{block}.pt", options, CPU)[1]
                     calls.append(partial(detector, image.to(detector.dtype)))
                     rows.append({"model": cfg, "imgsz": imgsz, "runtime": name, "precision": precision, "block": block})
         with torch.inference_mode():

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from models.formats import ExportOptions, formats, runtimes
+from models.formats import export_options, formats, runtimes
 from models.yolo import Model, fused, on_device
 from utils.errors import UserError, first_line
 from utils.slimming.timing import latency, medians
@@ -77,14 +77,9 @@ def runtime_latency(models: Sequence[Model], name: str, imgsz: int, batch: int =
     with tempfile.TemporaryDirectory() as folder:
         for i, model in enumerate(models):
             image = torch.rand(batch, model.yaml["ch"], imgsz, imgsz)
-            metadata = {"names": model.names, "stride": int(model.stride.max()), "shape": list(image.shape),
-                        "precision": precision}
-            options = ExportOptions(image, metadata, precision=precision, calibration=[image[:1].numpy()] * 2)
-            path = wanted.path(Path(folder) / f"{i}.pt", precision)
+            options = export_options(model, image.shape, precision, calibration=[image[:1].numpy()] * 2)
             try:
-                wanted.write(model, path, options)
-                assert wanted.load is not None
-                detector = wanted.load(path, torch.device("cpu"))
+                detector = wanted.there_and_back(model, Path(folder) / f"{i}.pt", options, torch.device("cpu"))[1]
                 calls.append(partial(detector, image.to(detector.dtype)))
                 calls[-1]()
             except Exception as error:  # a block of the user's that a format has no word for fails in many ways

@@ -11,11 +11,22 @@ import torch
 
 from models import checkpoint
 from models.augmented import TestTimeAugmentation
-from models.formats.format import PRECISIONS, Detector, ExportOptions, Format, format_of, formats, register, runtimes
+from models.formats.format import (
+    PRECISIONS,
+    Detector,
+    ExportOptions,
+    Format,
+    export_options,
+    format_of,
+    formats,
+    register,
+    runtimes,
+)
 from models.yolo import fused, on_device
 from utils.errors import UserError
 
-__all__ = ["PRECISIONS", "Detector", "ExportOptions", "Format", "format_of", "formats", "load", "register", "runtimes"]
+__all__ = ["PRECISIONS", "Detector", "ExportOptions", "Format", "export_options", "format_of", "formats",
+           "load", "register", "runtimes"]
 
 
 def load(path: str | Path, device: torch.device, half: bool = False,

@@ -56,6 +56,14 @@ class ExportOptions:
     keep: tuple[str, ...] = ()               # int8: patterns of modules that stay in float, such as model.0
 
 
+def export_options(model: Model, shape: Sequence[int], precision: str = "fp32", **rest: Any) -> ExportOptions:
+    """Options to export a model for images of `shape` (B, C, h, w), with the metadata that every file carries."""
+    metadata = {"stride": int(model.stride.max()), "names": dict(model.names), "shape": list(shape),
+                "imgsz": list(shape[2:]), "letterbox": {"colour": 114, "centred": True, "scale_up": True},
+                "precision": precision}
+    return ExportOptions(torch.rand(*shape), metadata, precision=precision, **rest)
+
+
 @dataclass(frozen=True)
 class Format:
     """A file format: its writer and the runtime that reads the file back."""
@@ -81,6 +89,13 @@ class Format:
             names, verb = " and ".join(missing), "are" if len(missing) > 1 else "is"
             raise UserError(f"{what}: {names} {verb} missing; pip install -r requirements-export.txt "
                             f"(or pip install {' '.join(missing)})")
+
+    def there_and_back(self, model: Model, weights: Path, options: ExportOptions,
+                       device: torch.device) -> tuple[Path, Detector]:
+        """Write a model beside `weights`, and load what was written: (its path, the detector)."""
+        assert self.load is not None, f"{self.name} has no runtime"
+        self.write(model, path := self.path(weights, options.precision), options)
+        return path, self.load(path, device)
 
     def path(self, weights: Path, precision: str = "fp32") -> Path:
         """Where the export of a checkpoint lies: beside it."""
