@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from models import checkpoint
-from models.yolo import Model, on_device, whole_strides
+from models.yolo import Model, fused, on_device, whole_strides
 from utils.data.config import DataConfig, read_data
 from utils.data.dataset import DetectionDataset
 from utils.data.loader import Batch, DetectionLoader, build_loader, validation_loader
@@ -132,7 +132,7 @@ def train_epoch(run: Run) -> dict[str, float]:
         if run.epoch == 0 and i < 3 and run.world.main and not run.opt.noplots:
             from utils.plots.detections import plot_batch
 
-            plot_batch(batch.images, batch.targets, batch.paths, run.model.names, run.folder / f"train_batch{i}.png")
+            plot_batch(batch.images, batch.targets, batch.paths, run.model.names, run.folder / f"train_batch{i}.jpg")
     run.batches_done, run.mean = 0, torch.zeros(3)
     log = {f"train/{name}": value for name, value in zip(LOSSES, mean.tolist())}
     return log | {f"x/lr{j}": group["lr"] for j, group in enumerate(run.optimizer.param_groups)}
@@ -218,7 +218,9 @@ def validate(run: Run, log: dict[str, float]) -> float:
     Adds the numbers to `log` and prints the epoch's line. A GPU computes in the training's precision.
     """
     amp = run.amp if run.world.device.type == "cuda" else None
-    result = evaluate(run.ema.ema, run.val_loader, run.world.device, loss=run.loss, processes=run.world.size, amp=amp)
+    device, size = run.world.device, run.world.size
+    result = evaluate(on_device(fused(run.ema.ema), device), run.val_loader, device, loss=run.loss, processes=size,
+                      amp=amp)
     run.ap = result.ap
     log.update(result.metrics())
     log.update({f"val/{name}": float(value) for name, value in zip(LOSSES, result.losses)})

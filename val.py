@@ -118,17 +118,18 @@ def labels_per_image(batch: Batch) -> list[Tensor]:
     return [rows[batch.targets[:, 0] == i] for i in range(len(batch.images))]
 
 
-def dataset_loader(model: Detector, opt: Namespace, task: str = "val", square: bool = False) -> DetectionLoader:
-    """validation_loader for a detector, as the command line's options say. The val images stay in memory.
+def dataset_loader(model: Detector, opt: Namespace, task: str = "val", square: bool = False,
+                   cache: str | None = "ram") -> DetectionLoader:
+    """validation_loader for a detector, as the command line's options say.
 
-    square: all images have the shape that a file of fixed size takes. Raises UserError where the data yaml's classes
-    are not the detector's.
+    square: all images have the shape that a file of fixed size takes. cache: as DetectionDataset takes it; several
+    passes over the images pay for memory. Raises UserError where the data yaml's classes are not the detector's.
     """
     config = read_data(opt.data)
     if not opt.single_cls:
         require_same_classes(opt, len(model.names), config.nc)
     return validation_loader(config, task, opt.imgsz, opt.batch_size, largest_stride(model), opt.workers,
-                             cache="ram" if task == "val" else None, single_cls=opt.single_cls,
+                             cache=cache, single_cls=opt.single_cls,
                              rect=not square and not model.input_shape[2],
                              pin_memory=torch.cuda.is_available() and opt.device != "cpu")
 
@@ -223,7 +224,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     model, data = formats.load(opt.weights, device, opt.half, opt.augment)
     opt.imgsz, opt.batch_size = model.input_shape[2] or opt.imgsz, model.input_shape[0] or opt.batch_size
     opt = resolve(opt, data)
-    loader = dataset_loader(model, opt, opt.task)
+    loader = dataset_loader(model, opt, opt.task, cache=None)
     folder = new_run_folder(opt.project, opt.name, opt.exist_ok)
     names = {0: "object"} if opt.single_cls else read_data(opt.data).names
     outputs = Outputs(folder, loader.dataset, names, opt)
@@ -263,7 +264,7 @@ class Outputs:
 
             found_targets = detections_to_targets(detections, size)
             for kind, targets in (("labels", batch.targets), ("pred", found_targets)):
-                plot_batch(batch.images, targets, batch.paths, self.names, self.folder / f"val_batch{i}_{kind}.png")
+                plot_batch(batch.images, targets, batch.paths, self.names, self.folder / f"val_batch{i}_{kind}.jpg")
 
     def finish(self, result: Evaluation) -> dict[str, Any]:
         """Pictures and pycocotools figures after the last batch; returns what goes into metrics.json."""

@@ -51,7 +51,7 @@ def pictures(rows: list[Row], opt: Namespace) -> None:
     shown = [row for row in rows if row["stage"].startswith(("dense", "blocks"))]
     plot_stages([{**row, "stage": row["stage"].split("-")[-1]} for row in shown], img / "stages.png")
     shutil.copyfile(runs / "prune/blocks/channels.png", img / "channels.png")
-    photographs = Image.open(runs / "val/blocks-tuned-test/val_batch0_pred.png")
+    photographs = Image.open(runs / "val/blocks-tuned-test/val_batch0_pred.jpg")
     photographs.save(img / "detections.jpg", quality=80)  # a fifth of the PNG
 
 

@@ -53,6 +53,8 @@ RUNTIMES: Columns = [  # of the rows that runtime_rows() makes
     ("one by one", 1, TIMES), ("blocks of 8", 8, TIMES), ("of 16", 16, TIMES), ("of 32", 32, TIMES)]
 SCALE: Columns = [("images", "images", COUNT), ("by", "by", str), ("first scan, s", "first_seconds", TWO),
                   ("MB", "first_memory", ONE), ("next start, s", "next_seconds", TWO), ("MB", "next_memory", ONE)]
+SPEED_OF_USE: Columns = [("", "what", str), ("", "unit", str), ("here", "ours", "{:.3g}".format),
+                         ("beside", "beside", str), ("takes", "other", "{:.3g}".format), ("times", "ratio", TIMES)]
 OVERHEAD: Columns = [
     ("model", "model", str), ("step, ms", "step", "{:.0f}".format), ("--sr, ms", "l1", TWO),
     ("of a step", "l1_share", "{:.2%}".format), ("--target-sparsity, ms", "target", TWO),

@@ -18,9 +18,9 @@ from utils.tables import text_table, write_csv
 
 FILES = {"dense": "runs/train/dense/weights/best.pt", "sparse": "runs/train/sparse/weights/last.pt",
          "pruned": "runs/prune/exp/pruned_model.pt", "fine-tuned": "runs/train/tuned/weights/best.pt"}
-PICTURES = ("stages.png", "runs/train/dense/train_batch0.png", "runs/train/dense/results.png",
+PICTURES = ("stages.png", "runs/train/dense/train_batch0.jpg", "runs/train/dense/results.png",
             "runs/train/sparse/results.png", "runs/prune/exp/gammas.png", "runs/prune/exp/channels.png",
-            "runs/val/fine-tuned/val_batch0_pred.png")
+            "runs/val/fine-tuned/val_batch0_pred.jpg")
 
 
 def main() -> None:

@@ -217,6 +217,14 @@ class Model(nn.Module):
                 kept[i] = x
         return x
 
+    def train(self, mode: bool = True) -> Model:
+        """nn.Module.train. SiLU works in place in eval mode only: where its input is needed for the gradient, autograd
+        would copy it first."""
+        for module in self.modules():
+            if isinstance(module, nn.SiLU):
+                module.inplace = not mode
+        return super().train(mode)
+
     def _set_activation(self, name: str) -> None:
         """Replace every block's SiLU by the class that the yaml names: `nn.ReLU()` or `nn.LeakyReLU(0.1)`, say."""
         written = re.fullmatch(r"(nn\.\w+)(?:\(([0-9.e-]*)\))?", name.strip())

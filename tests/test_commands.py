@@ -39,7 +39,7 @@ def test_the_four_steps(script, tiny, cfg, tmp_path):
     script("train.py", "--data", tiny, "--weights", "", "--cfg", cfg, "--epochs", 2, *FAST, cwd=tmp_path)
     dense = tmp_path / "runs/train/exp"
     assert len(rows(dense / "results.csv")) == 2
-    for name in ("weights/last.pt", "weights/best.pt", "opt.yaml", "hyp.yaml", "labels.png", "train_batch0.png",
+    for name in ("weights/last.pt", "weights/best.pt", "opt.yaml", "hyp.yaml", "labels.png", "train_batch0.jpg",
                  "results.png", "PR_curve.png", "F1_curve.png", "confusion_matrix.png"):
         assert (dense / name).is_file(), name
 

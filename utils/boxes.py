@@ -5,7 +5,12 @@ xyxy = corners x1 y1 x2 y2; xywh = centre x, centre y, width, height. Pixels unl
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import cache, partial
+from importlib.util import find_spec
+from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import cv2
@@ -185,7 +190,14 @@ def nms(pred: Tensor, conf: float = 0.25, iou: float = 0.45, classes: Sequence[i
     agnostic: boxes of different classes compete too. multi_label: a box may be of several classes, not only its best.
     Returns for each image (n <= max_det, 6): xyxy, confidence, class; most confident first, float32.
     """
-    return [_nms_image(p[p[:, 4] > conf].float(), conf, iou, classes, agnostic, multi_label, max_det) for p in pred]
+    rows = [p[p[:, 4] > conf].float() for p in pred]
+    one = partial(_nms_image, conf=conf, iou=iou, classes=classes, agnostic=agnostic, multi_label=multi_label,
+                  max_det=max_det)
+    threads = min(torch.get_num_threads(), len(rows)) if pred.device.type == "cpu" else 1
+    if threads < 2:
+        return list(map(one, rows))
+    with ThreadPoolExecutor(threads) as pool:  # the operators run without Python's lock
+        return list(pool.map(one, rows))
 
 
 def _nms_image(rows: Tensor, conf: float, iou: float, classes: Sequence[int] | None, agnostic: bool, multi_label: bool,
@@ -222,11 +234,22 @@ def _nms_first(boxes: Tensor, score: Tensor, iou: float, max_det: int) -> Tensor
     A box is judged by more confident ones alone, so NMS of a prefix gives a prefix of the answer. NMS is quadratic:
     growing the prefix until it holds max_det survivors gives the same boxes and saves most of the work.
     """
-    from torchvision.ops import nms as greedy_nms  # here, because it takes as long to import as torch itself
-
-    chunk = FIRST_CHUNK
+    greedy_nms, chunk = _greedy_nms(), FIRST_CHUNK
     while True:
         keep = greedy_nms(boxes[:chunk], score[:chunk], iou)
         if len(keep) >= max_det or chunk >= len(boxes):
             return keep[:max_det]
         chunk *= 4
+
+
+@cache
+def _greedy_nms() -> Callable[[Tensor, Tensor, float], Tensor]:
+    """torchvision's operator. Importing the package takes as long as importing torch; loading its library does not."""
+    spec = find_spec("torchvision")
+    for folder in (spec.submodule_search_locations or ()) if spec else ():
+        for library in Path(folder).glob("_C*.so"):
+            with suppress(OSError):  # one that is built in another way is loaded by the package
+                torch.ops.load_library(str(library))
+    if not hasattr(torch.ops.torchvision, "nms"):
+        import torchvision  # noqa: F401
+    return torch.ops.torchvision.nms

@@ -28,7 +28,7 @@ from utils.slimming.targets import TARGETS
 BUILT_IN_DATA = "data/shapes.yaml"
 # What holds when neither a flag nor the data yaml says otherwise: YOLOv5's defaults.
 DEFAULTS: dict[str, Any] = {"weights": "yolov5s.pt", "cfg": "", "imgsz": 640, "epochs": 100, "batch_size": 16,
-                            "nbs": None, "optimizer": "SGD", "cache": None, "hyp": None}
+                            "nbs": None, "optimizer": "SGD", "cache": "auto", "hyp": None}
 FIGURES = ("flops", "params")  # of TARGETS: those that are counted, not measured
 LEAST = {"imgsz": 32, "epochs": 1, "batch_size": 1, "nbs": 1}
 # Optimizer -> its hyper-parameters.
@@ -190,8 +190,8 @@ def training_parser(description: str | None, project: str = "runs/train") -> Hel
     add("--noval", action="store_true", help="validate only after the last epoch")
     add("--noautoanchor", action="store_true", help="keep the anchors as they are")
     add("--noplots", action="store_true", help="make no pictures")
-    add("--cache", nargs="?", const="ram", choices=["ram", "disk"],
-        help="keep decoded images in ram, or on disk away from the data")
+    add("--cache", nargs="?", const="ram", choices=["auto", "ram", "disk", "none"],
+        help="keep decoded images in ram, or on disk away from the data (auto: in ram, where they are few)")
     add("--amp", choices=["off", "bf16", "fp16"], help="mixed precision (fp16 on a GPU, off on a CPU)")
     add("--optimizer", choices=list(HYP_FOR), help="optimizer (SGD)")
     add("--adam", action="store_true",

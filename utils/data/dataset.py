@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -35,6 +36,7 @@ HYP = ("degrees", "translate", "scale", "shear", "perspective", "mosaic", "mixup
        "fliplr", "copy_paste")
 MOST_NAMED = 5  # refused images that the summary names
 NPY_HEADER = 128    # bytes before the pixels of a .npy file
+FEW_BYTES, FEW_SHARE = 1e9, 0.1  # of decoded images: kept in memory without being asked, also as a share of the free
 PARTNERS = 7    # other images that a sample may use: three in its mosaic, four in the one that is mixed in
 
 # How an image got from its file into the batch: ((h0, w0) of the file, ((gain_h, gain_w), (pad_w, pad_h)))
@@ -65,8 +67,8 @@ class DetectionDataset(Dataset[Sample]):
 
     imgsz: longest side in pixels. augment: mosaic and the other augmentations, by the gains in `hyp` (YOLOv5's keys; a
     missing one is 0). rect: images are sorted by aspect ratio, every batch_size of them get the smallest shape that
-    holds them (plus `pad` strides), and there is no mosaic. cache: "ram" or "disk" keeps decoded images. nc: classes
-    must be below it.
+    holds them (plus `pad` strides), and there is no mosaic. cache: "ram" or "disk" keeps decoded images, "auto" keeps
+    few in memory. nc: classes must be below it.
 
     .images (Path), .labels ((m, 5): class, xywh normalised) and .shapes ((n, 2): w, h) are in the data set's order; the
     first two are sequences over one array each, not lists (see ragged.py). .problems counts what was repaired or left
@@ -96,8 +98,8 @@ class DetectionDataset(Dataset[Sample]):
             self.notes.append("copy_paste has no effect: it needs polygons, and only boxes are kept")
         self._ram: Tensor | None = None
         self._disk: Path | None = None
-        if cache == "ram":
-            self._fill_ram()
+        if cache in ("ram", "auto"):
+            self._fill_ram(asked=cache == "ram")
         elif cache == "disk":
             self._fill_disk()
 
@@ -242,10 +244,16 @@ class DetectionDataset(Dataset[Sample]):
         linear = self.augment or max(h, w) > max(image.shape[:2])
         return cv2.resize(image, (w, h), interpolation=cv2.INTER_LINEAR if linear else cv2.INTER_AREA)
 
-    def _fill_ram(self) -> None:
-        """Decode all images into one tensor, which workers share whatever their start method."""
+    def _fill_ram(self, asked: bool) -> None:
+        """Decode all images, if they fit, into one tensor, which workers share whatever their start method.
+
+        Where nobody asked for it they must be few, and processes of a training on one machine have a copy each.
+        """
         sizes = np.array([math.prod(self._scaled_size(i)) * 3 for i in range(len(self))], np.int64)
         need, free = int(sizes.sum()), available_memory()
+        copies = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+        if not asked and copies * need > min(FEW_BYTES, FEW_SHARE * (free or math.inf)):
+            return
         if free is not None and need > 0.9 * free:
             self.notes.append(f"--cache ram needs {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free: going on without")
             return

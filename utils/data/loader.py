@@ -20,6 +20,8 @@ from utils.data.dataset import PARTNERS, DetectionDataset, Geometry, Sample
 from utils.data.scan import cores
 from utils.errors import UserError
 
+NICENESS = 19  # of workers beside a model on the same cores
+
 
 @dataclass
 class Batch:
@@ -115,8 +117,11 @@ def usable_workers(wanted: int, world_size: int, batches: int) -> int:
     return max(min(wanted, cores() // here, batches), 0)
 
 
-def _start_worker(shutdown: Event | None, _: int) -> None:
+def _start_worker(shutdown: Event | None, polite: bool, _: int) -> None:
     """Set up a worker: one thread, because the workers are the parallelism, and no end before the main process's.
+
+    polite: the model computes on the same cores and goes first. Its threads wait for one another many times in a step,
+    so a worker that takes one core stops them all.
 
     Ctrl-C and a scheduler's SIGTERM reach every process of a training, but the main process decides when to end. It
     sets `shutdown` first, and only from then on SIGTERM ends a worker.
@@ -126,6 +131,8 @@ def _start_worker(shutdown: Event | None, _: int) -> None:
         signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0) if shutdown.is_set() else None)
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
+    if polite and hasattr(os, "nice"):
+        os.nice(NICENESS)
 
 
 def build_loader(dataset: DetectionDataset, batch_size: int, workers: int, shuffle: bool, seed: int = 0, rank: int = 0,
@@ -145,7 +152,7 @@ def build_loader(dataset: DetectionDataset, batch_size: int, workers: int, shuff
     # The loader draws a number in every epoch. A generator of its own leaves the global one unchanged.
     generator = torch.Generator().manual_seed(sampler.seed)
     return DetectionLoader(dataset, batch_sampler=sampler, num_workers=workers, collate_fn=collate, generator=generator,
-                           pin_memory=pin_memory, worker_init_fn=partial(_start_worker, shutdown),
+                           pin_memory=pin_memory, worker_init_fn=partial(_start_worker, shutdown, not pin_memory),
                            persistent_workers=workers > 0, prefetch_factor=4 if workers else None)
 
 

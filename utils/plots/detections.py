@@ -81,13 +81,11 @@ def _drawable(text: str, cls: int) -> str:
 
 def plot_batch(images: Tensor, targets: Tensor, paths: Sequence[str | Path], names: Mapping[int, str],
                path: str | Path) -> Path:
-    """A mosaic of the first MAX_TILES images of a batch with their boxes and file names.
+    """A mosaic, as JPEG, of the first MAX_TILES images of a batch with their boxes and file names.
 
     images: (B, 3, H, W) uint8 RGB. targets: (n, 6) image, class, x, y, w, h normalised, or (n, 7) with the confidence
     last; boxes with a confidence below MIN_CONFIDENCE are left out. paths: one per image. All on the CPU.
     """
-    from torchvision.utils import make_grid  # takes as long to import as torch itself
-
     path, rows = Path(path), targets.numpy()
     if rows.shape[1] > 6:
         rows = rows[rows[:, 6] >= MIN_CONFIDENCE]
@@ -101,11 +99,20 @@ def plot_batch(images: Tensor, targets: Tensor, paths: Sequence[str | Path], nam
     for i, (image, file) in enumerate(zip(images[:MAX_TILES], paths, strict=False)):
         tile = cv2.resize(image.permute(1, 2, 0).numpy(), size,
                           interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
-        tiles.append(torch.from_numpy(_draw_tile(tile, rows[rows[:, 0] == i], names, Path(file).name)))
-    mosaic = make_grid(torch.stack(tiles).permute(0, 3, 1, 2), nrow=columns, padding=2, pad_value=255)
+        tiles.append(_draw_tile(tile, rows[rows[:, 0] == i], names, Path(file).name))
     with atomic(path) as temporary:
-        Image.fromarray(mosaic.permute(1, 2, 0).numpy()).save(temporary, format="png")
+        Image.fromarray(_side_by_side(tiles, columns)).save(temporary, format="jpeg", quality=95)
     return path
+
+
+def _side_by_side(tiles: Sequence[np.ndarray], columns: int, gap: int = 2) -> np.ndarray:
+    """Tiles (h, w, 3) of one size in rows of `columns`, white in between: (H, W, 3)."""
+    high, wide = tiles[0].shape[0] + gap, tiles[0].shape[1] + gap
+    mosaic = np.full((-(-len(tiles) // columns) * high + gap, min(columns, len(tiles)) * wide + gap, 3), 255, np.uint8)
+    for i, tile in enumerate(tiles):
+        top, left = i // columns * high + gap, i % columns * wide + gap
+        mosaic[top:top + tile.shape[0], left:left + tile.shape[1]] = tile
+    return mosaic
 
 
 def _draw_tile(image: np.ndarray, targets: np.ndarray, names: Mapping[int, str], file: str) -> np.ndarray:

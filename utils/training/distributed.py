@@ -1,6 +1,7 @@
 """One process or many: what torchrun tells, in one value."""
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -45,9 +46,25 @@ def select_device(name: str, half: bool = False) -> torch.device:
         raise UserError(f"--device {name}: several GPUs are started with: "
                         f"torchrun --nproc_per_node {count} train.py ... --device {name}")
     device = _gpu("0") if name in ("", "cuda") and torch.cuda.is_available() else _named_device(name)
+    if device.type == "cpu":
+        _keep_freed_memory()
     if half and device.type == "cpu":
         raise UserError("--half: fp16 needs a GPU; leave it out on a CPU")
     return device
+
+
+def _keep_freed_memory() -> None:
+    """Keep what is freed for what comes next: glibc gives it back to the system and takes it again page by page,
+    in every step.
+
+    Where the C library is another one nothing happens. See mallopt(3).
+    """
+    trim_threshold, mmap_threshold, old_maximum = -1, -3, 2**25
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if mallopt is not None:
+        mallopt(trim_threshold, 2**31 - 1)
+        if not mallopt(mmap_threshold, 2**30):
+            mallopt(mmap_threshold, old_maximum)
 
 
 def _named_device(name: str) -> torch.device:
@@ -72,7 +89,7 @@ def device_of_rank(name: str, local_rank: int) -> torch.device:
     """The device of one of torchrun's processes: its GPU out of --device ("2,3"), or of all; or the CPU."""
     name = str(name or "").strip().lower()
     if name == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
+        return select_device("cpu")
     numbers = [n.strip() for n in name.split(",") if n.strip()] or [str(i) for i in range(torch.cuda.device_count())]
     if local_rank >= len(numbers):
         processes = os.environ.get("LOCAL_WORLD_SIZE", local_rank + 1)
