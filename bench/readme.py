@@ -52,8 +52,9 @@ def summary(chinese: bool = False) -> str:
     onnx, torch = slim[0]["onnxruntime"], slim[0]["torch"]
     if chinese:
         before, after = (text.replace(" to ", "～") for text in (before, after))
-        return (f"BCCD，yolov5n，320 px，各 {len(dense)} 次运行的 mAP50-95：稠密模型 {before}；`--target-sparsity 0.55` "
-                f"剪枝并微调后 {after}，\nFLOPs 剩 {flops:.0%}，参数量剩 {parameters:.0%}。两个 CPU 核、逐张推理时，"
+        return (f"BCCD，yolov5n，320 px，各 {len(dense)} 次运行的 mAP50-95：稠密模型 {before}；"
+                f"`--target-sparsity 0.55` 剪枝并微调后 {after}，\n"
+                f"FLOPs 剩 {flops:.0%}，参数量剩 {parameters:.0%}。两个 CPU 核、逐张推理时，"
                 f"onnxruntime 加速 {onnx:.2f}×，PyTorch 加速 {torch:.2f}×。")
     return (f"BCCD, yolov5n at 320 px, mAP50-95 of {len(dense)} runs each: dense {before}; "
             f"with `--target-sparsity 0.55`, cut and fine-tuned,\n{after} with {flops:.0%} "
