@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO_FLAGS ?=
 
-.PHONY: setup test lint demo clean
+.PHONY: setup test test-oldest lint demo clean
 
 setup: .venv/ready
 
@@ -15,6 +15,17 @@ setup: .venv/ready
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile --durations=15
 
+# The oldest versions that requirements.txt allows, in an environment of their own. They exist for Python 3.10 to 3.12.
+test-oldest: .venv-oldest/ready
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -q -n auto --dist loadfile -m "not slow"
+
+.venv-oldest/ready: requirements.txt requirements-dev.txt
+	$(PYTHON) -m venv .venv-oldest
+	sed -n 's/>=\([0-9.]*\)/==\1.*/p' requirements.txt > .venv-oldest/requirements.txt
+	grep '^pytest\|^hypothesis\|^pandas' requirements-dev.txt >> .venv-oldest/requirements.txt
+	.venv-oldest/bin/pip install --quiet --disable-pip-version-check -r .venv-oldest/requirements.txt
+	touch $@
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -23,4 +34,4 @@ demo: setup
 	$(BIN)/python bench/demo.py $(DEMO_FLAGS)
 
 clean:
-	rm -rf .venv runs data/shapes
+	rm -rf .venv .venv-oldest runs data/shapes

@@ -4,7 +4,7 @@
     python bench/bccd.py --voc BCCD_Dataset/BCCD --weights yolov5n.pt      # about 50 minutes on two cores
 
 Three kinds of sparsity training are compared: the L1 rule, and --target-sparsity channel by channel and in blocks of 16
-(its default). A run that is done is not run again. Writes bench/results/bccd.csv and pictures of README.md in img/.
+(its default). A run that is done is not run again. Writes bench/results/bccd.csv and the pages' pictures in img/.
 """
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def commands(opt: Namespace) -> dict[str, str]:
 
 
 def pictures(rows: list[Row], opt: Namespace) -> None:
-    """The pictures of README.md; `rows` are those of the val images."""
+    """The pictures of the pages; `rows` are those of the val images."""
     img, runs = ROOT / "img", opt.folder / "runs"
     titles = {"dense": "no penalty", **{name: flags.removeprefix("--st ") for name, (flags, _) in ways(opt).items()}}
     gammas = {name: np.load(runs / "train" / name / "gammas.npy", allow_pickle=False)

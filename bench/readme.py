@@ -1,10 +1,13 @@
-"""Write the tables of README.md and bench/README.md from bench/results/*.csv, between their <!-- table NAME --> marks.
+"""Write the tables of the READMEs and of docs/ from bench/results/*.csv, between their <!-- table NAME --> marks.
 
     python bench/readme.py
+
+A page whose name ends in .zh-CN.md gets them in Chinese.
 """
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import columns
 import numpy as np
@@ -15,11 +18,17 @@ from utils.files import write_text
 from utils.options import HelpfulParser
 from utils.tables import markdown_table
 
-PAGES = (ROOT / "README.md", ROOT / "bench" / "README.md")
+PAGES = (ROOT / "README.md", ROOT / "README.zh-CN.md", *sorted((ROOT / "docs").glob("*.md")),
+         ROOT / "bench" / "README.md")
 MARK, END = r"<!-- table ([\w ]+) -->\n", "<!-- /table -->"
 # Name of a run of bccd.py -> the flags that made it sparse, and the percent of prune.py.
 WAYS = {"l1": ("--sr {sr}", 50), "blocks": ("--target-sparsity 0.55", 55),
         "target": ("--target-sparsity 0.5 --round-to 1", 50)}
+
+# Words of headers and cells, longer ones first where one holds another.
+CHINESE = {"ms an image": "每张毫秒", "parameters": "参数量", "precision": "精度",
+           "format": "格式", "faster": "加速比", "model": "模型", ": sparse": "：稀疏训练后",
+           " of its channels cut": " 的通道已剪", "fine-tuned": "微调后", "dense": "稠密", "slim": "剪枝后"}
 
 
 def bccd_rows(split: str) -> list[columns.Row]:
@@ -34,19 +43,34 @@ def bccd_rows(split: str) -> list[columns.Row]:
     return rows
 
 
-def summary() -> str:
+def summary(chinese: bool = False) -> str:
     """The main result of sparsity.py, in a sentence."""
     rows = read_results("sparsity")
     dense, slim = ([row for row in rows if row["run"] == run] for run in ("share0", "share0.55-round16"))
     flops, parameters = (np.mean([row[key] for row in slim]) for key in ("flops", "parameters"))
-    return (f"BCCD, yolov5n at 320 px, mAP50-95 of {len(dense)} runs each: dense {spread(dense, 'map')}; "
-            f"with `--target-sparsity 0.55`, cut and fine-tuned,\n{spread(slim, 'tuned')} with {flops:.0%} "
+    before, after = spread(dense, "map"), spread(slim, "tuned")
+    onnx, torch = slim[0]["onnxruntime"], slim[0]["torch"]
+    if chinese:
+        before, after = (text.replace(" to ", "～") for text in (before, after))
+        return (f"BCCD，yolov5n，320 px，各 {len(dense)} 次运行的 mAP50-95：稠密模型 {before}；"
+                f"`--target-sparsity 0.55` 剪枝并微调后 {after}，\n"
+                f"FLOPs 剩 {flops:.0%}，参数量剩 {parameters:.0%}。两个 CPU 核、逐张推理时，"
+                f"onnxruntime 加速 {onnx:.2f}×，PyTorch 加速 {torch:.2f}×。")
+    return (f"BCCD, yolov5n at 320 px, mAP50-95 of {len(dense)} runs each: dense {before}; "
+            f"with `--target-sparsity 0.55`, cut and fine-tuned,\n{after} with {flops:.0%} "
             f"of the FLOPs and {parameters:.0%} of the parameters,\n"
-            f"{slim[0]['onnxruntime']:.2f} times faster in onnxruntime and "
-            f"{slim[0]['torch']:.2f} times in PyTorch, on two CPU cores, one image at a time.")
+            f"{onnx:.2f} times faster in onnxruntime and {torch:.2f} times in PyTorch, on two CPU cores, "
+            "one image at a time.")
 
 
-def tables() -> dict[str, str]:
+def translated(text: str) -> str:
+    """A header or a cell in Chinese, as far as CHINESE goes."""
+    for english, chinese in CHINESE.items():
+        text = text.replace(english, chinese)
+    return text
+
+
+def tables(chinese: bool = False) -> dict[str, str]:
     """Name of a mark -> what stands behind it."""
     sparsity = read_results("sparsity")
     found = {"demo": (read_results("demo"), columns.STAGES), "engine": (read_results("engine"), columns.ENGINE),
@@ -58,7 +82,23 @@ def tables() -> dict[str, str]:
              "device": (read_results("benchmarks"), columns.DEVICE),
              "int8": (columns.int8_rows(read_results("int8")), columns.INT8),
              "runtimes": (columns.runtime_rows(read_results("runtimes")), columns.RUNTIMES)}
-    return {"summary": summary(), **{name: markdown_table(*formatted(*table)) for name, table in found.items()}}
+    made = {name: formatted(*table) for name, table in found.items()}
+    if chinese:
+        made = {name: ([[translated(cell) for cell in row] for row in cells], [translated(title) for title in header])
+                for name, (cells, header) in made.items()}
+    return {"summary": summary(chinese), **{name: markdown_table(*table) for name, table in made.items()}}
+
+
+def filled(pages: dict[Path, str]) -> dict[Path, str]:
+    """The texts of pages with their tables as the results are now.
+
+    UserError for a mark without a table, and for a table that no page shows.
+    """
+    known, chinese = tables(), tables(chinese=True)
+    marks = set(re.findall(MARK, "".join(pages.values())))
+    if wrong := known.keys() ^ marks:
+        raise UserError(f"<!-- table {min(wrong)} -->: a mark without a table, or a table without a mark in a page")
+    return {page: fill(text, chinese if page.name.endswith(".zh-CN.md") else known) for page, text in pages.items()}
 
 
 def fill(text: str, known: dict[str, str]) -> str:
@@ -67,14 +107,10 @@ def fill(text: str, known: dict[str, str]) -> str:
 
 
 def main() -> None:
-    """Rewrite both pages. UserError where their marks are not those of the tables."""
+    """Rewrite all pages."""
     HelpfulParser(__doc__).parse_args()
-    known = tables()
-    texts = {page: page.read_text(encoding="utf-8") for page in PAGES}
-    if wrong := known.keys() ^ set(re.findall(MARK, "".join(texts.values()))):
-        raise UserError(f"<!-- table {min(wrong)} -->: a mark without a table, or a table without a mark in a README")
-    for page, text in texts.items():
-        write_text(page, fill(text, known))
+    for page, text in filled({page: page.read_text(encoding="utf-8") for page in PAGES}).items():
+        write_text(page, text)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
-"""The bench scripts: what is done is not done again, what was interrupted is; the READMEs show what the results say."""
+"""The bench scripts: what is done is not done again, what was interrupted is; the pages show what the results say."""
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 from pathlib import Path
 
 import pytest
 
+from utils.errors import UserError
 from utils.tables import write_csv
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,14 +42,30 @@ def test_only_what_is_missing_runs_and_a_run_goes_into_its_own_folder(bench, tmp
     assert ran == ["train_sparsity.py --name b --exist-ok", "convert.py --out c"]
 
 
-def test_the_readmes_show_what_the_results_say(bench):
+def test_the_pages_show_what_the_results_say(bench):
     """Nothing in a table is typed by hand: writing them again changes nothing."""
     readme = bench("readme")
-    known = readme.tables()
-    pages = [page.read_text(encoding="utf-8") for page in readme.PAGES]
-    assert [readme.fill(page, known) for page in pages] == pages
-    assert all(sum(f"<!-- table {name} -->\n{table}\n<!-- /table -->" in page for page in pages) == 1
-               for name, table in known.items())
+    pages = {page: page.read_text(encoding="utf-8") for page in readme.PAGES}
+    assert readme.filled(pages) == pages
+    assert {ROOT / "README.md", ROOT / "README.zh-CN.md", ROOT / "docs/results.md"} <= pages.keys()
+
+
+def test_a_mark_without_a_table_and_a_table_without_a_mark_are_refused(bench, monkeypatch):
+    readme = bench("readme")
+    monkeypatch.setattr(readme, "tables", lambda chinese=False: {"a": "少" if chinese else "little"})
+    mark = "<!-- table {} -->\nold\n<!-- /table -->\n"
+    filled = readme.filled({Path("a.md"): mark.format("a"), Path("a.zh-CN.md"): mark.format("a")})
+    assert ["little" in text for text in filled.values()] == [True, False]
+    for text in ("", mark.format("a") + mark.format("b")):
+        with pytest.raises(UserError, match="a mark without a table"):
+            readme.filled({Path("a.md"): text})
+
+
+def test_a_table_in_chinese_has_the_same_figures(bench):
+    readme = bench("readme")
+    english, chinese = (readme.tables(chinese=flag)["device"].splitlines() for flag in (False, True))
+    assert len(english) == len(chinese) and chinese[0].startswith("| 模型 | 格式 | 精度 | MB |")
+    assert [re.findall(r"[\d.]+", row) for row in english] == [re.findall(r"[\d.]+", row) for row in chinese]
 
 
 def test_a_figure_comes_back_from_a_csv_as_it_was_written(bench, tmp_path, monkeypatch):
