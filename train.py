@@ -241,6 +241,8 @@ def build_run(opt: Namespace, world: World, hooks: Sequence[Hook], signals: List
     torch.manual_seed(opt.seed)
     if opt.deterministic:
         make_deterministic()
+    else:  # cuDNN tries its kernels once for a shape and keeps the fastest one
+        torch.backends.cudnn.benchmark = not (opt.multi_scale or opt.rect)
     config = read_data(opt.data)
     model = start_model(opt, {0: "object"} if opt.single_cls else config.names, resumed, world)
     stride = int(model.stride.max())

@@ -55,6 +55,8 @@ SCALE: Columns = [("images", "images", COUNT), ("by", "by", str), ("first scan, 
                   ("MB", "first_memory", ONE), ("next start, s", "next_seconds", TWO), ("MB", "next_memory", ONE)]
 SPEED_OF_USE: Columns = [("", "what", str), ("", "unit", str), ("here", "ours", "{:.3g}".format),
                          ("beside", "beside", str), ("takes", "other", "{:.3g}".format), ("times", "ratio", TIMES)]
+MEMORY: Columns = [("", "what", str), ("MB", "MB", "{:.0f}".format), ("threads", "threads", str),
+                   ("open files", "files", str), ("child processes", "processes", str)]
 OVERHEAD: Columns = [
     ("model", "model", str), ("step, ms", "step", "{:.0f}".format), ("--sr, ms", "l1", TWO),
     ("of a step", "l1_share", "{:.2%}".format), ("--target-sparsity, ms", "target", TWO),

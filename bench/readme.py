@@ -81,7 +81,9 @@ def tables(chinese: bool = False) -> dict[str, str]:
              "absorb": (read_results("absorb"), columns.ABSORB),
              "device": (read_results("benchmarks"), columns.DEVICE),
              "int8": (columns.int8_rows(read_results("int8")), columns.INT8),
-             "runtimes": (columns.runtime_rows(read_results("runtimes")), columns.RUNTIMES)}
+             "runtimes": (columns.runtime_rows(read_results("runtimes")), columns.RUNTIMES),
+             "speed": (read_results("speed"), columns.SPEED_OF_USE), "scale": (read_results("scale"), columns.SCALE),
+             "memory": (read_results("memory"), columns.MEMORY)}
     made = {name: formatted(*table) for name, table in found.items()}
     if chinese:
         made = {name: ([[translated(cell) for cell in row] for row in cells], [translated(title) for title in header])

@@ -15,18 +15,21 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
+from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from columns import RESULTS, ROOT, SPEED_OF_USE, Row, formatted
 from torch import Tensor
 
+import train
 from models import checkpoint
 from models.formats import yolov5
 from models.formats.format import export_options
 from models.yolo import Model
-from train import main as train
 from utils.data.loader import Batch
 from utils.errors import UserError, run_cli
 from utils.files import scratch
@@ -40,13 +43,33 @@ STAGE_MS = re.compile(r"([\d.]+) ?ms (?:pre-?process|inference|nms)", re.IGNOREC
 SCRIPTS = ("train", "train_sparsity", "prune", "finetune_pruned", "slim", "val", "detect", "export", "benchmarks")
 EPOCHS = 6
 ALONE = 8  # steps of forward and backward after each epoch
+# What a training step calls -> its name in the table.
+PARTS = {(train, "forward"): "forward and loss", (Tensor, "backward"): "backward",
+         (train, "complete_gradients"): "clipping and checks", (train, "optimizer_step"): "optimizer, EMA and hooks"}
+REST = "waiting for images, progress"
 
 
 class Meter(Hook):
-    """Milliseconds an image in training, and in forward and backward alone: (training, alone) of every epoch."""
+    """Milliseconds an image of every epoch: in training, in forward and backward alone, and in the PARTS of it."""
 
     def __init__(self) -> None:
-        self.ms: list[tuple[float, float]] = []
+        self.ms: list[list[float]] = []
+        self.parts = dict.fromkeys(PARTS, 0.0)
+        for owner, name in PARTS:
+            setattr(owner, name, self.measured(owner, name))
+
+    def measured(self, owner: Any, name: str) -> Callable:
+        """A function that adds up how long it takes."""
+        function = getattr(owner, name)
+
+        @wraps(function)
+        def call(*args: Any, **options: Any) -> Any:
+            start = time.perf_counter()
+            result = function(*args, **options)
+            self.parts[owner, name] += time.perf_counter() - start
+            return result
+
+        return call
 
     def start(self, run: Run) -> None:
         self.run, self.began = run, time.perf_counter()
@@ -56,14 +79,14 @@ class Meter(Hook):
             self.images, self.targets = self.run.images, batch.targets
 
     def epoch_end(self, log: dict[str, float]) -> None:
-        now = time.perf_counter()
+        seconds = [time.perf_counter() - self.began, *self.parts.values()]
+        training = [1000 * s / len(self.run.loader.dataset) for s in seconds]
+        start = time.perf_counter()
         for _ in range(ALONE):
             self.run.loss(self.run.wrapped(self.images), self.targets)[0].backward()
             self.run.optimizer.zero_grad(set_to_none=True)
-        seconds = now - self.began, time.perf_counter() - now
-        counts = len(self.run.loader.dataset), ALONE * len(self.images)
-        self.ms.append((1000 * seconds[0] / counts[0], 1000 * seconds[1] / counts[1]))
-        self.began = time.perf_counter()
+        self.ms.append([1000 * (time.perf_counter() - start) / (ALONE * len(self.images)), *training])
+        self.parts, self.began = dict.fromkeys(PARTS, 0.0), time.perf_counter()
 
 
 def internal(sample: str, argument: str) -> list[float]:
@@ -73,7 +96,7 @@ def internal(sample: str, argument: str) -> list[float]:
         checkpoint.load(argument)
         return [time.perf_counter() - start]
     meter = Meter()
-    train(shlex.split(argument)[1:], [meter])
+    train.main(shlex.split(argument)[1:], [meter])
     return np.median(meter.ms[1:-1], 0).tolist()  # the first epoch warms up, the last one validates
 
 
@@ -146,12 +169,14 @@ def starting(opt: Namespace, large: Path) -> list[Row]:
             row("loading a checkpoint of yolov5x", "s", float(np.median(loads)))]
 
 
-def efficiency(command: str, opt: Namespace) -> Row:
-    """What a training takes beyond forward and backward."""
+def efficiency(command: str, opt: Namespace) -> list[Row]:
+    """What a training takes beyond forward and backward, and what each of its parts takes."""
     samples = [json.loads(timed([sys.executable, __file__, "--internal", "train", command])[1].splitlines()[-1])
                for _ in range(opt.runs)]
-    training, alone = np.median(samples, 0).tolist()
-    return row("training, an image", "ms", training, "forward and backward alone", alone)
+    alone, training, *parts = np.median(samples, 0).tolist()
+    named = {**dict(zip(PARTS.values(), parts)), REST: training - sum(parts)}
+    return [row("training, an image", "ms", training, "forward and backward alone", alone),
+            *(row(f"of this: {name}", "ms", ms) for name, ms in named.items())]
 
 
 def make_weights(folder: Path, names: dict[int, str]) -> tuple[Path, Path]:
@@ -190,7 +215,7 @@ def main() -> None:
                   "workers": opt.workers, "folder": folder}
         training, val = TRAIN.format(**values), VAL.format(**values)
         rows = epochs_with_validation(training, opt)
-        rows.append(efficiency(f"{training} --epochs {EPOCHS} --noval --nosave --noplots", opt))
+        rows += efficiency(f"{training} --epochs {EPOCHS} --noval --nosave --noplots", opt)
         rows += whole("val.py", val, opt, per_image="val.py, an image")
         rows += whole("val.py of an untrained model", VAL.format(**{**values, "weights": untrained}), opt)
         rows += starting(opt, large)

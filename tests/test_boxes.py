@@ -1,6 +1,9 @@
 """Box formats, overlap, letterboxing and NMS: parity with stock YOLOv5's values, then properties."""
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -199,6 +202,34 @@ def test_nms_in_chunks_equals_nms_at_once(monkeypatch: pytest.MonkeyPatch, chunk
     score = torch.rand(3000, generator=torch.Generator().manual_seed(0)).sort(descending=True).values
     corners = B.xywh2xyxy(random_boxes(3000, size=200))
     assert torch.equal(B._nms_first(corners, score, 0.4, max_det), greedy_nms(corners, score, 0.4)[:max_det])
+
+
+def test_nms_in_threads_equals_nms_in_one() -> None:
+    pred, before = random_predictions(9, 3000, 5), torch.get_num_threads()
+    found = {}
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            found[threads] = B.nms(pred, 0.001, 0.6, multi_label=True)
+    finally:
+        torch.set_num_threads(before)
+    assert all(map(torch.equal, found[1], found[3])) and len(found[1]) == 9
+
+
+def test_nms_uses_torchvisions_operator_without_its_package() -> None:
+    program = """
+import sys, torch
+from utils.boxes import nms
+pred = torch.rand(2, 500, 8, generator=torch.Generator().manual_seed(0))
+nms(pred)
+assert "torchvision" not in sys.modules, "imported"
+import torchvision
+boxes, scores = torch.rand(50, 4).cumsum(1), torch.rand(50)
+assert torch.equal(torchvision.ops.nms(boxes, scores, 0.5), torch.ops.torchvision.nms(boxes, scores, 0.5))
+"""
+    root = Path(B.__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_nms_looks_at_the_most_confident_candidates(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -96,7 +97,7 @@ def test_workers_change_nothing(images: Path, monkeypatch: pytest.MonkeyPatch, c
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.parametrize("cache", ["ram", "disk"])
+@pytest.mark.parametrize("cache", ["ram", "disk", "auto"])
 @pytest.mark.parametrize("augment", [True, False])
 def test_cache_changes_nothing(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: str,
                                augment: bool) -> None:
@@ -107,6 +108,25 @@ def test_cache_changes_nothing(images: Path, tmp_path: Path, monkeypatch: pytest
     for _ in range(2):
         assert all(torch.equal(plain[e, i].image, cached[e, i].image) for e in (0, 1) for i in range(len(plain)))
     assert not cached.notes and tree_hash(images.parents[1]) == before
+
+
+def test_only_few_images_stay_in_memory_unasked(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def kept() -> bool:
+        dataset = DetectionDataset([images], 48, cache="auto")
+        assert not dataset.notes
+        return dataset._ram is not None
+
+    need = sum(math.prod(dataset.load(i).shape) for dataset in [DetectionDataset([images], 48)]
+               for i in range(len(dataset)))
+    assert kept()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # torchrun's processes here have a copy each
+    monkeypatch.setattr(dataset_module, "FEW_BYTES", 2 * need)
+    assert kept()
+    monkeypatch.setattr(dataset_module, "FEW_BYTES", 2 * need - 1)
+    assert not kept()
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    monkeypatch.setattr(dataset_module, "available_memory", lambda: 9 * need)
+    assert not kept()
 
 
 def test_disk_cache_is_remade_when_cut_off_or_outdated(images: Path, tmp_path: Path,

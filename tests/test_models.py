@@ -97,3 +97,19 @@ def test_strides_are_those_of_a_real_forward_pass(name):
     assert model.stride.tolist() == [512 / side for side in sides]
     model.train().set_strides()
     assert all(module.training for module in model.modules())
+
+
+def test_silu_works_in_place_in_eval_mode_only():
+    """In place in training, autograd copies the input first; the gradients are the same."""
+    model, x, gradients = Model("yolov5n.yaml", nc=2), torch.rand(2, 3, 64, 64), []
+    for in_place in (True, False):
+        model.train()
+        activations = [m for m in model.modules() if isinstance(m, nn.SiLU)]
+        assert activations and not any(m.inplace for m in activations)
+        for m in activations:
+            m.inplace = in_place
+        model.zero_grad()
+        sum(y.square().sum() for y in model(x)).backward()
+        gradients.append([p.grad for p in model.parameters()])
+    assert all(map(torch.equal, *gradients))
+    assert all(m.inplace for m in model.eval().modules() if isinstance(m, nn.SiLU))

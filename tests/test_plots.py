@@ -1,4 +1,4 @@
-"""Plots: every function writes a PNG of a sensible size for ordinary, empty and extreme inputs."""
+"""Plots: every function writes a picture of a sensible size for ordinary, empty and extreme inputs."""
 from __future__ import annotations
 
 import subprocess
@@ -54,9 +54,9 @@ def rng() -> np.random.Generator:
 
 
 def check(path: Path, longest: int = 3000) -> np.ndarray:
-    """Check that the file is a PNG of a sensible size that is not blank; return its image (H, W, 3)."""
+    """Check that the file is a picture of a sensible size that is not blank; return its image (H, W, 3)."""
     data = path.read_bytes()
-    assert data[:4] == b"\x89PNG"
+    assert data[:4] == {".png": b"\x89PNG", ".jpg": b"\xff\xd8\xff\xe0"}[path.suffix]
     image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
     assert image is not None
     assert min(image.shape[:2]) >= 80 and max(image.shape[:2]) <= longest
@@ -110,10 +110,10 @@ def test_batch_mosaic(tmp_path: Path) -> None:
     images = torch.randint(0, 255, (5, 3, 64, 96), dtype=torch.uint8)
     targets = torch.tensor([[0, 0, 0.5, 0.5, 0.4, 0.4], [4, 7, 0.9, 0.1, 0.3, 0.3]])
     names, files = {0: "red cell 红"}, ["a/é.png", *(f"{i}.png" for i in range(39))]
-    mosaic = check(plot_batch(images, targets, files[:5], names, tmp_path / "é" / "b.png"))
+    mosaic = check(plot_batch(images, targets, files[:5], names, tmp_path / "é" / "b.jpg"))
     assert mosaic.shape == (2 * (213 + 2) + 2, 3 * (320 + 2) + 2, 3)  # small images are enlarged to 320 pixels
     many = torch.zeros(40, 3, 64, 640, dtype=torch.uint8)
-    mosaic = check(plot_batch(many, targets, files, names, tmp_path / "c.png"))
+    mosaic = check(plot_batch(many, targets, files, names, tmp_path / "c.jpg"))
     assert mosaic.shape == (4 * (48 + 2) + 2, MAX_SIDE + 4 * 2 + 2, 3)  # 16 of the 40 images
 
 
@@ -121,7 +121,7 @@ def test_batch_leaves_out_weak_detections(tmp_path: Path) -> None:
     images = torch.zeros(1, 3, 320, 320, dtype=torch.uint8)
     row = [0, 0, 0.5, 0.5, 0.4, 0.4]
     choices = torch.zeros(0, 7), torch.tensor([[*row, 0.2]]), torch.tensor([[*row, 0.9]])
-    bare, weak, strong = (plot_batch(images, targets, ["a.png"], {}, tmp_path / "b.png").read_bytes()
+    bare, weak, strong = (plot_batch(images, targets, ["a.png"], {}, tmp_path / "b.jpg").read_bytes()
                           for targets in choices)
     assert bare == weak != strong
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from models import checkpoint
-from models.yolo import Model, on_device
+from models.yolo import Model, fused, on_device
 from tests import crash, trajectory
 from tests.conftest import ROOT
 from utils.data.config import read_data
@@ -88,7 +88,7 @@ def test_validation_is_shared_and_gives_the_same_map(tiny, cfg, tmp_path, batch_
     assert done.stdout.count("gammas zero") == 1
     with open(folder / "results.csv", newline="") as file:
         row, = csv.DictReader(file)
-    model = on_device(checkpoint.load(folder / "weights/last.pt"), "cpu")
+    model = on_device(fused(checkpoint.load(folder / "weights/last.pt")), "cpu")
     loader = validation_loader(read_data(tiny), "val", 64, batch_size, 32, workers=0)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as the two processes: an untrained model's mAP hangs on the last digit

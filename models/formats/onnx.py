@@ -79,6 +79,7 @@ def _quantize(path: Path, loaded: Any, options: ExportOptions) -> Path:
     conversion each way. The head's convolutions stay in float as well, for onnxruntime would round what they compute,
     boxes and confidences of all sizes, to 256 steps.
     """
+    import onnx
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.calibrate import create_calibrator
 
@@ -90,6 +91,8 @@ def _quantize(path: Path, loaded: Any, options: ExportOptions) -> Path:
             image = next(self.images, None)
             return None if image is None else {"images": image}
 
+    _unshare(loaded.graph)
+    onnx.save(loaded, path)
     nodes = (node.name for node in loaded.graph.node)
     in_float = _decoding(loaded.graph, heads=True) | matching_nodes(nodes, options.keep)
     with _quiet():
@@ -101,6 +104,19 @@ def _quantize(path: Path, loaded: Any, options: ExportOptions) -> Path:
                         weight_type=QuantType.QInt8, nodes_to_exclude=sorted(in_float),
                         extra_options={"TensorQuantOverrides": _without_tails(loaded.graph, ranges)})
     return path.with_name("int8.onnx")
+
+
+def _unshare(graph: Any) -> None:
+    """Values of its own for every node, in place: the exporter writes equal ones once, and reads them by an Identity.
+
+    In int8 a bias has the scale of its convolution. Of those that share it one would run in int8, the others in float.
+    """
+    values = {value.name: value for value in graph.initializer}
+    for node in [node for node in graph.node if node.op_type == "Identity" and node.input[0] in values]:
+        own = graph.initializer.add()
+        own.CopyFrom(values[node.input[0]])
+        own.name = node.output[0]
+        graph.node.remove(node)
 
 
 def _without_tails(graph: Any, ranges: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:

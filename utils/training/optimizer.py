@@ -118,7 +118,8 @@ class ModelEMA(Generic[AnyModel]):
         floats = [k for k, v in mine.items() if v.is_floating_point()]
         # References, collected once: the tensors stay the same objects while training changes what is in them.
         self._mine, self._theirs = [mine[k] for k in floats], [theirs[k] for k in floats]
-        self._counters = [(mine[k], theirs[k]) for k in mine if not mine[k].is_floating_point()]
+        counters = [k for k, v in mine.items() if not v.is_floating_point()]
+        self._counters = [mine[k] for k in counters], [theirs[k] for k in counters]
 
     @torch.no_grad()
     def update(self) -> None:
@@ -126,8 +127,8 @@ class ModelEMA(Generic[AnyModel]):
         self.updates += 1
         decay = self.decay * (1 - math.exp(-self.updates / self.tau))
         torch._foreach_lerp_(self._mine, self._theirs, 1 - decay)
-        for a, b in self._counters:
-            a.copy_(b)
+        if self._counters[0]:
+            torch._foreach_copy_(*self._counters)
 
 
 def ema_tau(steps: int) -> float:

@@ -1,0 +1,46 @@
+"""What a process does with the cores and the memory of its machine."""
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import ROOT
+
+
+def python(program: str) -> list[str]:
+    """What a program prints, in words."""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout.split()
+
+
+@pytest.mark.skipif(not hasattr(os, "nice"), reason="needs priorities of processes")
+def test_workers_give_way_to_a_model_on_the_same_cores():
+    before, gpu, cpu = map(int, python("""
+import os
+from utils.data.loader import _start_worker
+print(os.nice(0))
+for polite in (False, True):
+    _start_worker(None, polite, 0)
+    print(os.nice(0))
+"""))
+    assert before == gpu < cpu
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+def test_a_cpu_keeps_freed_memory_for_the_next_step():
+    """Pages of 4 KB that the system hands out for 64 MB: thousands at first, none where they were kept."""
+    first, *later = map(int, python("""
+import resource, torch
+from utils.training.distributed import select_device
+select_device("cpu")
+for _ in range(12):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(2 ** 24)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""))
+    assert sorted(later)[len(later) // 2] < 100 < first
