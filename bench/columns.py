@@ -81,6 +81,13 @@ def read_results(name: str) -> list[Row]:
         return [{key: value(text) for key, text in row.items()} for row in csv.DictReader(file)]
 
 
+def with_earlier(name: str, rows: Sequence[Row], *keys: str) -> list[Row]:
+    """`rows`, behind those of bench/results/<name>.csv that have other values under `keys`."""
+    known = read_results(name) if (RESULTS / f"{name}.csv").is_file() else []
+    made = {tuple(row[key] for key in keys) for row in rows}
+    return [*(row for row in known if tuple(row[key] for key in keys) not in made), *rows]
+
+
 def spread(runs: Sequence[Row], key: str) -> str:
     """'mean (lowest to highest)' over the runs that have the figure."""
     values = [run[key] for run in runs if run[key] != ""]

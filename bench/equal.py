@@ -14,7 +14,7 @@ from argparse import Namespace
 from pathlib import Path
 
 import common
-from columns import EQUAL, RESULTS, Row, equal_rows, formatted, read_results
+from columns import EQUAL, RESULTS, Row, equal_rows, formatted, with_earlier
 from common import BEST, CUT, MAP_KEY, SPARSE
 
 from models import checkpoint
@@ -96,9 +96,7 @@ def main() -> None:
     add("--measure", action="store_true", help="make no run, only the rows of those that are done")
     opt = parser.parse_args()
     prepare(opt)
-    keys = ("data", "epochs", "pipeline", "seed")
-    known = read_results("equal") if (RESULTS / "equal.csv").is_file() else []
-    found = {tuple(row[key] for key in keys): row for row in known}  # of runs in other folders, too
+    keys, rows = ("data", "epochs", "pipeline", "seed"), []
     for data in opt.sets:
         for epochs in opt.budgets:
             for pipeline in opt.pipelines:
@@ -107,8 +105,8 @@ def main() -> None:
                     if not opt.measure:
                         common.run_missing(todo, opt.folder)
                     if all(common.is_done(opt.folder / product, command) for product, command in todo.items()):
-                        found[data, epochs, pipeline, seed] = measure(opt.folder, data, pipeline, epochs, seed)
-    rows = [found[key] for key in sorted(found)]
+                        rows.append(measure(opt.folder, data, pipeline, epochs, seed))
+    rows = sorted(with_earlier("equal", rows, *keys), key=lambda row: [row[key] for key in keys])
     write_csv(RESULTS / "equal.csv", rows)
     print(text_table(*formatted(equal_rows(rows), EQUAL)))
 

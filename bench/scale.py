@@ -6,7 +6,7 @@
 The images are hard links to a few small ones, so that they cost no space; every image has labels. YOLOv5 may need an
 interpreter of its own: --stock-python. Every sample is a process of its own: imports do not count. Memory is the
 peak of the process beyond what it held before; processes that read images for it are left out. Writes
-bench/results/scale.csv, medians of --runs samples, the loaders in turns.
+bench/results/scale.csv, medians of --runs samples, the loaders in turns; rows of other sizes stay in it.
 """
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from columns import RESULTS, ROOT, SCALE, Row, formatted
+from columns import RESULTS, ROOT, SCALE, Row, formatted, with_earlier
 
 from utils.errors import UserError, run_cli
 from utils.files import scratch
@@ -132,6 +132,7 @@ def main() -> None:
                 commands["YOLOv5"] = [opt.stock_python, "-c", program]
             rows += measure(images, count, commands, opt.runs)
         print(text_table(*formatted(rows[-len(commands):], SCALE)), flush=True)
+    rows = sorted(with_earlier("scale", rows, "images", "by"), key=lambda row: row["images"])
     write_csv(RESULTS / "scale.csv", rows)
     print("\n" + text_table(*formatted(rows, SCALE)))
 

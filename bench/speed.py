@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from columns import RESULTS, ROOT, SPEED_OF_USE, Row, formatted
+from columns import RESULTS, ROOT, SPEED_OF_USE, Row, formatted, with_earlier
 from torch import Tensor
 
 import train
@@ -41,6 +41,7 @@ TRAIN = "train.py --data {data} --weights {weights} --imgsz 320 --batch-size 16 
 VAL = "val.py --data {coco} --weights {weights} --imgsz 640 --batch-size 16 --workers {workers} --project {folder}"
 STAGE_MS = re.compile(r"([\d.]+) ?ms (?:pre-?process|inference|nms)", re.IGNORECASE)  # in val.py's line "Speed: ..."
 SCRIPTS = ("train", "train_sparsity", "prune", "finetune_pruned", "slim", "val", "detect", "export", "benchmarks")
+GROUPS = ("epochs", "steps", "validation", "untrained", "starting")
 EPOCHS = 6
 ALONE = 8  # steps of forward and backward after each epoch
 # What a training step calls -> its name in the table.
@@ -121,8 +122,8 @@ def in_turns(commands: dict[str, list[str]], runs: int) -> dict[str, list[tuple[
 
 def row(what: str, unit: str, ours: float, beside: str = "", other: float | None = None) -> Row:
     """A line of the table. `beside`: what `other` is the time of."""
-    return {"what": what, "unit": unit, "ours": ours, "beside": beside, "other": "" if other is None else other,
-            "ratio": "" if other is None else other / ours}
+    compared = {"other": "", "ratio": ""} if other is None else {"other": other, "ratio": other / ours}
+    return {"group": "", "what": what, "unit": unit, "ours": ours, "beside": beside, **compared}
 
 
 def commands(command: str, opt: Namespace) -> dict[str, list[str]]:
@@ -159,13 +160,16 @@ def pair(values: dict[str, float]) -> tuple[float, str, float | None]:
 
 def starting(opt: Namespace, large: Path) -> list[Row]:
     """--help of every script beside an import of torch, and loading yolov5x."""
-    command = {name: [sys.executable, str(ROOT / f"{name}.py"), "--help"] for name in SCRIPTS}
-    found = in_turns({"": [sys.executable, "-c", "import torch"], **command}, opt.runs)
-    seconds = {name: float(np.median([s for s, _ in runs])) for name, runs in found.items()}
-    slowest = max(SCRIPTS, key=seconds.__getitem__)
+    pairs: dict[str, list[float]] = {}
+    for name in SCRIPTS:  # each next to an import of torch, for the machine's speed changes over so many processes
+        found = in_turns({"torch": [sys.executable, "-c", "import torch"],
+                          "help": [sys.executable, str(ROOT / f"{name}.py"), "--help"]}, 2 * opt.runs - 1)
+        pairs[name] = [float(np.median([s for s, _ in runs])) for runs in found.values()]
+    slowest = max(SCRIPTS, key=lambda name: pairs[name][1] - pairs[name][0])
+    torch_alone, seconds = pairs[slowest]
     loads = [json.loads(timed([sys.executable, __file__, "--internal", "load", str(large)])[1].splitlines()[-1])[0]
              for _ in range(opt.runs)]
-    return [row(f"{slowest}.py --help, the slowest one", "s", seconds[slowest], "import torch", seconds[""]),
+    return [row(f"{slowest}.py --help, the slowest one", "s", seconds, "import torch", torch_alone),
             row("loading a checkpoint of yolov5x", "s", float(np.median(loads)))]
 
 
@@ -201,6 +205,7 @@ def main() -> None:
     add("--stock", type=Path, help="folder of YOLOv5's repository, to measure it as well")
     add("--stock-python", default=sys.executable, help="the interpreter that runs it")
     add("--runs", type=int, default=3, help="processes per figure")
+    add("--only", nargs="+", choices=GROUPS, help="measure these, and keep the other rows")
     add("--internal", nargs=2, metavar=("SAMPLE", "ARGUMENT"), help="internal: print one sample as JSON")
     opt = parser.parse_args()
     if opt.internal:
@@ -214,11 +219,14 @@ def main() -> None:
         values = {"data": opt.data.resolve(), "coco": opt.coco.resolve(), "weights": opt.weights.resolve(),
                   "workers": opt.workers, "folder": folder}
         training, val = TRAIN.format(**values), VAL.format(**values)
-        rows = epochs_with_validation(training, opt)
-        rows += efficiency(f"{training} --epochs {EPOCHS} --noval --nosave --noplots", opt)
-        rows += whole("val.py", val, opt, per_image="val.py, an image")
-        rows += whole("val.py of an untrained model", VAL.format(**{**values, "weights": untrained}), opt)
-        rows += starting(opt, large)
+        quick, everywhere = f"{training} --epochs {EPOCHS} --noval --nosave --noplots", {**values, "weights": untrained}
+        groups = {"epochs": lambda: epochs_with_validation(training, opt),
+                  "steps": lambda: efficiency(quick, opt),
+                  "validation": lambda: whole("val.py", val, opt, per_image="val.py, an image"),
+                  "untrained": lambda: whole("val.py of an untrained model", VAL.format(**everywhere), opt),
+                  "starting": lambda: starting(opt, large)}
+        rows = [{**found, "group": group} for group in opt.only or GROUPS for found in groups[group]()]
+    rows = sorted(with_earlier("speed", rows, "group"), key=lambda found: GROUPS.index(found["group"]))
     write_csv(RESULTS / "speed.csv", rows)
     print(text_table(*formatted(rows, SPEED_OF_USE)))
 

@@ -79,6 +79,7 @@ def test_what_the_machine_does_ends_in_one_line_and_a_resumable_state(flags, who
     data = tmp_path / "data"
     shutil.copytree(tiny.parent, data)
     mine = [str(data / tiny.name) if f == str(tiny) else f for f in flags]
+    mine += ["--cache", "none"] if injection == "vanished" else []  # images in memory may vanish from the disk
     workers = mine.index("--workers") + 1
     mine[workers] = "2" if injection in ("dead-worker", "bus-error", "vanished") else "0"
     code, output = run_with(injection, mine, tmp_path)

@@ -2,12 +2,9 @@
 from __future__ import annotations
 
 import tarfile
-import urllib.error
-import urllib.request
 import zipfile
 import zlib
 from collections.abc import Callable
-from http.client import HTTPException
 from pathlib import Path
 
 from tqdm import tqdm
@@ -31,10 +28,13 @@ def fetch(url: str, path: Path, check: Callable[[Path], bool], mend: str) -> Non
 
 
 def _fetch(url: str, path: Path, check: Callable[[Path], bool], mend: str) -> None:
+    from http.client import HTTPException  # here, because every script starts without them
+    from urllib.error import URLError
+
     with atomic(path) as temporary:
         try:
             size = _receive(url, temporary, path.name)
-        except (urllib.error.URLError, HTTPException, TimeoutError, ConnectionError) as error:
+        except (URLError, HTTPException, TimeoutError, ConnectionError) as error:
             reason = getattr(error, "reason", None) or error
             raise UserError(f"{url}: can't be fetched ({reason}); {mend}") from None
         received = temporary.stat().st_size
@@ -46,7 +46,9 @@ def _fetch(url: str, path: Path, check: Callable[[Path], bool], mend: str) -> No
 
 def _receive(url: str, path: Path, title: str) -> int:
     """Write the response to `path`; return the size that the server announced, or 0."""
-    with urllib.request.urlopen(url, timeout=TIMEOUT) as answer, open(path, "wb") as file:
+    from urllib.request import urlopen
+
+    with urlopen(url, timeout=TIMEOUT) as answer, open(path, "wb") as file:
         size = int(answer.headers.get("Content-Length") or 0)
         with tqdm(total=size or None, unit="B", unit_scale=True, desc=f"fetching {title}", disable=None) as bar:
             while block := answer.read(BLOCK):
