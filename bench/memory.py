@@ -26,7 +26,7 @@ from utils.options import HelpfulParser
 from utils.tables import text_table, write_csv
 from utils.training.run import Hook, Run
 
-FIRST = 10  # the epoch of the first validation, after which nothing should grow any more
+FIRST = 10  # epochs after which nothing should grow any more
 TRAIN = ["--weights", "", "--cfg", "models/yolov5n.yaml", "--imgsz", "64", "--batch-size", "4", "--workers", "2",
          "--noval", "--noplots", "--noautoanchor", "--patience", "0"]
 
@@ -50,7 +50,7 @@ def held() -> Row:
 
 
 class Watch(Hook):
-    """Validates every `period` epochs, from the tenth on, and notes what the process holds."""
+    """Validates every `period` epochs and notes what the process holds."""
 
     def __init__(self, period: int):
         self.period = period
@@ -61,8 +61,9 @@ class Watch(Hook):
 
     def epoch_end(self, log: dict[str, float]) -> None:
         done = self.run.epoch + 1
-        if done % self.period == FIRST % self.period:
+        if done % self.period == 0:
             validate(self.run, dict(log))
+        if done == FIRST or done % self.period == 0:
             self.rows.append({"what": f"training, epoch {done}", **held()})
 
 

@@ -148,6 +148,21 @@ def test_onnx_int8_keeps_the_head_in_float(weights, tiny, capsys):
 
 
 @pytest.mark.slow
+def test_onnxruntime_runs_all_convolutions_but_the_heads_in_int8(cfg, tmp_path):
+    """Also where biases are equal, as those of a new model: the exporter writes them once."""
+    onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+    installed("onnx", "int8")
+    model, options = Model(str(cfg), nc=2).eval(), onnxruntime.SessionOptions()
+    calibration = [np.random.default_rng(i).random((1, 3, 64, 64), np.float32) for i in range(3)]
+    formats.formats()["onnx"].write(model, tmp_path / "m.onnx",
+                                    formats.export_options(model, (1, 3, 64, 64), "int8", calibration=calibration))
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    onnxruntime.InferenceSession(str(tmp_path / "m.onnx"), options, providers=["CPUExecutionProvider"])
+    kinds = [node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node]
+    assert kinds.count("Conv") + kinds.count("FusedConv") == 3 and kinds.count("QLinearConv") > 10
+
+
+@pytest.mark.slow
 def test_openvino_int8_keeps_the_head_in_float(weights, tiny):
     openvino = pytest.importorskip("openvino")
     installed("openvino", "int8")

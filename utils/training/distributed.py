@@ -59,10 +59,9 @@ def _keep_freed_memory() -> None:
 
     Where the C library is another one nothing happens. See mallopt(3).
     """
-    trim_threshold, mmap_threshold, arena_max, old_maximum = -1, -3, -8, 2**25
+    trim_threshold, mmap_threshold, old_maximum = -1, -3, 2**25
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if mallopt is not None:
-        mallopt(arena_max, 1)  # one pool for all threads, or each would keep its own
         mallopt(trim_threshold, 2**31 - 1)
         if not mallopt(mmap_threshold, 2**30):
             mallopt(mmap_threshold, old_maximum)
