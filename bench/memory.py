@@ -2,9 +2,9 @@
 
     python bench/memory.py --weights yolov5n.pt                  # a quarter of an hour on two cores
 
-The training has 8 batches an epoch and validates ten times; what its process holds is written down on the way: memory,
-its workers' too, threads, open files and child processes. val.py runs on hard links to a few small images. Writes
-bench/results/memory.csv.
+The training has 8 batches an epoch and validates ten times, twice of them in the first ten epochs; what its process
+holds is written down on the way: memory, its workers' too, threads, open files and child processes. val.py runs on hard
+links to a few small images. Writes bench/results/memory.csv.
 """
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from columns import MEMORY, RESULTS, ROOT, Row, formatted
+from columns import MEMORY, RESULTS, ROOT, Row, formatted, with_earlier
 from scale import CLASSES, make_set
 
 from train import main as train
@@ -26,7 +26,7 @@ from utils.options import HelpfulParser
 from utils.tables import text_table, write_csv
 from utils.training.run import Hook, Run
 
-FIRST = 10  # epochs after which nothing should grow any more
+FIRST = 10  # the epoch after which nothing should grow any more
 TRAIN = ["--weights", "", "--cfg", "models/yolov5n.yaml", "--imgsz", "64", "--batch-size", "4", "--workers", "2",
          "--noval", "--noplots", "--noautoanchor", "--patience", "0"]
 
@@ -37,9 +37,9 @@ def children() -> list[int]:
 
 
 def megabytes(pid: int) -> float:
-    """Memory of a process; what it shares with others counts in parts."""
+    """Memory of a process without its libraries' files; what it shares with its relatives counts in parts."""
     lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    return sum(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 1024
+    return sum(int(line.split()[1]) for line in lines if line.startswith(("Pss_Anon:", "Pss_Shmem:"))) / 1024
 
 
 def held() -> Row:
@@ -50,7 +50,7 @@ def held() -> Row:
 
 
 class Watch(Hook):
-    """Validates every `period` epochs and notes what the process holds."""
+    """Validates twice up to epoch FIRST and every `period` epochs from there; notes what the process holds."""
 
     def __init__(self, period: int):
         self.period = period
@@ -61,10 +61,9 @@ class Watch(Hook):
 
     def epoch_end(self, log: dict[str, float]) -> None:
         done = self.run.epoch + 1
-        if done % self.period == 0:
+        if done in (FIRST // 2, FIRST) or (done > FIRST and (done - FIRST) % self.period == 0):
             validate(self.run, dict(log))
-        if done == FIRST or done % self.period == 0:
-            self.rows.append({"what": f"training, epoch {done}", **held()})
+            self.rows.append({"part": "training", "what": f"training, epoch {done}", **held()})
 
 
 def data_yaml(folder: Path, count: int) -> Path:
@@ -77,7 +76,7 @@ def data_yaml(folder: Path, count: int) -> Path:
 def soak(folder: Path, epochs: int) -> list[Row]:
     """A training, in this process."""
     data = data_yaml(folder, 32)
-    watch = Watch(max(epochs // 10, 1))
+    watch = Watch(max((epochs - FIRST) // 8, 1))
     train([*TRAIN, "--data", str(data), "--epochs", str(epochs), "--project", str(folder)], [watch])
     return watch.rows
 
@@ -92,14 +91,15 @@ def validation(folder: Path, count: int, weights: Path) -> Row:
         process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise UserError(f"val.py ended with exit code {process.returncode}; its message is above")
-    return {"what": f"val.py, {count:,} images", "MB": usage.ru_maxrss / 1024, "threads": "", "files": "",
-            "processes": ""}
+    return {"part": "validation", "what": f"val.py, {count:,} images", "MB": usage.ru_maxrss / 1024, "threads": "",
+            "files": "", "processes": ""}
 
 
 def measurements(epochs: int, images: list[int], weights: Path) -> Iterator[list[Row]]:
     """The rows, part by part."""
-    with scratch(ROOT / "runs" / "memory") as folder:
-        yield soak(folder, epochs)
+    if epochs:
+        with scratch(ROOT / "runs" / "memory") as folder:
+            yield soak(folder, epochs)
     for count in images:
         with scratch(ROOT / "runs" / "memory") as folder:
             yield [validation(folder, count, weights)]
@@ -110,10 +110,11 @@ def main() -> None:
     parser = HelpfulParser(__doc__)
     add = parser.add_argument
     add("--weights", type=Path, required=True, help="yolov5n.pt")
-    add("--epochs", type=int, default=300, help="epochs of the training")
-    add("--images", type=int, nargs="+", default=[1000, 20_000], help="images for val.py")
+    add("--epochs", type=int, default=300, help="epochs of the training; 0: keep the rows of the one before")
+    add("--images", type=int, nargs="*", default=[1000, 20_000], help="images for val.py")
     opt = parser.parse_args()
     rows = [row for part in measurements(opt.epochs, opt.images, opt.weights.resolve()) for row in part]
+    rows = sorted(with_earlier("memory", rows, "part"), key=lambda row: row["part"])
     write_csv(RESULTS / "memory.csv", rows)
     print(text_table(*formatted(rows, MEMORY)))
 
