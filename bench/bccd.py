@@ -52,7 +52,7 @@ def pictures(rows: list[Row], opt: Namespace) -> None:
     plot_stages([{**row, "stage": row["stage"].split("-")[-1]} for row in shown], img / "stages.png")
     shutil.copyfile(runs / "prune/blocks/channels.png", img / "channels.png")
     photographs = Image.open(runs / "val/blocks-tuned-test/val_batch0_pred.jpg")
-    photographs.save(img / "detections.jpg", quality=80)  # a fifth of the PNG
+    photographs.save(img / "detections.jpg", quality=80)
 
 
 def main() -> None:
