@@ -1,6 +1,6 @@
 """Memory of long runs: a training of 300 epochs, and val.py on 1,000 and on 20,000 images.
 
-    python bench/memory.py --weights yolov5n.pt                  # a quarter of an hour on two cores
+    python bench/memory.py --weights yolov5n.pt                  # 10 minutes on two cores
 
 The training has 8 batches an epoch and validates ten times, twice of them in the first ten epochs; what its process
 holds is written down on the way: memory, its workers' too, threads, open files and child processes. val.py runs on hard

@@ -102,6 +102,5 @@ def save_figure(figure: Figure, path: str | Path) -> Path:
     """Write the figure as a PNG and return its path. A missing folder is created."""
     path = Path(path)
     with atomic(path) as temporary:
-        # The default level, 6, takes longer than drawing the figure.
-        figure.savefig(temporary, format="png", pil_kwargs={"compress_level": 3})
+        figure.savefig(temporary, format="png")
     return path

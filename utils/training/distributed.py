@@ -36,7 +36,8 @@ class World:
 
 
 def select_device(name: str, half: bool = False) -> torch.device:
-    """"" (the first GPU if there is one), "cpu", "0", "cuda:1" or "mps" -> device. A GPU becomes the current one.
+    """"" (the first GPU if there is one), "cpu", "0", "cuda:1" or "mps" -> device. A GPU becomes the current one; a process
+    that computes on a CPU keeps the memory that it frees.
 
     half: it will compute in fp16. UserError for a device that is not there, or can't.
     """
@@ -54,8 +55,7 @@ def select_device(name: str, half: bool = False) -> torch.device:
 
 
 def _keep_freed_memory() -> None:
-    """Keep what is freed for what comes next: glibc gives it back to the system and takes it again page by page,
-    in every step.
+    """Keep what is freed for what comes next, which glibc else takes from the system again, page by page, every step.
 
     Where the C library is another one nothing happens. See mallopt(3).
     """
