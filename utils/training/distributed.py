@@ -55,7 +55,7 @@ def select_device(name: str, half: bool = False) -> torch.device:
 
 
 def _keep_freed_memory() -> None:
-    """Keep what is freed for what comes next, which glibc else takes from the system again, page by page, every step.
+    """Keep what is freed for what comes next, which glibc else gives back to the system page by page.
 
     Where the C library is another one nothing happens. See mallopt(3).
     """
