@@ -36,8 +36,8 @@ class World:
 
 
 def select_device(name: str, half: bool = False) -> torch.device:
-    """"" (the first GPU if there is one), "cpu", "0", "cuda:1" or "mps" -> device. A GPU becomes the current one; a process
-    that computes on a CPU keeps the memory that it frees.
+    """"" (the first GPU if there is one), "cpu", "0", "cuda:1" or "mps" -> device. A GPU becomes the current
+    one; a process that computes on a CPU keeps the memory that it frees.
 
     half: it will compute in fp16. UserError for a device that is not there, or can't.
     """
