@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import shlex
 from argparse import Namespace
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,12 @@ import train
 import train_sparsity
 import val
 from models import checkpoint
+from models.formats import formats, runtimes
 from models.pruning import model_pruner
-from models.speed import milliseconds
-from models.yolo import whole_strides
+from models.speed import milliseconds, stopwatch
+from models.yolo import Model, whole_strides
 from utils.data.config import DataConfig, read_data
+from utils.data.dataset import DetectionDataset
 from utils.data.loader import validation_loader
 from utils.errors import UserError, run_cli
 from utils.files import ROOT, command_line, new_run_folder, write_json
@@ -48,8 +51,9 @@ OUTPUT = "slim.pt"
 TRAININGS = {"train.py": train.main, "train_sparsity.py": train_sparsity.main,
              "finetune_pruned.py": finetune_pruned.main}
 # Flags that the stages get in their own way, or not at all.
-OWN = ("weights", "cfg", "data", "imgsz", "target", "epochs", "rounds", "export", "int8", "resume", "project", "name",
-       "exist_ok", "teacher", "workers", "device")
+OWN = ("weights", "cfg", "data", "imgsz", "target", "epochs", "rounds", "export", "int8", "runtime", "resume", "project",
+       "name", "exist_ok", "teacher", "workers", "device")
+LEAST_IMAGES = 2
 LEAST_MAP = 1e-3  # mAP50-95 below which a teacher has nothing to teach
 
 
@@ -66,18 +70,22 @@ def begin(opt: Namespace, flags: list[str]) -> Pipeline:
     if (Path(opt.project) / opt.name / STATE).is_file() and opt.exist_ok:
         raise UserError(f"{Path(opt.project) / opt.name}: a pipeline is there already; --resume goes on with it, "
                         "another --name starts a new one")
-    formats = ["--include", *opt.export, *(["--int8"] if opt.int8 else [])] if opt.export else []
-    if formats:
-        export.parse(["--weights", OUTPUT, *formats])  # refuses what it does not know now, not in the end
-    elif opt.int8:
-        raise UserError("--int8: belongs to --export, such as --export openvino --int8")
+    exports = ["--include", *opt.export, *(["--int8"] if opt.int8 else [])] if opt.export else []
+    if exports:  # what it refuses is refused now, not in the end
+        export.chosen_formats(export.parse(["--weights", OUTPUT, *exports]))
+    elif opt.int8 and opt.runtime == "torch":
+        raise UserError("--int8: belongs to --export, such as --export openvino --int8, or to --runtime")
+    precision = "int8" if opt.int8 else "fp32"
+    if opt.runtime != "torch":
+        stopwatch(opt.runtime, 0, torch.device("cpu"), precision=precision)  # refuses what is not installed
     if known and trained.get("optimizer") and not {"optimizer", "adam", "hyp"} & set(opt.given):
         flags = [*flags, "--optimizer", trained["optimizer"]]  # go on as these weights were trained
     weights = str(Path(opt.weights).absolute()) if opt.weights else opt.weights
     data = str(Path(data).absolute()) if data and Path(data).is_file() else data
     teacher = "none" if opt.teacher == "" else opt.teacher
     pipeline = Pipeline(Path(), command_line(), flags, weights, opt.cfg, data, opt.imgsz or trained.get("imgsz"),
-                        opt.target, epochs, opt.rounds, known, teacher, formats, opt.workers, opt.device)
+                        opt.target, epochs, opt.rounds, known, teacher, exports, opt.runtime, precision, opt.workers,
+                        opt.device)
     require_possible(pipeline, config, names)
     pipeline.folder = new_run_folder(opt.project, opt.name, opt.exist_ok).absolute()
     pipeline.save()
@@ -85,9 +93,12 @@ def begin(opt: Namespace, flags: list[str]) -> Pipeline:
 
 
 def require_possible(pipeline: Pipeline, config: DataConfig, names: dict[int, str]) -> None:
-    """UserError where the first training to sparsity could not reach its target, or would have no images."""
+    """UserError where the first training to sparsity could not reach its target, or has no images to learn from."""
     if not config.train or not config.val:
         raise UserError(f"{config.file}: slim.py needs images under train: and val:")
+    single = "--single-cls" in pipeline.flags
+    if len(DetectionDataset(config.train, 32, single_cls=single, nc=config.nc, prefix="train")) < LEAST_IMAGES:
+        raise UserError(f"{config.file}: train: is a single image, from which no model learns; give more")
     sparse = next(stage for stage in pipeline.stages if stage.script == "train_sparsity.py")
     flags = [*start_flags(pipeline), "--epochs", "1", *goal(pipeline, sparse, 1.0)]
     start = Namespace(**vars(train_sparsity.parse(flags)))
@@ -175,15 +186,22 @@ def prepare(pipeline: Pipeline) -> None:
     if pipeline.target[0] != "latency" or pipeline.flops is not None:
         return
     model, imgsz = checkpoint.load(pipeline.before), found["imgsz"]
-    pruner = model_pruner(model, imgsz, select_device(pipeline.device))
+    pruner = model_pruner(model, imgsz, milliseconds=clock(pipeline, imgsz))
     result = pruner.rank(rules=Rules(min_share=TargetSparsity.FLOOR, round_to=16), per_flop=True).cut(
         target=pipeline.target)
     if result.target is None or not result.target.reached:
         raise UserError(f"--target latency={pipeline.target[1]:g}: can't be reached, with all that may go "
                         f"{result.target.value if result.target else 1:.3f} of the time is left; give more")
     pipeline.flops = profile(result.slim, imgsz).flops / profile(model, imgsz).flops
-    print(f"latency={pipeline.target[1]:g} takes about flops={pipeline.flops:.3f}: measured on the model before")
+    print(f"latency={pipeline.target[1]:g} takes about flops={pipeline.flops:.3f}: measured on the model before, "
+          f"in {pipeline.measured_in}")
     pipeline.save()
+
+
+def clock(pipeline: Pipeline, imgsz: int) -> Callable[[Sequence[Model]], list[float]]:
+    """A function that measures the milliseconds of models in the pipeline's runtime."""
+    precision = pipeline.precision if pipeline.runtime != "torch" else "fp32"
+    return stopwatch(pipeline.runtime, imgsz, select_device(pipeline.device), precision=precision)
 
 
 def measure(pipeline: Pipeline, name: str, weights: str | Path, task: str) -> dict[str, Any]:
@@ -212,8 +230,11 @@ def compare(pipeline: Pipeline) -> tuple[list[dict[str, Any]], dict[str, list[fl
         rows.append({"model": name, **{f"{key} {task}": found[task][key] for task in tasks
                                        for key in ("mAP50", "mAP50-95")},
                      "parameters": cost.parameters, "GFLOPs": cost.gflops, "MB": cost.megabytes})
-    ms = milliseconds(list(models.values()), found["val"]["imgsz"], select_device(pipeline.device))
-    return [{**row, "ms": values} for row, values in zip(rows, ms["torch, batch 1"])], ms
+    both, imgsz = list(models.values()), found["val"]["imgsz"]
+    ms = milliseconds(both, imgsz, select_device(pipeline.device))
+    if pipeline.runtime != "torch":
+        ms[f"{pipeline.measured_in}, batch 1"] = clock(pipeline, imgsz)(both)
+    return [{**row, "ms": values} for row, values in zip(rows, ms[f"{pipeline.measured_in}, batch 1"])], ms
 
 
 def reached(pipeline: Pipeline, rows: list[dict[str, Any]]) -> str:
@@ -279,7 +300,7 @@ def finish(pipeline: Pipeline) -> None:
     write_page(pipeline, rows)
     print("\n" + report.stage_table(rows))
     print(f"\n{reached(pipeline, rows)}")
-    print(f"milliseconds are medians, in turn; {torch.get_num_threads()} threads on the CPU")
+    print(f"milliseconds are medians, in turn, in {pipeline.measured_in}; {torch.get_num_threads()} threads on the CPU")
     if pipeline.export:
         export.main(["--weights", str(pipeline.folder / OUTPUT), *pipeline.export])
     print(f"Slim model: {pipeline.folder / OUTPUT}; {pipeline.folder / 'report.html'} tells what came of it, "
@@ -290,7 +311,7 @@ def main(argv: list[str] | None = None) -> Path:
     """Command line -> slim.pt; returns the pipeline's folder."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("slim.py: runs in one process; under torchrun start the commands that it prints")
-    parser = pipeline_parser(__doc__)
+    parser = pipeline_parser(__doc__, ["torch", *runtimes()], [*formats(), "all"])
     opt = parser.parse_args(argv)
     if opt.resume:
         pipeline = known_pipeline(opt.resume, opt.project)

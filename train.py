@@ -27,7 +27,7 @@ from models import checkpoint
 from models.yolo import Model, fused, on_device, whole_strides
 from utils.data.config import DataConfig, read_data
 from utils.data.dataset import DetectionDataset
-from utils.data.loader import Batch, DetectionLoader, build_loader, validation_loader
+from utils.data.loader import Batch, DetectionLoader, build_loader, frozen_objects, validation_loader
 from utils.errors import NonFiniteError, UserError, run_cli
 from utils.files import new_run_folder, write_yaml
 from utils.options import resolve, training_parser
@@ -66,35 +66,44 @@ def train(opt: Namespace, hooks: Sequence[Hook] = ()) -> Run:
             describe(run)
             if not run.opt.resume:
                 save(run, "last.pt")  # there is something to resume before the first step
-        for epoch in range(run.epoch, run.opt.epochs):
-            run.epoch = epoch
-            final = epoch + 1 == run.opt.epochs
-            log = train_epoch(run)
-            share_buffers((run.model, run.ema.ema), world.size)  # all validate the model that is saved
-            require_finite(run)
-            validated = final or not run.opt.noval
-            fitness = validate(run, log) if validated else -1.0
-            eligible = validated and all(hook.may_be_best() for hook in run.hooks)
-            best = eligible and run.stopper.better(epoch, fitness)
-            for hook in run.hooks:
-                hook.epoch_end(log)
-            stop = eligible and not final and run.stopper.over(epoch)
-            if run.log is not None:
-                run.results = log
-                run.log.epoch(epoch, log)
-                if not run.opt.nosave or final or stop or signals.requested:
-                    save_epoch(run, best)
-            if broadcast(stop, world.size):
-                if world.main:
-                    print(f"No better fitness for {run.opt.patience} epochs (best: epoch {run.stopper.best_epoch}); "
-                          "stopping. --patience 0 goes on.")
-                break
-            if not final:
-                signals.check(run.folder)
+        with frozen_objects():  # from before the loaders start their workers
+            for epoch in range(run.epoch, run.opt.epochs):
+                run.epoch = epoch
+                if not complete_epoch(run):
+                    break
         if world.main:
             finish(run, (time.time() - started) / 3600)
         barrier(world.size)
     return run
+
+
+def complete_epoch(run: Run) -> bool:
+    """Train, validate and save; False where early stopping ends the run. `Interrupted` where a signal does."""
+    opt, world, signals = run.opt, run.world, run.signals
+    final = run.epoch + 1 == opt.epochs
+    log = train_epoch(run)
+    share_buffers((run.model, run.ema.ema), world.size)  # all validate the model that is saved
+    require_finite(run)
+    validated = final or not opt.noval
+    fitness = validate(run, log) if validated else -1.0
+    eligible = validated and all(hook.may_be_best() for hook in run.hooks)
+    best = eligible and run.stopper.better(run.epoch, fitness)
+    for hook in run.hooks:
+        hook.epoch_end(log)
+    stop = eligible and not final and run.stopper.over(run.epoch)
+    if run.log is not None:
+        run.results = log
+        run.log.epoch(run.epoch, log)
+        if not opt.nosave or final or stop or signals.requested:
+            save_epoch(run, best)
+    if broadcast(stop, world.size):
+        if world.main:
+            print(f"No better fitness for {opt.patience} epochs (best: epoch {run.stopper.best_epoch}); "
+                  "stopping. --patience 0 goes on.")
+        return False
+    if not final:
+        signals.check(run.folder)
+    return True
 
 
 def train_epoch(run: Run) -> dict[str, float]:

@@ -110,6 +110,10 @@ def test_milliseconds_become_flops(flags, monkeypatch, capsys):
     (["--target", "flops=0.01"], "of the flops can go"),
     (["--epochs", "2"], "too few"),
     (["--int8"], "belongs to --export"),
+    (["--export", "onxx"], "--export: invalid choice: 'onxx'"),
+    (["--export", "yolov5", "--int8"], "--include yolov5: has no int8 here"),
+    (["--runtime", "tensorrt"], "--runtime: invalid choice: 'tensorrt'"),
+    (["--runtime", "torchscript", "--int8"], "--int8: --runtime torchscript has none here"),
     (["--resume"], "no pipeline under runs/slim"),
     (["--resume", "somewhere/else"], "no slim.json there or above")])
 @pytest.mark.usefixtures("quick")
@@ -117,6 +121,38 @@ def test_what_can_be_known_at_the_start_is_refused_there(flags, tmp_path, change
     with pytest.raises(UserError, match=words):
         slim.main([*flags, *change])
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+@pytest.mark.usefixtures("quick")
+def test_one_image_is_refused(flags, tiny, tmp_path):
+    (tmp_path / "one").mkdir()
+    for kind, suffix in (("images", "png"), ("labels", "txt")):
+        name = f"one/{kind}/000.{suffix}"
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_bytes((tiny.parent / kind / "train" / f"000.{suffix}").read_bytes())
+    data = tmp_path / "one.yaml"
+    data.write_text(f"path: {tmp_path}\ntrain: one/images\nval: one/images\nnames: [square, circle]\n")
+    with pytest.raises(UserError, match="one.yaml: train: is a single image"):
+        slim.main([*flags, "--data", str(data)])
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick")
+def test_milliseconds_in_another_runtime(flags, monkeypatch, capsys):
+    """The target and the table take them from --runtime, in 8 bits where it says so."""
+    asked = []
+
+    def stopwatch(runtime, imgsz, device, batch=1, precision="fp32"):
+        asked.append((runtime, precision))
+        return lambda models: [float(profile(model, 64).flops) for model in models]
+
+    monkeypatch.setattr(slim, "stopwatch", stopwatch)
+    pipeline = slim.main([*flags, "--target", "latency=0.7", "--runtime", "onnxruntime", "--int8", "--epochs", "3"])
+    told = json.loads((pipeline / "report.json").read_text())
+    assert set(asked) == {("onnxruntime", "int8")} and "onnxruntime int8, batch 1" in told["milliseconds"]
+    assert "measured on the model before, in onnxruntime int8" in capsys.readouterr().out
+    assert told["rows"][1]["ms"] <= 0.7 * told["rows"][0]["ms"] and share_left(pipeline, "flops") <= 0.7
 
 
 @pytest.mark.usefixtures("quick")

@@ -65,11 +65,11 @@ class HelpfulParser(ArgumentParser):
         return found
 
     def error(self, message: str) -> Any:
-        """Raise UserError for what a validator below refuses; anything else is said in argparse's way."""
+        """UserError, in a line: for what a validator below refuses in its own words, else in argparse's."""
         refused = re.fullmatch(r"argument (--[\w-]+)\S*: (.*: (?:must|give) .*)", message)
         if refused:
             raise UserError(f"{refused[1]} {refused[2]}")
-        super().error(message)
+        raise UserError(f"{message.removeprefix('argument ')}; --help shows the flags")
 
 
 class _Formatter(ArgumentDefaultsHelpFormatter):
@@ -248,17 +248,23 @@ def add_sparsity_flags(parser: ArgumentParser) -> None:
         help="every N epochs also validate the model without those channels (0: never)")
 
 
-def pipeline_parser(description: str | None) -> HelpfulParser:
-    """The flags of slim.py: those of a training, and what the whole is to reach."""
+def pipeline_parser(description: str | None, runtimes: Collection[str], formats: Collection[str]) -> HelpfulParser:
+    """The flags of slim.py: those of a training, and what the whole is to reach.
+
+    runtimes: those that it can measure latency in, the default first. formats: those that it can write.
+    """
     parser = training_parser(description, "runs/slim")
     add = parser.add_argument
     add("--target", type=named_fraction(TARGETS, "flops=0.5, params=0.5, latency=0.6 or map-drop=0.01"),
         default=("flops", 0.5),
-        help="what is to be left: flops=0.5, params=0.5, latency=0.6 (in PyTorch, on --device), or map-drop=0.01, the "
-             "mAP50-95 on val that a cut may cost before fine-tuning")
+        help="what is to be left: flops=0.5, params=0.5, latency=0.6 (see --runtime), or map-drop=0.01, the mAP50-95 "
+             "on val that a cut may cost before fine-tuning")
+    add("--runtime", choices=list(runtimes), default=next(iter(runtimes)),
+        help="what --target latency is measured in; in 8 bits with --int8")
     add("--rounds", type=at_least(1), default=1, help="become sparse and slim in so many trainings")
-    add("--export", nargs="+", metavar="FORMAT", help="in the end write these formats of export.py, such as onnx")
-    add("--int8", action="store_true", help="with --export: in 8 bits, where the format knows them")
+    add("--export", nargs="+", choices=list(formats), metavar="FORMAT",
+        help="in the end write these formats of export.py, such as onnx")
+    add("--int8", action="store_true", help="with --export and --runtime: in 8 bits")
     parser.set_defaults(epochs=None)
     return parser
 

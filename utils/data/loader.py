@@ -1,10 +1,12 @@
 """From a data set to batches: the order of samples, collation, worker processes."""
 from __future__ import annotations
 
+import gc
 import math
 import os
 import signal
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.synchronize import Event
@@ -133,6 +135,21 @@ def _start_worker(shutdown: Event | None, polite: bool, _: int) -> None:
     torch.set_num_threads(1)
     if polite and hasattr(os, "nice"):
         os.nice(NICENESS)
+
+
+@contextmanager
+def frozen_objects() -> Iterator[None]:
+    """While the block runs, Python's garbage collector leaves alone what exists now.
+
+    Workers are forks: they share this process's memory until one of them writes to it. A full collection writes to
+    every object that it looks at. Some time in a long run it would so make each process a copy of its own, in all 75 MB
+    with PyTorch imported. See gc.freeze().
+    """
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def build_loader(dataset: DetectionDataset, batch_size: int, workers: int, shuffle: bool, seed: int = 0, rank: int = 0,

@@ -49,6 +49,8 @@ class Pipeline:
     trained: bool                 # the weights were trained on the classes of the data: no dense training is needed
     teacher: str | None = None    # another one than the model before; "none": no teacher
     export: list[str] = field(default_factory=list)  # flags of export.py
+    runtime: str = "torch"        # in which milliseconds are measured
+    precision: str = "fp32"       # of that runtime
     workers: int = 8
     device: str = ""
     flops: float | None = None    # with a target of latency: the share of the FLOPs that is to reach it
@@ -86,6 +88,11 @@ class Pipeline:
     def after(self) -> Path:
         """The slim checkpoint."""
         return self.stages[-1].product(self.folder)
+
+    @property
+    def measured_in(self) -> str:
+        """What the milliseconds of the table are measured in."""
+        return "torch" if self.runtime == "torch" else f"{self.runtime} {self.precision}"
 
     def save(self) -> None:
         """Write slim.json, atomically."""
