@@ -13,7 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from columns import RESULTS, Row
+from columns import RESULTS, Row, with_earlier
 
 from models import checkpoint
 from models.config import read_yaml
@@ -85,14 +85,13 @@ def main() -> None:
     """Disturb all scripts."""
     parser = HelpfulParser(__doc__)
     parser.add_argument("--kills", type=int, default=20, help="kills per script")
-    parser.add_argument("--scripts", nargs="+", help="only these")
+    parser.add_argument("--scripts", nargs="+", help="only these; the results of the others are kept")
     parser.add_argument("--seed", type=int, default=0, help="seed of the instants")
     opt = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         rows = [disturb(script, flags, Path(name) / script, opt.kills, random.Random(opt.seed))
                 for script, flags in commands(Path(name)).items() if script in (opt.scripts or [script])]
-    if not opt.scripts:
-        write_csv(RESULTS / "crash.csv", rows)
+    write_csv(RESULTS / "crash.csv", with_earlier("crash", rows, "script"))
     sys.exit(any(row["differences"] for row in rows))
 
 

@@ -1,4 +1,4 @@
-"""The four steps on the built-in data set, and a table of their models. This is what `make demo` runs.
+"""slim.py on the built-in data set, then the four steps, and a table of their models. This is what `make demo` runs.
 
     python bench/demo.py             # about ten minutes on two cores
     python bench/demo.py --quick     # two epochs per step: shows that everything runs, not how well
@@ -17,23 +17,27 @@ from utils.plots.slimming import plot_stages
 from utils.tables import text_table, write_csv
 
 FILES = {"dense": "runs/train/dense/weights/best.pt", "sparse": "runs/train/sparse/weights/last.pt",
-         "pruned": "runs/prune/exp/pruned_model.pt", "fine-tuned": "runs/train/tuned/weights/best.pt"}
+         "pruned": "runs/prune/exp/pruned_model.pt", "fine-tuned": "runs/train/tuned/weights/best.pt",
+         "slim.py": "runs/slim/exp/slim.pt"}
+REPORTS = ("runs/slim/exp/report.html", "runs/prune/exp/report.html")
 PICTURES = ("stages.png", "runs/train/dense/train_batch0.jpg", "runs/train/dense/results.png",
             "runs/train/sparse/results.png", "runs/prune/exp/gammas.png", "runs/prune/exp/channels.png",
             "runs/val/fine-tuned/val_batch0_pred.jpg")
 
 
 def main() -> None:
-    """Train, sparsity-train, prune, fine-tune, validate; print the table."""
+    """The pipeline in one command and in four, their table."""
     parser = HelpfulParser(__doc__)
     add = parser.add_argument
     add("--quick", action="store_true", help="two epochs per step")
     add("--epochs", type=int, nargs=3, default=[45, 45, 30],
         help="epochs of training, sparsity training, fine-tuning")
+    add("--slim-epochs", type=int, default=60, help="epochs of slim.py")
     add("--percent", type=float, default=0.5, help="share of the prunable channels to take to 0 and cut")
     opt = parser.parse_args()
     train, sparse, tune = [2, 2, 2] if opt.quick else opt.epochs
     folder, started = new_run_folder(ROOT / "runs" / "demo"), time.time()
+    run(f"slim.py --epochs {3 if opt.quick else opt.slim_epochs}", folder)
     run(f"train.py --epochs {train} --name dense", folder)
     run(f"train_sparsity.py --target-sparsity {opt.percent} --weights {FILES['dense']} --epochs {sparse} --name sparse",
         folder)
@@ -46,6 +50,9 @@ def main() -> None:
     print(f"\n{(time.time() - started) / 60:.1f} minutes. Pictures:")
     for picture in PICTURES:
         print(f"  {folder / picture}")
+    print("Reports, each a page that opens in a browser:")
+    for page in REPORTS:
+        print(f"  {folder / page}")
 
 
 if __name__ == "__main__":

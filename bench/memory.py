@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from columns import MEMORY, RESULTS, ROOT, Row, formatted, with_earlier
@@ -33,7 +34,11 @@ TRAIN = ["--weights", "", "--cfg", "models/yolov5n.yaml", "--imgsz", "64", "--ba
 
 def children() -> list[int]:
     """Processes that this one has started."""
-    return [int(pid) for task in Path("/proc/self/task").iterdir() for pid in (task / "children").read_text().split()]
+    found: list[int] = []
+    for task in Path("/proc/self/task").iterdir():
+        with suppress(FileNotFoundError):  # a thread that has ended meanwhile
+            found += map(int, (task / "children").read_text().split())
+    return found
 
 
 def megabytes(pid: int) -> float:
