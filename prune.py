@@ -127,7 +127,7 @@ def write(result: PruneResult[Model], opt: Namespace, source: dict[str, Any]) ->
     carried |= {"sparsity": source["sparsity"]} if "sparsity" in source else {}
     carried |= {"parent": str(Path(opt.weights).resolve()), "gradual": not result.small_gammas}
     checkpoint.save(folder / OUTPUT, result.slim, imgsz=opt.imgsz, command=command_line(), **carried,
-                    metrics={"proof": result.difference, "percent": result.achieved})
+                    metrics={"difference": result.difference, "percent": result.achieved})
     plot_gammas(result.gammas.numpy(), folder / "gammas.png", threshold=result.threshold, percent=result.achieved,
                 title="BatchNorm scales before the cut")
     plot_kept(result.layers, folder / "channels.png")

@@ -51,8 +51,8 @@ OUTPUT = "slim.pt"
 TRAININGS = {"train.py": train.main, "train_sparsity.py": train_sparsity.main,
              "finetune_pruned.py": finetune_pruned.main}
 # Flags that the stages get in their own way, or not at all.
-OWN = ("weights", "cfg", "data", "imgsz", "target", "epochs", "rounds", "export", "int8", "runtime", "resume", "project",
-       "name", "exist_ok", "teacher", "workers", "device")
+OWN = ("weights", "cfg", "data", "imgsz", "target", "epochs", "rounds", "export", "int8", "runtime", "resume",
+       "project", "name", "exist_ok", "teacher", "workers", "device")
 LEAST_IMAGES = 2
 LEAST_MAP = 1e-3  # mAP50-95 below which a teacher has nothing to teach
 
@@ -295,7 +295,7 @@ def finish(pipeline: Pipeline) -> None:
     checkpoint.save(pipeline.folder / OUTPUT, checkpoint.build(held), **told)
     write_json(pipeline.folder / "report.json", {
         "command": pipeline.command, "asked": dict([pipeline.target]), "reached": reached(pipeline, rows), "rows": rows,
-        "milliseconds": ms, "proof": (held.get("shrunk") or held.get("metrics") or {}).get("proof"),
+        "milliseconds": ms, "difference": (held.get("shrunk") or held.get("metrics") or {}).get("difference"),
         "commands": [pipeline.done[stage.name]["command"] for stage in pipeline.stages]})
     write_page(pipeline, rows)
     print("\n" + report.stage_table(rows))

@@ -59,7 +59,7 @@ class SparsityHook(Hook):
         shrunk = run.resumed.get("shrunk")
         self.before: Masks = shrunk["before"] if shrunk else dict(run.model.masks)  # as the run starts
         self.kept: Masks = {}  # over the channels that it starts with: what --shrink has left; empty before it cuts
-        self.proof = shrunk["proof"] if shrunk else 0.0  # largest relative difference that a cut has made
+        self.difference = (shrunk or {}).get("difference", 0.0)  # largest relative one that a cut has made
         if shrunk:
             # What is shown is over the channels of the start: the model as it was, with zeros where channels were.
             wide = slim(Model(run.model.yaml), self.before).to(run.world.device)
@@ -172,7 +172,7 @@ class SparsityHook(Hook):
             how += f" in blocks of {self.round_to}" if self.round_to > 1 else ""
         others = []
         if opt.shortcuts == "skip":
-            others.append("tied by shortcuts")
+            others.append("coupled by shortcuts")
         if opt.keep or opt.only:
             others.append("left out by --keep or --only")
         if self.frozen:
@@ -213,13 +213,13 @@ class SparsityHook(Hook):
         zeroed = self.run.ema.ema
         narrow(self.run, new)
         try:
-            self.proof = max(self.proof, self.pruner.check(zeroed, self.run.ema.ema))
+            self.difference = max(self.difference, self.pruner.check(zeroed, self.run.ema.ema))
         except ValueError as error:
             raise UserError(f"--shrink: {error}; last.pt is whole, as of the epoch before") from None
         if self.run.world.main:
             cost = profile(self.run.model, self.run.opt.imgsz)
             print(f"{'':>11}slim from here on: {cost.parameters:,} parameters, {cost.gflops:.2f} GFLOPs; "
-                  f"proof: largest relative difference {self.proof:.1e}", flush=True)
+                  f"equivalence check: largest relative difference {self.difference:.1e}", flush=True)
 
     def narrowed(self) -> None:
         run, names = self.run, list(self.norms)
@@ -256,7 +256,7 @@ class SparsityHook(Hook):
         log["sparsity/limit"] = limit
         if self.run.world.main:
             shares = ", ".join(f"{key.replace('_', ' ')}: {value:.1%}" for key, value in stats.items())
-            print(f"{'':>11}gammas {shares}; limit: {limit:.1%}", flush=True)
+            print(f"{'':>11}gammas {shares}; threshold rule: {limit:.1%}", flush=True)
         log.update(self.preview_cut())
         self.add_histograms()
         if opt.target and self.target and not self.target.settled:
@@ -321,7 +321,7 @@ class SparsityHook(Hook):
         """For prune.py: a cut follows the sparsity training's blocks and shortcuts. For a resumed run: what is cut."""
         known: dict[str, Any] = {"sparsity": {"round_to": self.round_to, "shortcuts": self.run.opt.shortcuts}}
         if self.kept:
-            known["shrunk"] = {"before": self.before, "done": self.done, "proof": self.proof}
+            known["shrunk"] = {"before": self.before, "done": self.done, "difference": self.difference}
         return known
 
 

@@ -9,11 +9,13 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from columns import ROOT, Row
 
 from models import checkpoint
+from models.config import read_yaml
 from models.speed import runtime_latency
 from models.yolo import Model, fused, on_device
 from utils.data.config import read_data
@@ -120,6 +122,13 @@ def measure(files: Mapping[str, str], folder: Path, flags: str = "", suffix: str
         rows.append({"stage": stage, "map50": metrics["metrics/mAP_0.5"], "map": metrics[MAP_KEY],
                      "parameters": cost.parameters, "flops": cost.flops, "mb": cost.megabytes})
     return [{**row, "ms": ms} for row, ms in zip(rows, latency(models, imgsz, runs=50))]
+
+
+def narrower_yaml(flops: int | float, nc: int) -> dict[str, Any]:
+    """yolov5n's yaml with the width whose FLOPs at 320 px are nearest to these, with `nc` classes."""
+    stock = read_yaml("yolov5n.yaml")
+    narrower = [{**stock, "width_multiple": width / 64} for width in range(4, 17)]
+    return min(narrower, key=lambda cfg: abs(profile(Model(cfg, nc=nc), 320).flops - flops))
 
 
 def compare(models: Mapping[str, Model], data: Path) -> list[Row]:

@@ -1,11 +1,11 @@
-"""Pipelines from yolov5n.pt to a slim model against dense training of as many epochs, on BCCD and on aquarium.
+"""Pipelines from yolov5n.pt to half of the FLOPs against dense training of as many epochs, on BCCD and on aquarium.
 
     python bench/equal.py --voc BCCD_Dataset/BCCD --aquarium aquarium --weights yolov5n.pt     # a day on two cores
 
-Every pipeline has the same number of epochs in all, its teacher's included. A run that is done is not run again;
---seeds, --sets, --budgets and --pipelines choose, --measure makes no run at all. Writes bench/results/equal.csv, a row
-per run that is done, beside those that it holds already: mAP50-95 on val of the last epoch, the mean of the last five
-epochs, the best, and the FLOPs that are left.
+Every pipeline has the same number of epochs in all, its teacher's included; "narrow" is a narrower model from scratch.
+A run that is done is not run again; --seeds, --sets, --budgets and --pipelines choose, --measure makes no run at all.
+Writes bench/results/equal.csv, a row per run that is done, beside those that it holds already: mAP50-95 on val of the
+last epoch, the mean of the last five epochs, the best, and the FLOPs that are left.
 """
 from __future__ import annotations
 
@@ -19,13 +19,15 @@ from common import BEST, CUT, MAP_KEY, SPARSE
 
 from models import checkpoint
 from models.pruning import model_pruner
+from models.yolo import Model
 from utils.errors import run_cli
 from utils.files import read_yaml_mapping, write_yaml
+from utils.slimming.cost import profile
 from utils.tables import text_table, write_csv
 
 SIZES = {"bccd": 320, "aquarium": 416}
-TARGET = "--target-sparsity 0.55"
-PIPELINES = ("dense", "one-run", "teacher", "three-commands")
+TARGET = "--target flops=0.5 --shrink"
+PIPELINES = ("dense", "one-run", "teacher", "three-commands", "narrow")
 
 
 def stages(pipeline: str, epochs: int) -> list[tuple[str, int, str]]:
@@ -36,12 +38,13 @@ def stages(pipeline: str, epochs: int) -> list[tuple[str, int, str]]:
             "teacher": [("train.py", third, ""),
                         ("train_sparsity.py", epochs - third, f"{TARGET} --teacher {{before}}")],
             "three-commands": [("train_sparsity.py", epochs // 2, "--sr 0.0001"),
-                               ("finetune_pruned.py", epochs - epochs // 2, "")]}[pipeline]
+                               ("finetune_pruned.py", epochs - epochs // 2, "")],
+            "narrow": [("train.py", epochs, "--cfg narrow.yaml")]}[pipeline]
 
 
 def commands(data: str, pipeline: str, epochs: int, seed: int, weights: Path) -> dict[str, str]:
     """Product of a command -> command, in order. The last is the results.csv of the pipeline."""
-    made, before = {}, str(weights)
+    made, before = {}, "" if pipeline == "narrow" else str(weights)
     parts = stages(pipeline, epochs)
     for number, (script, length, flags) in enumerate(parts, 1):
         name = run_name(data, pipeline, epochs, seed) + (f"-{number}" if number < len(parts) else "")
@@ -76,12 +79,13 @@ def measure(folder: Path, data: str, pipeline: str, epochs: int, seed: int) -> R
 
 
 def prepare(opt: Namespace) -> None:
-    """bccd/data.yaml and aquarium/data.yaml in the experiment's folder."""
+    """bccd/data.yaml, aquarium/data.yaml and narrow.yaml, with half of the FLOPs, in the experiment's folder."""
     common.run_missing(common.bccd_commands(opt.voc), opt.folder)
     names = read_yaml_mapping(opt.aquarium / "data.yaml", "--aquarium")["names"]
     write_yaml(opt.folder / "aquarium" / "data.yaml",
                {"path": str(opt.aquarium), "train": "images/train", "val": "images/val", "test": "images/test",
                 "names": names})
+    write_yaml(opt.folder / "narrow.yaml", common.narrower_yaml(profile(Model("yolov5n.yaml"), 320).flops / 2, nc=80))
 
 
 def main() -> None:

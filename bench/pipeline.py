@@ -17,8 +17,6 @@ from common import BEST, CUT, SPARSE
 from torch import nn
 
 from models import checkpoint
-from models.config import read_yaml
-from models.yolo import Model
 from utils.errors import run_cli
 from utils.files import read_yaml_mapping, write_yaml
 from utils.plots.style import BLUE, GREY, ORANGE, SKY, VERMILION, new_chart, save_figure
@@ -77,10 +75,7 @@ def prepare(folder: Path, coco128: Path) -> None:
                 module.reset_parameters()
         fresh.detect.init_biases()
         checkpoint.save(folder / f"scratch-{name}.pt", fresh, imgsz=320, data=cut["data"])
-    wanted, stock = profile(fresh, 320).flops, read_yaml("yolov5n.yaml")
-    narrower = [{**stock, "width_multiple": width / 64} for width in range(4, 17)]
-    missed = [abs(profile(Model(cfg, nc=len(fresh.names)), 320).flops - wanted) for cfg in narrower]
-    write_yaml(folder / "narrow.yaml", narrower[missed.index(min(missed))])
+    write_yaml(folder / "narrow.yaml", common.narrower_yaml(profile(fresh, 320).flops, len(fresh.names)))
     names, images = read_yaml_mapping(ROOT / "data" / "coco128.yaml", "data")["names"], "images/train2017"
     write_yaml(folder / "coco128" / "data.yaml",
                {"path": str(coco128), "train": images, "val": images, "names": names})

@@ -59,7 +59,7 @@ def test_the_four_steps(script, tiny, cfg, tmp_path):
     done = script("prune.py", "--percent", 0.5, cwd=tmp_path)
     assert "taking the newest sparsity run, runs/train/exp2/weights/last.pt" in done.stdout
     report = json.loads((tmp_path / "runs/prune/exp/report.json").read_text())
-    assert report["proof"] < 1e-9 and report["achieved"] == pytest.approx(0.5, abs=0.01)
+    assert report["difference"] < 1e-9 and report["achieved"] == pytest.approx(0.5, abs=0.01)
     assert [s["stage"] for s in report["stages"]] == ["before", "masked", "slim"]
     assert report["stages"][1]["mAP50-95"] == pytest.approx(report["stages"][2]["mAP50-95"], abs=1e-3)
     figures = {c["figure"] for c in report["cost"]}
@@ -252,7 +252,7 @@ def test_prune_to_targets_and_by_rules(script, tiny, untrained, tmp_path):
            cwd=tmp_path)
     report = json.loads((tmp_path / "runs/prune/exp/report.json").read_text())
     flops = next(c for c in report["cost"] if c["figure"] == "GFLOPs")
-    assert 0.5 < flops["left"] <= 0.6 and report["requested"] == {"flops": 0.6} and report["proof"] < 1e-9
+    assert 0.5 < flops["left"] <= 0.6 and report["requested"] == {"flops": 0.6} and report["difference"] < 1e-9
     left = {r["layer"]: (r["original"], r["remaining"]) for r in report["layers"]}
     assert len(set(left["model.0.bn"])) == 1 and all(b == a or b % 4 == 0 for a, b in left.values())
     done = script(*common, "--target", "map-drop=0.5", cwd=tmp_path)

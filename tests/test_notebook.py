@@ -60,5 +60,5 @@ def test_it_runs(tmp_path):
     pictures = [kind for output in outputs for kind in output.get("data", {}) if kind in ("image/png", "image/jpeg")]
     assert len(pictures) == 5
     printed = "".join(output.get("text", "") for output in outputs)
-    assert "proof: largest relative" in printed and re.search(r"tuned  mAP50-95 \d\.\d{3} ", printed)
+    assert "equivalence check: largest relative" in printed and re.search(r"tuned  mAP50-95 \d\.\d{3} ", printed)
     assert (tmp_path / "work/runs/train/tuned/weights/best.pt").is_file()

@@ -49,7 +49,7 @@ def test_disturbed_at_each_stage_it_ends_bit_identical(flags, tmp_path):
     pipeline = whole / "runs/slim/exp"
     assert 0.5 < share_left(pipeline, "flops") <= 0.6
     told = json.loads((pipeline / "report.json").read_text())
-    assert told["proof"] < 1e-9 and [row["model"] for row in told["rows"]] == ["before", "slim"]
+    assert told["difference"] < 1e-9 and [row["model"] for row in told["rows"]] == ["before", "slim"]
     assert len(told["commands"]) == 2 and "train_sparsity.py" in told["commands"][1]
     assert (pipeline / "report.html").read_text().count("data:image/jpeg") == 2 * 6  # the val images
     for folder in ("dense", "sparse"):  # ordinary runs

@@ -239,7 +239,7 @@ def add_sparsity_flags(parser: ArgumentParser) -> None:
         help="with --target-sparsity: channels go in blocks, so that what is left of a layer is a multiple of N, as "
              "fast kernels want it; 1: one by one (16, or less where layers are too narrow for a choice)")
     add("--shortcuts", choices=["skip", "joint"], default="skip",
-        help="channels that shortcuts tie together are left alone (skip), or taken as one (joint)")
+        help="channels that shortcuts couple are left alone (skip), or taken as one (joint)")
     add("--keep", nargs="+", default=[], metavar="PATTERN", help="BatchNorms to leave alone, such as 'model.0.*'")
     add("--only", nargs="+", default=[], metavar="PATTERN", help="act on no BatchNorms but these")
     add("--percent", type=fraction(one=False),
@@ -298,7 +298,7 @@ def pruning_parser(description: str | None, runtimes: Collection[str]) -> Helpfu
         help="share of its channels that every layer keeps at least, unless their score is 0; 0..1")
     add("--round-to", type=at_least(1), help="layers that are cut keep a multiple of this, 8 say; "
                                              "default: what the sparsity training did, else 1")
-    add("--shortcuts", choices=["skip", "joint"], help="channels that shortcuts tie together stay (skip), or go all "
+    add("--shortcuts", choices=["skip", "joint"], help="channels that shortcuts couple stay (skip), or go all "
         "at once (joint); default: what the sparsity training did, else skip")
     add("--keep", nargs="+", default=[], metavar="PATTERN", help="BatchNorms that stay whole, such as 'model.0.*'")
     add("--absorb", action="store_true", help="move the mean of the cut channels into the layers that read them")

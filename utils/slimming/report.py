@@ -93,5 +93,5 @@ def describe(result: PruneResult, asked: float, requested: str, floors: str) -> 
     layers = [(row["layer"], row["original"], row["remaining"], "" if row["prunable"] else "kept whole")
               for row in result.layers]
     return "\n".join([*lines, "", text_table(layers, ("layer", "original", "remaining", "")), "",
-                      f"proof: largest relative |slim - masked| in float64 is {result.difference:.1e} "
+                      f"equivalence check: largest relative |slim - masked| in float64 is {result.difference:.1e} "
                       f"(must be below {EQUIVALENCE_BOUND:.0e})\n"])

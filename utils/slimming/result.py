@@ -68,7 +68,7 @@ class PruneResult(Generic[M]):
     def report(self) -> dict[str, Any]:
         """The figures as plain data."""
         return {"achieved": self.achieved, "threshold": self.threshold,
-                "limit": {"gamma": self.safe.gamma, "percent": self.safe.percent}, "proof": self.difference,
+                "limit": {"gamma": self.safe.gamma, "percent": self.safe.percent}, "difference": self.difference,
                 "layers": self.layers, "notes": self.notes}
 
 
