@@ -179,7 +179,7 @@ def main(argv: list[str] | None = None) -> Path:
         loader = dataset_loader(model, opt)
         stages = [{"stage": stage, **accuracy(m, loader, opt, device)} for stage, m in models.items()]
         print(report.stage_table(stages) + "\n")
-        ms = milliseconds([model, result.slim], opt.imgsz, device)
+        ms = milliseconds([model, result.slim], opt.imgsz, device, opt.runtime, "int8" if opt.int8 else "fp32")
         pairs = pictures([model, result.slim], loader, device)
     before, after = (profile(m, opt.imgsz, model.yaml["ch"]) for m in (model, result.slim))
     print(report.cost_table(costs := report.cost_rows(before, after, ms)))

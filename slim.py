@@ -13,7 +13,6 @@ from __future__ import annotations
 import os
 import shlex
 from argparse import Namespace
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +28,8 @@ import val
 from models import checkpoint
 from models.formats import formats, runtimes
 from models.pruning import model_pruner
-from models.speed import milliseconds, stopwatch
-from models.yolo import Model, whole_strides
+from models.speed import measured_in, milliseconds, stopwatch
+from models.yolo import whole_strides
 from utils.data.config import DataConfig, read_data
 from utils.data.dataset import DetectionDataset
 from utils.data.loader import validation_loader
@@ -75,7 +74,7 @@ def begin(opt: Namespace, flags: list[str]) -> Pipeline:
         export.chosen_formats(export.parse(["--weights", OUTPUT, *exports]))
     elif opt.int8 and opt.runtime == "torch":
         raise UserError("--int8: belongs to --export, such as --export openvino --int8, or to --runtime")
-    precision = "int8" if opt.int8 else "fp32"
+    precision = "int8" if opt.int8 and opt.runtime != "torch" else "fp32"
     if opt.runtime != "torch":
         stopwatch(opt.runtime, 0, torch.device("cpu"), precision=precision)  # refuses what is not installed
     if known and trained.get("optimizer") and not {"optimizer", "adam", "hyp"} & set(opt.given):
@@ -186,7 +185,8 @@ def prepare(pipeline: Pipeline) -> None:
     if pipeline.target[0] != "latency" or pipeline.flops is not None:
         return
     model, imgsz = checkpoint.load(pipeline.before), found["imgsz"]
-    pruner = model_pruner(model, imgsz, milliseconds=clock(pipeline, imgsz))
+    pruner = model_pruner(model, imgsz, milliseconds=stopwatch(
+        pipeline.runtime, imgsz, select_device(pipeline.device), precision=pipeline.precision))
     result = pruner.rank(rules=Rules(min_share=TargetSparsity.FLOOR, round_to=16), per_flop=True).cut(
         target=pipeline.target)
     if result.target is None or not result.target.reached:
@@ -194,14 +194,13 @@ def prepare(pipeline: Pipeline) -> None:
                         f"{result.target.value if result.target else 1:.3f} of the time is left; give more")
     pipeline.flops = profile(result.slim, imgsz).flops / profile(model, imgsz).flops
     print(f"latency={pipeline.target[1]:g} takes about flops={pipeline.flops:.3f}: measured on the model before, "
-          f"in {pipeline.measured_in}")
+          f"in {clock(pipeline)}")
     pipeline.save()
 
 
-def clock(pipeline: Pipeline, imgsz: int) -> Callable[[Sequence[Model]], list[float]]:
-    """A function that measures the milliseconds of models in the pipeline's runtime."""
-    precision = pipeline.precision if pipeline.runtime != "torch" else "fp32"
-    return stopwatch(pipeline.runtime, imgsz, select_device(pipeline.device), precision=precision)
+def clock(pipeline: Pipeline) -> str:
+    """What the milliseconds of the table are measured in."""
+    return measured_in(pipeline.runtime, pipeline.precision)
 
 
 def measure(pipeline: Pipeline, name: str, weights: str | Path, task: str) -> dict[str, Any]:
@@ -230,11 +229,9 @@ def compare(pipeline: Pipeline) -> tuple[list[dict[str, Any]], dict[str, list[fl
         rows.append({"model": name, **{f"{key} {task}": found[task][key] for task in tasks
                                        for key in ("mAP50", "mAP50-95")},
                      "parameters": cost.parameters, "GFLOPs": cost.gflops, "MB": cost.megabytes})
-    both, imgsz = list(models.values()), found["val"]["imgsz"]
-    ms = milliseconds(both, imgsz, select_device(pipeline.device))
-    if pipeline.runtime != "torch":
-        ms[f"{pipeline.measured_in}, batch 1"] = clock(pipeline, imgsz)(both)
-    return [{**row, "ms": values} for row, values in zip(rows, ms[f"{pipeline.measured_in}, batch 1"])], ms
+    ms = milliseconds(list(models.values()), found["val"]["imgsz"], select_device(pipeline.device), pipeline.runtime,
+                      pipeline.precision)
+    return [{**row, "ms": values} for row, values in zip(rows, ms[f"{clock(pipeline)}, batch 1"])], ms
 
 
 def reached(pipeline: Pipeline, rows: list[dict[str, Any]]) -> str:
@@ -300,7 +297,7 @@ def finish(pipeline: Pipeline) -> None:
     write_page(pipeline, rows)
     print("\n" + report.stage_table(rows))
     print(f"\n{reached(pipeline, rows)}")
-    print(f"milliseconds are medians, in turn, in {pipeline.measured_in}; {torch.get_num_threads()} threads on the CPU")
+    print(f"milliseconds are medians, in turn, in {clock(pipeline)}; {torch.get_num_threads()} threads on the CPU")
     if pipeline.export:
         export.main(["--weights", str(pipeline.folder / OUTPUT), *pipeline.export])
     print(f"Slim model: {pipeline.folder / OUTPUT}; {pipeline.folder / 'report.html'} tells what came of it, "

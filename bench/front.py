@@ -2,7 +2,7 @@
 
     python bench/front.py --folder runs/equal --epochs 80          # after bench/equal.py; three minutes on two cores
 
-Dense, slim, a narrower model from scratch, and what the three commands of the L1 rule make, after as many epochs in all;
+Dense, slim, a narrower model from scratch, and what the three commands of the L1 rule make, each of as many epochs;
 fp32 and int8, one image at a time on two threads. The models are those of one seed. Writes bench/results/front.csv and
 img/front.png.
 """

@@ -16,8 +16,12 @@ from utils.slimming.timing import latency, medians
 BATCHES = (1, 16)
 
 
-def milliseconds(models: Sequence[Model], imgsz: int, device: torch.device) -> dict[str, list[float]]:
-    """How measured -> median milliseconds per image of each model, in turns."""
+def milliseconds(models: Sequence[Model], imgsz: int, device: torch.device, runtime: str = "torch",
+                 precision: str = "fp32") -> dict[str, list[float]]:
+    """How measured -> median milliseconds per image of each model, in turns.
+
+    In PyTorch, in onnxruntime where it is installed, and in another one of runtimes(), or another precision, as well.
+    """
     found: dict[str, list[float]] = {}
     for batch in BATCHES:
         try:
@@ -26,8 +30,16 @@ def milliseconds(models: Sequence[Model], imgsz: int, device: torch.device) -> d
             print(f"note: batch {batch} does not fit into the memory of {device}, its speed is not measured")
     for batch in BATCHES:
         if ms := runtime_latency(models, "onnx", imgsz, batch, runs=max(20 // batch, 5)):
-            found[f"onnxruntime on the CPU, batch {batch}"] = ms
+            found[f"{measured_in('onnxruntime')}, batch {batch}"] = ms
+    if (wanted := f"{measured_in(runtime, precision)}, batch 1") not in found:
+        found[wanted] = stopwatch(runtime, imgsz, device, precision=precision)(models)
     return found
+
+
+def measured_in(runtime: str, precision: str = "fp32") -> str:
+    """What milliseconds() calls a runtime."""
+    name = f"{runtime} {precision}"
+    return {"torch fp32": "torch", "onnxruntime fp32": "onnxruntime on the CPU"}.get(name, name)
 
 
 def torch_latency(models: Sequence[Model], imgsz: int, device: torch.device, batch: int = 1,

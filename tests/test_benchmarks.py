@@ -11,6 +11,7 @@ import torch
 import benchmarks
 import prune
 from models import checkpoint, formats
+from models.speed import measured_in, milliseconds
 from models.yolo import Model
 from tests.blocks import random_masks, randomised
 from utils.errors import UserError
@@ -103,6 +104,16 @@ def test_a_latency_target_is_measured_in_the_runtime(pair, tiny, tmp_path, monke
     cost = {row["figure"]: row["left"] for row in json.loads((folder / "report.json").read_text())["cost"]}
     assert 0.7 < cost["parameters"] <= 0.8
     assert "target latency=0.8" in capsys.readouterr().out
+
+
+def test_times_in_the_runtime_that_was_asked_for(monkeypatch):
+    monkeypatch.setattr("models.speed.torch_latency", lambda models, *_, **__: [1.0])
+    monkeypatch.setattr("models.speed.runtime_latency", lambda models, name, *_, precision="fp32", **__: [2.0])
+    always = [f"{name}, batch {batch}" for name in ("torch", "onnxruntime on the CPU") for batch in (1, 16)]
+    pytest.importorskip("onnxruntime")
+    for asked, more in ((("torch",), []), (("onnxruntime",), []), (("openvino", "int8"), ["openvino int8, batch 1"])):
+        found = milliseconds([Model("yolov5n.yaml")], 64, torch.device("cpu"), *asked)
+        assert list(found) == [*always, *more] and f"{measured_in(*asked)}, batch 1" in found
 
 
 @pytest.mark.parametrize("flags, said", [

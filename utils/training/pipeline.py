@@ -89,11 +89,6 @@ class Pipeline:
         """The slim checkpoint."""
         return self.stages[-1].product(self.folder)
 
-    @property
-    def measured_in(self) -> str:
-        """What the milliseconds of the table are measured in."""
-        return "torch" if self.runtime == "torch" else f"{self.runtime} {self.precision}"
-
     def save(self) -> None:
         """Write slim.json, atomically."""
         write_json(self.folder / STATE, {key: value for key, value in asdict(self).items() if key != "folder"})
