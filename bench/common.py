@@ -136,14 +136,14 @@ def compare(models: Mapping[str, Model], data: Path) -> list[Row]:
     rows = []
     for (name, model), speed in zip(models.items(), times_faster(list(models.values()))):
         cost = profile(model, 320)
-        rows.append({"model": name, "map": map_on_val(model, data),
+        rows.append({"model": name, "map": map_on(model, data),
                      "parameters": cost.parameters, "flops": cost.flops, **speed})
     return rows
 
 
-def map_on_val(model: Model, data: Path) -> float:
-    """mAP50-95 on the val images at 320 px."""
-    loader = validation_loader(read_data(str(data)), "val", 320, 32, int(model.stride.max()), workers=2)
+def map_on(model: Model, data: Path, split: str = "val", imgsz: int = 320) -> float:
+    """mAP50-95 on the val or test images."""
+    loader = validation_loader(read_data(str(data)), split, imgsz, 32, int(model.stride.max()), workers=2)
     return evaluate(on_device(fused(model), "cpu"), loader, torch.device("cpu")).ap.map
 
 

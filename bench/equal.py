@@ -5,7 +5,7 @@
 Every pipeline has the same number of epochs in all, its teacher's included; "narrow" is a narrower model from scratch.
 A run that is done is not run again; --seeds, --sets, --budgets and --pipelines choose, --measure makes no run at all.
 Writes bench/results/equal.csv, a row per run that is done, beside those that it holds already: mAP50-95 on val of the
-last epoch, the mean of the last five epochs, the best, and the FLOPs that are left.
+last epoch, the mean of the last five epochs, the best; on test, of the last epoch; and the FLOPs that are left.
 """
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import common
 from columns import EQUAL, RESULTS, Row, equal_rows, formatted, with_earlier
-from common import BEST, CUT, MAP_KEY, SPARSE
+from common import CUT, MAP_KEY, SPARSE
 
 from models import checkpoint
 from models.pruning import model_pruner
@@ -70,12 +70,12 @@ def measure(folder: Path, data: str, pipeline: str, epochs: int, seed: int) -> R
     with open(folder / "runs" / "train" / name / "results.csv", newline="", encoding="utf-8") as file:
         values = [float(row[MAP_KEY]) for row in csv.DictReader(file)]
     saved = checkpoint.read(folder / SPARSE.format(name))
-    dense = checkpoint.load(folder / BEST.format(run_name(data, "dense", epochs, seed)))
-    whole = model_pruner(dense, SIZES[data]).costs.remaining()[1]
+    whole = profile(Model("yolov5n.yaml", nc=len(saved["names"])), SIZES[data]).flops
     pruner = model_pruner(checkpoint.build(saved), SIZES[data]).rank()
     left = pruner.preview(float((pruner.ranking.scores[pruner.ranking.groups] == 0).mean()))[2]
+    test = common.map_on(checkpoint.build(saved), folder / data / "data.yaml", "test", SIZES[data])
     return {"data": data, "epochs": epochs, "pipeline": pipeline, "seed": seed, "map": values[-1],
-            "mean5": sum(values[-5:]) / len(values[-5:]), "best": max(values), "flops": left / whole}
+            "mean5": sum(values[-5:]) / len(values[-5:]), "best": max(values), "test": test, "flops": left / whole}
 
 
 def prepare(opt: Namespace) -> None:

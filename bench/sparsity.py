@@ -62,7 +62,7 @@ def measure(train: Path, name: str, data: Path) -> tuple[Row, Model]:
     row = {"run": run, "seed": int(seed), "share": saved["opt"]["target_sparsity"] or 0.0, "round_to": round_to,
            "zero": zero, "below_0.1": float(last["sparsity/below_1e-1"]),
            "map50": float(last["metrics/mAP_0.5"]), "map": float(last[common.MAP_KEY]),
-           **{f"cut_{share:g}": common.map_on_val(cut, data) for share, cut in cuts.items()},
+           **{f"cut_{share:g}": common.map_on(cut, data) for share, cut in cuts.items()},
            "tuned": float(common.last_epoch(tuned)[common.MAP_KEY]) if tuned.is_file() else "",
            "parameters": parameters / all_parameters, "flops": flops / all_flops, "torch": "", "onnxruntime": ""}
     return row, slim(pruner.model, zeros)
