@@ -37,8 +37,14 @@ L1: Columns = [  # of the rows that l1_rows() makes
     ("optimizer", "optimizer", str), ("--sr", "sr", str), ("gammas at 0", "zero", SHARE),
     ("below 0.1", "below_0.1", SHARE), MAP, *CUTS]
 EQUAL: Columns = [  # of the rows that equal_rows() makes
-    ("data", "data", str), ("epochs in all", "epochs", str), ("pipeline", "pipeline", str), ("runs", "runs", str),
-    ("mAP50-95", "map", str), ("mean of the last five", "mean5", str), ("FLOPs left", "flops", SHARE)]
+    ("data", "data", str), ("epochs in all", "epochs", str), ("commands", "pipeline", str), ("runs", "runs", str),
+    ("mAP50-95 on val", "map", str), ("mean of the last five epochs", "mean5", str), ("on test", "test", str),
+    ("FLOPs left", "flops", SHARE)]
+PIPELINES = {  # of bench/equal.py -> title
+    "dense": "train.py", "one-run": "slim: train_sparsity.py --target flops=0.5 --shrink",
+    "teacher": "train.py for a third, then slim with it as teacher",
+    "narrow": "train.py, a narrower model from scratch",
+    "three-commands": "--st --sr 0.0001, --percent 0.5, fine-tuned"}
 ABSORB: Columns = [("channels cut", "share", SHARE), ("largest gamma", "threshold", "{:.1g}".format),
                    ("before", "before", THREE), ("after", "slim", THREE), ("with --absorb", "absorbed", THREE)]
 ENGINE: Columns = [("model", "model", str), ("by", "method", str), ("seconds", "seconds", TWO),
@@ -124,7 +130,8 @@ def equal_rows(rows: Sequence[Row]) -> list[Row]:
     groups: dict[tuple[str, int, str], list[Row]] = {}
     for row in rows:
         groups.setdefault((row["data"], row["epochs"], row["pipeline"]), []).append(row)
-    return [{**runs[0], "runs": len(runs), "map": spread(runs, "map"), "mean5": spread(runs, "mean5"),
+    return [{**runs[0], "pipeline": PIPELINES[runs[0]["pipeline"]], "runs": len(runs),
+             **{key: spread(runs, key) for key in ("map", "mean5", "test")},
              "flops": np.mean([run["flops"] for run in runs])} for runs in groups.values()]
 
 
