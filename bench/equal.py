@@ -27,16 +27,17 @@ from utils.tables import text_table, write_csv
 
 SIZES = {"bccd": 320, "aquarium": 416}
 TARGET = "--target flops=0.5 --shrink"
-PIPELINES = ("dense", "one-run", "teacher", "three-commands", "narrow")
+PIPELINES = ("dense", "blocks-8", "blocks-16", "teacher", "three-commands", "narrow")
 
 
 def stages(pipeline: str, epochs: int) -> list[tuple[str, int, str]]:
     """(script, epochs, flags) of a pipeline's trainings, in order; {before} is what the one before made."""
     third = epochs // 3
     return {"dense": [("train.py", epochs, "")],
-            "one-run": [("train_sparsity.py", epochs, TARGET)],
+            "blocks-8": [("train_sparsity.py", epochs, f"{TARGET} --round-to 8")],
+            "blocks-16": [("train_sparsity.py", epochs, f"{TARGET} --round-to 16")],
             "teacher": [("train.py", third, ""),
-                        ("train_sparsity.py", epochs - third, f"{TARGET} --teacher {{before}}")],
+                        ("train_sparsity.py", epochs - third, f"{TARGET} --round-to 16 --teacher {{before}}")],
             "three-commands": [("train_sparsity.py", epochs // 2, "--sr 0.0001"),
                                ("finetune_pruned.py", epochs - epochs // 2, "")],
             "narrow": [("train.py", epochs, "--cfg narrow.yaml")]}[pipeline]

@@ -23,7 +23,7 @@ from utils.plots.style import BLUE, GREY, INK, ORANGE, VERMILION, new_chart, sav
 from utils.tables import text_table
 
 # Pipeline of bench/equal.py -> title of its model, colour.
-MODELS = {"dense": ("dense", GREY), "one-run": ("slim", BLUE), "narrow": ("narrower, from scratch", ORANGE),
+MODELS = {"dense": ("dense", GREY), "blocks-16": ("slim", BLUE), "narrow": ("narrower, from scratch", ORANGE),
           "three-commands": ("L1 rule", VERMILION)}
 
 
