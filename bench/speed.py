@@ -41,8 +41,8 @@ TRAIN = "train.py --data {data} --weights {weights} --imgsz 320 --batch-size 16 
 VAL = "val.py --data {coco} --weights {weights} --imgsz 640 --batch-size 16 --workers {workers} --project {folder}"
 STAGE_MS = re.compile(r"([\d.]+) ?ms (?:pre-?process|inference|nms)", re.IGNORECASE)  # in val.py's line "Speed: ..."
 SCRIPTS = ("train", "train_sparsity", "prune", "finetune_pruned", "slim", "val", "detect", "export", "benchmarks")
-GROUPS = ("epochs", "steps", "validation", "untrained", "starting")
-EPOCHS = 6
+GROUPS = ("epochs", "steps", "slimming", "validation", "untrained", "starting")
+EPOCHS, LONG = 6, 10
 ALONE = 8  # steps of forward and backward after each epoch
 # What a training step calls -> its name in the table.
 PARTS = {(train, "forward"): "forward and loss", (Tensor, "backward"): "backward",
@@ -153,6 +153,17 @@ def epochs_with_validation(command: str, opt: Namespace) -> list[Row]:
     return [many, row("an epoch with validation", "s", per_epoch["ours"], many["beside"], per_epoch.get("other"))]
 
 
+def slimming(command: str, opt: Namespace, folder: Path) -> list[Row]:
+    """Seconds of trainings that end with half of the FLOPs, with and without a teacher, beside dense training."""
+    shrink = f"{command.replace('train.py', 'train_sparsity.py')} --epochs {LONG} --target flops=0.5 --shrink --name"
+    found = in_turns({name: commands(each, opt)[""] for name, each in {
+        "dense": f"{command} --epochs {LONG} --name dense --exist-ok", "slim": f"{shrink} slim",
+        "taught": f"{shrink} taught --teacher {folder / 'dense/weights/last.pt'}"}.items()}, opt.runs)
+    dense, slim, taught = (float(np.median([s for s, _ in runs])) for runs in found.values())
+    title = f"train_sparsity.py --target flops=0.5 --shrink, {LONG} epochs"
+    return [row(title, "s", slim, "train.py", dense), row("the same with --teacher", "s", taught, "train.py", dense)]
+
+
 def pair(values: dict[str, float]) -> tuple[float, str, float | None]:
     """Ours, and whose is the other one."""
     return values[""], *next(((by, value) for by, value in values.items() if by), ("", None))
@@ -222,6 +233,7 @@ def main() -> None:
         quick, everywhere = f"{training} --epochs {EPOCHS} --noval --nosave --noplots", {**values, "weights": untrained}
         groups = {"epochs": lambda: epochs_with_validation(training, opt),
                   "steps": lambda: efficiency(quick, opt),
+                  "slimming": lambda: slimming(training, opt, folder),
                   "validation": lambda: whole("val.py", val, opt, per_image="val.py, an image"),
                   "untrained": lambda: whole("val.py of an untrained model", VAL.format(**everywhere), opt),
                   "starting": lambda: starting(opt, large)}
