@@ -101,7 +101,9 @@ def options_of(opt: Namespace, model: Model, trained: dict[str, Any]) -> ExportO
         raise UserError(f"--int8: {opt.weights} does not say what it was trained on; "
                         "give the --data whose train images activations are measured on")
     config = read_data(opt.data)
-    require_same_classes(opt, len(model.names), config.nc)
+    opt.single_cls = bool((trained.get("opt") or {}).get("single_cls"))
+    if not opt.single_cls:
+        require_same_classes(opt, len(model.names), config.nc)
     images = CalibrationImages(config, (size[0], size[-1]), opt.calibration_images, opt.seed)
     return replace(options, calibration=images, keep=tuple(opt.int8_keep))
 
@@ -128,7 +130,7 @@ def validation(opt: Namespace, options: ExportOptions, stride: int) -> Detection
     if height != width:
         raise UserError("--int8: mAP is measured on square images; give one --imgsz, or --noval")
     return validation_loader(read_data(opt.data), "val", height, opt.batch_size, stride, opt.workers, cache="ram",
-                             rect=False)
+                             single_cls=opt.single_cls, rect=False)
 
 
 def compare(model: Model, written: dict[str, Path], loader: DetectionLoader, keep: list[str]) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import shlex
 from argparse import Namespace
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -70,13 +71,11 @@ def begin(opt: Namespace, flags: list[str]) -> Pipeline:
         raise UserError(f"{Path(opt.project) / opt.name}: a pipeline is there already; --resume goes on with it, "
                         "another --name starts a new one")
     exports = ["--include", *opt.export, *(["--int8"] if opt.int8 else [])] if opt.export else []
-    if exports:  # what it refuses is refused now, not in the end
+    if exports and "all" not in opt.export:  # what it refuses is refused now, not in the end
         export.chosen_formats(export.parse(["--weights", OUTPUT, *exports]))
     elif opt.int8 and opt.runtime == "torch":
         raise UserError("--int8: belongs to --export, such as --export openvino --int8, or to --runtime")
     precision = "int8" if opt.int8 and opt.runtime != "torch" else "fp32"
-    if opt.runtime != "torch":
-        stopwatch(opt.runtime, 0, torch.device("cpu"), precision=precision)  # refuses what is not installed
     if known and trained.get("optimizer") and not {"optimizer", "adam", "hyp"} & set(opt.given):
         flags = [*flags, "--optimizer", trained["optimizer"]]  # go on as these weights were trained
     weights = str(Path(opt.weights).absolute()) if opt.weights else opt.weights
@@ -97,12 +96,15 @@ def require_possible(pipeline: Pipeline, config: DataConfig, names: dict[int, st
         raise UserError(f"{config.file}: slim.py needs images under train: and val:")
     single = "--single-cls" in pipeline.flags
     if len(DetectionDataset(config.train, 32, single_cls=single, nc=config.nc, prefix="train")) < LEAST_IMAGES:
-        raise UserError(f"{config.file}: train: is a single image, from which no model learns; give more")
+        raise UserError(f"{config.file}: train: has a single image that can be used, from which no model learns; "
+                        "give more")
     sparse = next(stage for stage in pipeline.stages if stage.script == "train_sparsity.py")
     flags = [*start_flags(pipeline), "--epochs", "1", *goal(pipeline, sparse, 1.0)]
     start = Namespace(**vars(train_sparsity.parse(flags)))
     model = start_model(start, names, {}, World(1, 2, torch.device("cpu")))  # not as the main process: it says nothing
     start.imgsz = whole_strides(start.imgsz, model.stride)
+    if pipeline.runtime != "torch":  # a model that it can't run would be known in the end only
+        stopwatch(pipeline.runtime, start.imgsz, torch.device("cpu"), precision=pipeline.precision)([model])
     train_sparsity.SparsityHook().choose(start, model, model, {}, set())
 
 
@@ -194,13 +196,14 @@ def prepare(pipeline: Pipeline) -> None:
                         f"{result.target.value if result.target else 1:.3f} of the time is left; give more")
     pipeline.flops = profile(result.slim, imgsz).flops / profile(model, imgsz).flops
     print(f"latency={pipeline.target[1]:g} takes about flops={pipeline.flops:.3f}: measured on the model before, "
-          f"in {clock(pipeline)}")
+          f"in {measured_in(pipeline.runtime, pipeline.precision)}")
     pipeline.save()
 
 
-def clock(pipeline: Pipeline) -> str:
-    """What the milliseconds of the table are measured in."""
-    return measured_in(pipeline.runtime, pipeline.precision)
+def clock(pipeline: Pipeline, ms: Mapping[str, Any]) -> str:
+    """Which of the times in `ms` the table shows: PyTorch's where the runtime can't run one of the models."""
+    wanted = f"{measured_in(pipeline.runtime, pipeline.precision)}, batch 1"
+    return wanted if wanted in ms else "torch, batch 1"
 
 
 def measure(pipeline: Pipeline, name: str, weights: str | Path, task: str) -> dict[str, Any]:
@@ -231,7 +234,7 @@ def compare(pipeline: Pipeline) -> tuple[list[dict[str, Any]], dict[str, list[fl
                      "parameters": cost.parameters, "GFLOPs": cost.gflops, "MB": cost.megabytes})
     ms = milliseconds(list(models.values()), found["val"]["imgsz"], select_device(pipeline.device), pipeline.runtime,
                       pipeline.precision)
-    return [{**row, "ms": values} for row, values in zip(rows, ms[f"{clock(pipeline)}, batch 1"])], ms
+    return [{**row, "ms": values} for row, values in zip(rows, ms[clock(pipeline, ms)])], ms
 
 
 def reached(pipeline: Pipeline, rows: list[dict[str, Any]]) -> str:
@@ -259,7 +262,7 @@ def stage_rows(pipeline: Pipeline) -> list[dict[str, Any]]:
     return rows
 
 
-def write_page(pipeline: Pipeline, rows: list[dict[str, Any]]) -> None:
+def write_page(pipeline: Pipeline, rows: list[dict[str, Any]], timed: str) -> None:
     """report.html and its pictures: the pipeline as one file."""
     folder, device = pipeline.folder, select_device(pipeline.device)
     before, after = checkpoint.load(pipeline.before), checkpoint.load(pipeline.after)
@@ -278,26 +281,33 @@ def write_page(pipeline: Pipeline, rows: list[dict[str, Any]]) -> None:
         drawn["BatchNorm scales over the epochs"] = plot_gamma_history(histories, folder / "gamma_history.png")
     commands = [pipeline.command, *(pipeline.done[stage.name]["command"] for stage in pipeline.stages)]
     title = f"Slimmed to {pipeline.target[0]}={pipeline.target[1]:g}"
-    facts = [reached(pipeline, rows), f"{pipeline.epochs} epochs in all."]
+    facts = [reached(pipeline, rows), f"{pipeline.epochs} epochs in all.", f"ms: the median of an image; {timed}."]
     tables = {"Models": rows, "Stages": stage_rows(pipeline)}
     pairs = pictures([before, after], loader, device)
     Page(title, facts, tables, drawn, pairs, commands).write(folder / "report.html")
 
 
+def largest_difference(pipeline: Pipeline) -> float:
+    """What the equivalence checks of all stages have found at most."""
+    stages = [checkpoint.read(stage.product(pipeline.folder)) for stage in pipeline.stages]
+    return max((held.get(key) or {}).get("difference") or 0.0 for held in stages for key in ("shrunk", "metrics"))
+
+
 def finish(pipeline: Pipeline) -> None:
     """Table, slim.pt, report.json, report.html and exports."""
-    rows, ms = compare(pipeline)
     held = checkpoint.read(pipeline.after)
     told = {key: value for key, value in held.items() if key not in (*checkpoint.KINDS, "format", "training")}
     checkpoint.save(pipeline.folder / OUTPUT, checkpoint.build(held), **told)
+    rows, ms = compare(pipeline)
+    timed = clock(pipeline, ms)
     write_json(pipeline.folder / "report.json", {
         "command": pipeline.command, "asked": dict([pipeline.target]), "reached": reached(pipeline, rows), "rows": rows,
-        "milliseconds": ms, "difference": (held.get("shrunk") or held.get("metrics") or {}).get("difference"),
+        "milliseconds": ms, "shown": timed, "difference": largest_difference(pipeline),
         "commands": [pipeline.done[stage.name]["command"] for stage in pipeline.stages]})
-    write_page(pipeline, rows)
+    write_page(pipeline, rows, timed)
     print("\n" + report.stage_table(rows))
     print(f"\n{reached(pipeline, rows)}")
-    print(f"milliseconds are medians, in turn, in {clock(pipeline)}; {torch.get_num_threads()} threads on the CPU")
+    print(f"milliseconds are medians, in turn: {timed}; {torch.get_num_threads()} threads on the CPU")
     if pipeline.export:
         export.main(["--weights", str(pipeline.folder / OUTPUT), *pipeline.export])
     print(f"Slim model: {pipeline.folder / OUTPUT}; {pipeline.folder / 'report.html'} tells what came of it, "

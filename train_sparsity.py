@@ -59,7 +59,7 @@ class SparsityHook(Hook):
         shrunk = run.resumed.get("shrunk")
         self.before: Masks = shrunk["before"] if shrunk else dict(run.model.masks)  # as the run starts
         self.kept: Masks = {}  # over the channels that it starts with: what --shrink has left; empty before it cuts
-        self.difference = (shrunk or {}).get("difference", 0.0)  # largest relative one that a cut has made
+        self.difference = (shrunk or {}).get("difference") or 0.0  # largest relative one that a cut has made
         if shrunk:
             # What is shown is over the channels of the start: the model as it was, with zeros where channels were.
             wide = slim(Model(run.model.yaml), self.before).to(run.world.device)

@@ -41,11 +41,11 @@ EQUAL: Columns = [  # of the rows that equal_rows() makes
     ("mAP50-95 on val", "map", str), ("mean of the last five epochs", "mean5", str), ("on test", "test", str),
     ("FLOPs left", "flops", SHARE)]
 PIPELINES = {  # of bench/equal.py -> title
-    "dense": "train.py", "blocks-8": "slim: --target flops=0.5 --shrink --round-to 8",
-    "blocks-16": "slim: --target flops=0.5 --shrink --round-to 16",
-    "teacher": "train.py for a third, then slim with it as teacher",
+    "dense": "train.py", "blocks-8": "train_sparsity.py --target flops=0.5 --shrink --round-to 8",
+    "blocks-16": "train_sparsity.py --target flops=0.5 --shrink --round-to 16",
+    "teacher": "train.py for a third, the latter with it as teacher",
     "narrow": "train.py, a narrower model from scratch",
-    "three-commands": "--st --sr 0.0001, --percent 0.5, fine-tuned"}
+    "three-commands": "the three commands of the L1 rule, --sr 0.0001, --percent 0.5"}
 ABSORB: Columns = [("channels cut", "share", SHARE), ("largest gamma", "threshold", "{:.1g}".format),
                    ("before", "before", THREE), ("after", "slim", THREE), ("with --absorb", "absorbed", THREE)]
 ENGINE: Columns = [("model", "model", str), ("by", "method", str), ("seconds", "seconds", TWO),

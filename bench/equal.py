@@ -86,7 +86,8 @@ def prepare(opt: Namespace) -> None:
     write_yaml(opt.folder / "aquarium" / "data.yaml",
                {"path": str(opt.aquarium), "train": "images/train", "val": "images/val", "test": "images/test",
                 "names": names})
-    write_yaml(opt.folder / "narrow.yaml", common.narrower_yaml(profile(Model("yolov5n.yaml"), 320).flops / 2, nc=80))
+    whole = profile(Model("yolov5n.yaml", nc=len(names)), 320).flops
+    write_yaml(opt.folder / "narrow.yaml", common.narrower_yaml(whole / 2, len(names)))
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""The picture at the top of the README: accuracy against milliseconds of five kinds of models in OpenVINO.
+"""The picture at the top of the README: accuracy against milliseconds of four kinds of models in OpenVINO.
 
     python bench/front.py --folder runs/equal --epochs 80          # after bench/equal.py; three minutes on two cores
 
@@ -16,7 +16,7 @@ from columns import DEVICE, RESULTS, ROOT, Row, formatted, read_results
 from equal import SIZES, run_name
 
 import benchmarks
-from utils.errors import run_cli
+from utils.errors import UserError, run_cli
 from utils.files import copy_file
 from utils.options import HelpfulParser
 from utils.plots.style import BLUE, GREY, INK, ORANGE, VERMILION, new_chart, save_figure
@@ -70,6 +70,8 @@ def main() -> None:
                             "--threads", "2", "--noplots", "--project", str(opt.folder / "front")])
     copy_file(made / "benchmarks.csv", RESULTS / "front.csv")
     rows = read_results("front")
+    if failed := [row["reason"] for row in rows if row["ms"] == "" or row["mAP50-95"] == ""]:
+        raise UserError(f"{made}: not all could be measured, the first: {failed[0]}")
     picture(rows, f"{opt.data.upper()}, yolov5n at {SIZES[opt.data]} px, {opt.epochs} epochs in all; OpenVINO, "
             "2 threads", ROOT / "img" / "front.png")
     print(text_table(*formatted(rows, DEVICE)))

@@ -29,10 +29,10 @@ WAYS = {"l1": ("--sr {sr}", 50), "blocks": ("--target-sparsity 0.55", 55),
 CHINESE = {"ms an image": "每张毫秒", "parameters": "参数量", "precision": "精度", "epochs in all": "总轮数",
            "mean of the last five epochs": "最后五轮平均", "mAP50-95 on val": "验证集 mAP50-95", "on test": "测试集",
            "FLOPs left": "FLOPs 剩余", "commands": "命令", "runs": "运行次数", " to ": "～",
-           "train.py for a third, then slim with it as teacher": "前三分之一 train.py，再以它为教师剪枝",
+           "train.py for a third, the latter with it as teacher": "前三分之一 train.py，其余同上并以它为教师",
            "train.py, a narrower model from scratch": "train.py，更窄的模型，从头训练",
-           "--st --sr 0.0001, --percent 0.5, fine-tuned": "--st --sr 0.0001，--percent 0.5，微调",
-           "data": "数据集", "slim: ": "剪枝：",
+           "the three commands of the L1 rule": "L1 规则的三条命令",
+           "data": "数据集",
            "format": "格式", "faster": "加速比", "model": "模型", ": sparse": "：稀疏训练后",
            " of its channels cut": " 的通道已剪", "fine-tuned": "微调后", "dense": "稠密", "slim": "剪枝后"}
 

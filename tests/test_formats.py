@@ -319,3 +319,18 @@ def test_a_folder_is_there_whole_or_not_at_all(tmp_path):
     with pytest.raises(UserError, match="holds mine, which is not of an export"), atomic_folder(path) as new:
         (new / "a").write_text("4")
     assert (path / "a").read_text() == "2" and [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
+def test_int8_of_a_model_of_a_single_class(cfg, tiny, tmp_path):
+    """Trained with --single-cls: the data names more classes than the model knows, and that is right."""
+    model, path = Model(str(cfg), nc=1, names={0: "object"}), tmp_path / "m.pt"
+    for trained in ({}, {"single_cls": True}):
+        checkpoint.save(path, model, imgsz=64, opt=trained)
+        opt = export.parse(["--weights", str(path), "--int8", "--data", str(tiny), "--workers", "0"])
+        if not trained:
+            with pytest.raises(UserError, match="knows 1 classes"):
+                export.options_of(opt, model, checkpoint.read(path))
+            continue
+        options = export.options_of(opt, model, checkpoint.read(path))
+        targets = torch.cat([batch.targets for batch in export.validation(opt, options, 32)])
+        assert len(targets) and not targets[:, 1].any()

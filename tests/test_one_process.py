@@ -1,14 +1,17 @@
 """What a process does with the cores and the memory of its machine."""
 from __future__ import annotations
 
+import gc
 import os
 import platform
 import subprocess
 import sys
+import weakref
 
 import pytest
 
 from tests.conftest import ROOT
+from utils.data.loader import frozen_objects
 
 
 def python(program: str) -> list[str]:
@@ -44,6 +47,19 @@ for _ in range(24):
     print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """))
     assert sorted(later[-9:])[4] < 100 < first
+
+
+def test_what_an_earlier_run_leaves_is_not_kept():
+    class Run:
+        pass
+
+    run = Run()
+    run.hooks = [run]
+    left = weakref.ref(run)
+    del run
+    with frozen_objects():
+        assert left() is None and gc.get_freeze_count()
+    assert not gc.get_freeze_count()
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/smaps_rollup"), reason="needs Linux")

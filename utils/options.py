@@ -260,7 +260,7 @@ def pipeline_parser(description: str | None, runtimes: Collection[str], formats:
         help="what is to be left: flops=0.5, params=0.5, latency=0.6 (see --runtime), or map-drop=0.01, the mAP50-95 "
              "on val that a cut may cost before fine-tuning")
     add("--runtime", choices=list(runtimes), default=next(iter(runtimes)),
-        help="what --target latency is measured in; in 8 bits with --int8")
+        help="what --target latency and the table's milliseconds are measured in; in 8 bits with --int8")
     add("--rounds", type=at_least(1), default=1, help="become sparse and slim in so many trainings")
     add("--export", nargs="+", choices=list(formats), metavar="FORMAT",
         help="in the end write these formats of export.py, such as onnx")
@@ -282,7 +282,7 @@ def pruning_parser(description: str | None, runtimes: Collection[str]) -> Helpfu
         help="cut as much as this takes, instead of --percent: params=0.5, flops=0.5, latency=0.6 (what is left), "
              "map-drop=0.01")
     add("--runtime", choices=list(runtimes), default=next(iter(runtimes)),
-        help="what --target latency and --sweep measure in")
+        help="what --target latency and --sweep measure in, and the table as well")
     add("--int8", action="store_true", help="... in 8 bits, where the runtime has it")
     add("--latency-batch", type=at_least(1), default=1, help="with --target latency: images a batch")
     add("--sweep", type=fractions,

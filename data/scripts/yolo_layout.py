@@ -134,10 +134,16 @@ def displayed_size(path: Path) -> tuple[int, int]:
 
 # Command line ---------------------------------------------------------------------------------------------------------
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        """UserError: a mistake is one line."""
+        raise UserError(f"{message.removeprefix('argument ')}; --help shows the flags")
+
+
 def converter_parser(description: str | None, *place: str) -> argparse.ArgumentParser:
     """A parser with the flags of every converter. `place`: older names of --place."""
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = _Parser(description=description, allow_abbrev=False,
+                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--out", type=Path, required=True, metavar="DIR", help="where images/ and labels/ go")
     add("--yaml", type=Path, metavar="FILE", help="the data yaml to write (OUT/data.yaml)")

@@ -145,6 +145,7 @@ def frozen_objects() -> Iterator[None]:
     every object that it looks at. Some time in a long run it would so make each process a copy of its own, in all 75 MB
     with PyTorch imported. See gc.freeze().
     """
+    gc.collect()  # or what nobody needs any more, such as an earlier run, would stay as long
     gc.freeze()
     try:
         yield

@@ -62,7 +62,7 @@ def target_note(target: TargetOutcome, again: float | None = None) -> str:
         text += f" as predicted, {again:.3f} as measured again"
     if not target.reached:
         text += ("; there is no smaller cut, every layer keeps its --min-channels and --min-share, "
-                 "and what shortcuts tie")
+                 "and what shortcuts couple")
     return text
 
 
