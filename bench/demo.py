@@ -1,7 +1,7 @@
 """slim.py on the built-in data set, then the four steps, and a table of their models. This is what `make demo` runs.
 
-    python bench/demo.py             # about ten minutes on two cores
-    python bench/demo.py --quick     # two epochs per step: shows that everything runs, not how well
+    python bench/demo.py             # ten to twenty minutes on two cores
+    python bench/demo.py --quick     # two or three epochs per step: shows that everything runs, not how well
 """
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def main() -> None:
     """The pipeline in one command and in four, their table."""
     parser = HelpfulParser(__doc__)
     add = parser.add_argument
-    add("--quick", action="store_true", help="two epochs per step")
+    add("--quick", action="store_true", help="two or three epochs per step")
     add("--epochs", type=int, nargs=3, default=[45, 45, 30],
         help="epochs of training, sparsity training, fine-tuning")
     add("--slim-epochs", type=int, default=60, help="epochs of slim.py")
