@@ -236,7 +236,7 @@ class Expand(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         s = self.gain
         pixels = x.chunk(s * s, 1)  # one pixel of each cell after the other
-        rows = [torch.stack(pixels[i * s:(i + 1) * s], 4).flatten(3) for i in range(s)]
+        rows = [torch.stack([pixels[i * s + j] for j in range(s)], 4).flatten(3) for i in range(s)]
         return torch.stack(rows, 3).flatten(2, 3)
 
 

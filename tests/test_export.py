@@ -105,6 +105,7 @@ def test_torchscript_agrees_with_torch(model, weights):
 
 
 def test_a_size_that_is_no_multiple_of_the_stride_is_refused(weights):
+    pytest.importorskip("onnx")
     with pytest.raises(UserError, match="multiples of 32"):
         main(["--weights", str(weights), "--imgsz", "100"])
 

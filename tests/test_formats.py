@@ -257,6 +257,7 @@ def test_modules_of_nodes():
     (["--int8", "--data", "no.yaml"], "no.yaml"),
     (["--include", "onnx", "--opset", "3"], "--opset 3: must be")])
 def test_a_mistake_in_a_line_and_nothing_written(weights, flags, said, monkeypatch):
+    installed("onnx", "int8")
     before = sorted(weights.parent.iterdir())
     with pytest.raises(UserError, match=said):
         export.main(["--weights", str(weights), *flags])
@@ -264,6 +265,7 @@ def test_a_mistake_in_a_line_and_nothing_written(weights, flags, said, monkeypat
 
 
 def test_a_missing_package_is_named(weights, monkeypatch, capsys):
+    installed("openvino", "int8")
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec",
                         lambda name, *rest: None if name in ("openvino", "nncf") else real(name, *rest))
@@ -285,6 +287,9 @@ def test_a_missing_package_is_named(weights, monkeypatch, capsys):
     ("m_openvino/model.xml", b"<net/>", "not an OpenVINO detector that export.py wrote"),
     ("m_openvino/notes.txt", b"", "has no .xml file")])
 def test_foreign_and_broken_files(tmp_path, name, content, said):
+    for runtime in ("onnx", "openvino"):
+        if runtime in name:
+            installed(runtime)
     path = tmp_path / name
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(content)

@@ -12,6 +12,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from matplotlib import MatplotlibDeprecationWarning
 
 from utils.plots.detections import (
     MAX_SIDE,
@@ -45,6 +46,9 @@ def _quiet() -> Iterator[None]:
     """A warning (a missing glyph, an empty slice, a layout without room) is an error here."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        # An old matplotlib beside new packages, and what it was about to change.
+        warnings.filterwarnings("ignore", category=DeprecationWarning, module="matplotlib|pyparsing")
+        warnings.simplefilter("ignore", MatplotlibDeprecationWarning)
         yield
 
 

@@ -116,4 +116,4 @@ def test_without_weights_a_sample_is_what_it_was(images: Path) -> None:
     loader.batch_sampler.set_epoch(2)
     assert list(loader.batch_sampler) == [[(2, 4), (2, 0)], [(2, 1), (2, 2)], [(2, 3)]]
     sums = [int(image.long().sum()) for batch in loader for image in batch.images]
-    assert sums == pytest.approx([336876, 269556, 401766, 80814, 366771], rel=1e-3)  # other OpenCVs round differently
+    assert sums == pytest.approx([336876, 269556, 401766, 80814, 366771], rel=2e-3)  # other OpenCVs round differently
