@@ -129,7 +129,8 @@ def l1_rows(rows: Sequence[Row]) -> list[Row]:
 def equal_rows(rows: Sequence[Row]) -> list[Row]:
     """equal.csv's runs, a row per pipeline: means over the seeds."""
     groups: dict[tuple[str, int, str], list[Row]] = {}
-    for row in rows:
+    order = list(PIPELINES)
+    for row in sorted(rows, key=lambda row: (row["data"] != "bccd", -row["epochs"], order.index(row["pipeline"]))):
         groups.setdefault((row["data"], row["epochs"], row["pipeline"]), []).append(row)
     return [{**runs[0], "pipeline": PIPELINES[runs[0]["pipeline"]], "runs": len(runs),
              **{key: spread(runs, key) for key in ("map", "mean5", "test")},
