@@ -4,7 +4,9 @@ from __future__ import annotations
 import re
 import sys
 import threading
+from argparse import ArgumentParser
 from collections.abc import Callable
+from typing import Any
 
 
 class UserError(Exception):
@@ -21,6 +23,14 @@ class Interrupted(Exception):
     def __init__(self, message: str, code: int):
         super().__init__(message)
         self.code = code
+
+
+class OneLineParser(ArgumentParser):
+    """An ArgumentParser that refuses a command line with a UserError, in argparse's words and without its usage."""
+
+    def error(self, message: str) -> Any:
+        """Raise the UserError."""
+        raise UserError(f"{message.removeprefix('argument ')}; --help shows the flags")
 
 
 def run_cli(main: Callable[[], object]) -> None:

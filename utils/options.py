@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.data.config import read_data
-from utils.errors import UserError
+from utils.errors import OneLineParser, UserError
 from utils.files import ROOT, read_yaml_mapping
 from utils.slimming.ranking import MIN_SHARE, SCORES
 from utils.slimming.targets import TARGETS
@@ -38,8 +38,8 @@ HYP_FOR = {"SGD": "data/hyps/hyp.scratch-low.yaml", "Adam": "data/hyps/hyp.adamw
 IGNORED_HYP = {"anchors", "label_smoothing", "iou_t", "giou"}
 
 
-class HelpfulParser(ArgumentParser):
-    """An ArgumentParser that shows defaults, and refuses a value in one line that names the flag."""
+class HelpfulParser(OneLineParser):
+    """A parser that shows defaults, and refuses a value in one line that names the flag."""
 
     def __init__(self, description: str | None):
         super().__init__(description=description, formatter_class=_Formatter, allow_abbrev=False)
@@ -65,11 +65,11 @@ class HelpfulParser(ArgumentParser):
         return found
 
     def error(self, message: str) -> Any:
-        """UserError, in a line: for what a validator below refuses in its own words, else in argparse's."""
+        """Raise UserError; what a validator below refuses is said in its own words."""
         refused = re.fullmatch(r"argument (--[\w-]+)\S*: (.*: (?:must|give) .*)", message)
         if refused:
             raise UserError(f"{refused[1]} {refused[2]}")
-        raise UserError(f"{message.removeprefix('argument ')}; --help shows the flags")
+        super().error(message)
 
 
 class _Formatter(ArgumentDefaultsHelpFormatter):

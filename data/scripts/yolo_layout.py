@@ -24,7 +24,7 @@ import yaml
 from tqdm import tqdm
 
 from utils.data.image_files import UNREADABLE, read_header
-from utils.errors import UserError
+from utils.errors import OneLineParser, UserError
 from utils.files import write_json, write_text
 from utils.tables import text_table
 
@@ -134,16 +134,10 @@ def displayed_size(path: Path) -> tuple[int, int]:
 
 # Command line ---------------------------------------------------------------------------------------------------------
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> Any:
-        """UserError: a mistake is one line."""
-        raise UserError(f"{message.removeprefix('argument ')}; --help shows the flags")
-
-
 def converter_parser(description: str | None, *place: str) -> argparse.ArgumentParser:
     """A parser with the flags of every converter. `place`: older names of --place."""
-    parser = _Parser(description=description, allow_abbrev=False,
-                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=description, allow_abbrev=False,
+                           formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--out", type=Path, required=True, metavar="DIR", help="where images/ and labels/ go")
     add("--yaml", type=Path, metavar="FILE", help="the data yaml to write (OUT/data.yaml)")
