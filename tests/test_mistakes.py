@@ -4,6 +4,7 @@ None of the user's files changes.
 """
 from __future__ import annotations
 
+import gc
 import importlib
 import shutil
 import struct
@@ -446,6 +447,15 @@ CASES: dict[str, tuple[Callable[[Path], object], str, str, int]] = {
         nothing, "data/scripts/voc_to_yolo.py --voc my --out out",
         "no Annotations/*.xml", 2),
 }
+
+
+def test_a_script_ends_without_a_last_garbage_collection():
+    gc.unfreeze()
+    try:
+        run_cli(lambda: None)
+        assert gc.get_freeze_count() > 1000
+    finally:
+        gc.unfreeze()
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -1,6 +1,7 @@
 """How a script ends: a user's mistake is one line and exit code 2, a number that is not finite is exit code 3."""
 from __future__ import annotations
 
+import gc
 import re
 import sys
 import threading
@@ -53,6 +54,8 @@ def run_cli(main: Callable[[], object]) -> None:
         if not mend:
             raise
         _end(f"error: {mend}", 2)
+    finally:
+        gc.freeze()  # Python's last collection would look at all of PyTorch for a second, to free what ends anyway
 
 
 def _end(line: str, code: int) -> None:
