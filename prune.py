@@ -32,6 +32,7 @@ from utils.slimming import TARGETS, Pruner, PruneResult, Rules, report, slim
 from utils.slimming.calibration import absorb, recalibrate
 from utils.slimming.cost import profile
 from utils.slimming.ranking import NOTHING_TO_CUT, knee
+from utils.slimming.reconstruction import reconstruct
 from utils.tables import write_csv
 from utils.training.calibration import TrainingSample
 from utils.training.distributed import select_device
@@ -40,6 +41,7 @@ from val import accuracy, dataset_loader, pictures
 
 OUTPUT = "pruned_model.pt"
 IMAGES = 128  # training images that scores on data and repairs look at
+REFITTED = 32  # ... that --reconstruct looks at; all are computed at once
 
 
 def rank(model: Model, opt: Namespace, device: torch.device) -> Pruner[Model]:
@@ -90,10 +92,16 @@ def cut(pruner: Pruner[Model], opt: Namespace) -> PruneResult[Model]:
 
 
 def repair(pruner: Pruner[Model], result: PruneResult[Model], opt: Namespace, device: torch.device) -> dict[str, Model]:
-    """--absorb and --recalibrate. Returns the models of all stages by name; the last one is what is written."""
+    """--reconstruct, --absorb, --recalibrate. Returns the models of all stages by name; the last one is written."""
     stages = {"before": result.model, "masked": result.masked, "slim": result.slim}
     images = TrainingSample(opt, result.model, opt.recalibrate or IMAGES, device)
-    if opt.absorb:
+    if opt.reconstruct:
+        sample = TrainingSample(opt, result.model, REFITTED, device)
+        refitted = reconstruct(on_device(result.model, device), pruner.graph, result.masks,
+                               torch.cat([batch for batch, _ in sample]))
+        stages["reconstructed"] = result.slim = slim(refitted, result.masks, pruner.graph)
+        result.difference = max(result.difference, pruner.check(refitted, result.slim))
+    elif opt.absorb:
         dense = absorb(on_device(result.model, device), pruner.graph, result.masks, images)
         stages["absorbed"] = result.slim = slim(dense, result.masks, pruner.graph)
     if opt.recalibrate:
@@ -125,7 +133,7 @@ def write(result: PruneResult[Model], opt: Namespace, source: dict[str, Any]) ->
     folder = new_run_folder(opt.project, opt.name, opt.exist_ok)
     carried = {key: source.get(key) for key in ("opt", "data", "hyp")}
     carried |= {"sparsity": source["sparsity"]} if "sparsity" in source else {}
-    carried |= {"parent": str(Path(opt.weights).resolve()), "gradual": not result.small_gammas}
+    carried |= {"parent": str(Path(opt.weights).resolve()), "gradual": not (result.small_gammas or opt.reconstruct)}
     checkpoint.save(folder / OUTPUT, result.slim, imgsz=opt.imgsz, command=command_line(), **carried,
                     metrics={"difference": result.difference, "percent": result.achieved})
     plot_gammas(result.gammas.numpy(), folder / "gammas.png", threshold=result.threshold, percent=result.achieved,

@@ -257,6 +257,10 @@ def test_prune_to_targets_and_by_rules(script, tiny, untrained, tmp_path):
     assert len(set(left["model.0.bn"])) == 1 and all(b == a or b % 4 == 0 for a, b in left.values())
     done = script(*common, "--target", "map-drop=0.5", cwd=tmp_path)
     assert "mAP50-95 falls by" in done.stdout
+    done = script(*common, "--percent", 0.3, "--score", "taylor", "--reconstruct", cwd=tmp_path)
+    report = json.loads((tmp_path / "runs/prune/exp3/report.json").read_text())
+    assert [s["stage"] for s in report["stages"]] == ["before", "masked", "slim", "reconstructed"]
+    assert report["difference"] < 1e-9 and not checkpoint.read(tmp_path / "pruned_model.pt")["gradual"]
     done = script(*common, "--target", "latency=0.9", "--per-flop", "--score", "gamma-l1", "--noval", cwd=tmp_path,
                   code=None)
     # What so small a model gains is at the mercy of the machine's other work.

@@ -301,6 +301,8 @@ def pruning_parser(description: str | None, runtimes: Collection[str]) -> Helpfu
     add("--shortcuts", choices=["skip", "joint"], help="channels that shortcuts couple stay (skip), or go all "
         "at once (joint); default: what the sparsity training did, else skip")
     add("--keep", nargs="+", default=[], metavar="PATTERN", help="BatchNorms that stay whole, such as 'model.0.*'")
+    add("--reconstruct", action="store_true", help="refit the weights that are left by least squares, on training "
+        "images: for cuts that take channels that the model uses; includes --absorb")
     add("--absorb", action="store_true", help="move the mean of the cut channels into the layers that read them")
     add("--recalibrate", type=at_least(0), default=0, metavar="N",
         help="measure the BatchNorms' statistics anew on N random training images, augmented as in training")

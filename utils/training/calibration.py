@@ -29,8 +29,8 @@ class TrainingSample:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         opt, config = self.opt, read_data(self.opt.data)
         if not config.train:
-            raise UserError(f"{config.file}: has no 'train:' entry, whose images --score taylor, --absorb and "
-                            "--recalibrate look at (--score gamma looks at none)")
+            raise UserError(f"{config.file}: has no 'train:' entry, whose images --score taylor, --reconstruct, "
+                            "--absorb and --recalibrate look at (--score gamma looks at none)")
         dataset = DetectionDataset(config.train, opt.imgsz, hyp=opt.hyp, augment=True, stride=self.stride,
                                    single_cls=opt.single_cls, nc=config.nc, prefix="train")
         loader = build_loader(dataset, opt.batch_size, opt.workers, shuffle=True)
