@@ -124,7 +124,7 @@ class SparsityHook(Hook):
         wanted = opt.target_sparsity or 1 - opt.target[1]  # share of the channels, or of the figure, that is to go
         for size in self.block_sizes():
             target = TargetSparsity(norms, opt.target_sparsity, averaged, costs, groups, size,
-                                    balance=BALANCE if opt.target else 0.0)
+                                    balance=0.0 if opt.target_sparsity else BALANCE)
             most = target.most if opt.target_sparsity else 1 - self.figure_without(target.most_gone)
             if wanted <= 0.9 * most:
                 break
