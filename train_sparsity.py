@@ -41,7 +41,6 @@ from val import evaluate
 # AVX-512 kernels compute 16 channels at a time, AVX2 and GPUs 8; a multiple of 16 suits them all.
 BLOCK_SIZES = (16, 8, 4, 2, 1)
 ENOUGH = 0.1  # of the channels: --shrink cuts when so many more are 0 for good; each cut takes a second or two
-BALANCE = 0.5  # of --target: what is left of the FLOPs is spread more evenly over the layers, see TargetSparsity
 NO_NORMS = ("sparsity: no BatchNorm is left to act on; give fewer --keep, --only or --freeze, "
             "or a model with BatchNorms")
 
@@ -123,8 +122,7 @@ class SparsityHook(Hook):
         norms, averaged = list(self.norms.values()), list(self.averaged.values())
         wanted = opt.target_sparsity or 1 - opt.target[1]  # share of the channels, or of the figure, that is to go
         for size in self.block_sizes():
-            target = TargetSparsity(norms, opt.target_sparsity, averaged, costs, groups, size,
-                                    balance=0.0 if opt.target_sparsity else BALANCE)
+            target = TargetSparsity(norms, opt.target_sparsity, averaged, costs, groups, size)
             most = target.most if opt.target_sparsity else 1 - self.figure_without(target.most_gone)
             if wanted <= 0.9 * most:
                 break

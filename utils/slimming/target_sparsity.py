@@ -36,9 +36,6 @@ class TargetSparsity:
     round_to: channels of a layer go in blocks of so many, those that rank next to each other, by the block's mean.
         What is left of the layer is a multiple, which is what fast kernels compute anyway. (In a layer whose channels
         are coupled to different layers, as by a concatenation and a sum, each part of it is a multiple.)
-    balance: 0 ranks by the importances as they are, 1 by their ratio to the mean of their layer (much like Molchanov et
-        al. 2017, arXiv 1611.06440, section 2.2), 0.5 half-way. First-order estimates are of one channel at a time: they
-        call all channels of a wide layer unimportant, which are not, together.
 
     All processes must rank alike, so no sum here depends on an order that a GPU may choose (atomics): tables, not
     scatters.
@@ -51,7 +48,7 @@ class TargetSparsity:
 
     def __init__(self, norms: Sequence[_BatchNorm], share: float | None, copies: Sequence[_BatchNorm] = (),
                  costs: Sequence[np.ndarray] | None = None, groups: Sequence[np.ndarray] | None = None,
-                 round_to: int = 1, allowed: Sequence[np.ndarray] | None = None, balance: float = 0.0):
+                 round_to: int = 1, allowed: Sequence[np.ndarray] | None = None):
         if (share is not None and not 0 < share < 1) or round_to < 1:
             raise ValueError(f"share must be between 0 and 1, not {share}, and round_to at least 1, not {round_to}")
         self.share = share or 0.0
@@ -81,10 +78,6 @@ class TargetSparsity:
             self.fixed = on_device(~np.concatenate([allowed[i] for i in trained])[first])
         cost = np.ones(self.total) if costs is None else np.concatenate([costs[i] for i in trained])
         self.cost = on_device(cost[first].astype(np.float32))
-        self.balance = balance
-        # (groups,) the layer of each group, that of its first channel, among those that are the layer of one
-        layer_of_group = np.unique(layers[first], return_inverse=True)[1]
-        self.own_layer, self.layer_members = on_device(layer_of_group), on_device(membership_table(layer_of_group))
         in_layer = np.zeros((len(counts), len(sizes)), int)  # (groups, layers) channels
         np.add.at(in_layer, (index, layers), 1)
         self.blocks = ChannelBlocks(in_layer, round_to, device)
@@ -195,27 +188,17 @@ class TargetSparsity:
             found[i] = flags.cpu().numpy()
         return found
 
-    def _balanced(self) -> Tensor:
-        """(groups,) the scores, divided by a power of their layer's mean."""
-        if not self.balance:
-            return self.score
-        # A score is per cost; layers are compared without it.
-        present = (append(self.score * self.cost, 0)[self.layer_members]).sum(1)
-        mean = present / (self.layer_members < len(self.score)).sum(1)
-        return self.score / mean.clamp_min(torch.finfo(mean.dtype).tiny)[self.own_layer] ** self.balance
-
     def _arranged(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The blocks by the present ranking.
 
         Returns blocks (blocks, most groups), their order from the first to go to the last, their channels, and which
         are protected: these come last in the order, and never go.
         """
-        score = self._balanced()
-        ranking = score.masked_fill(self.dead, -1.0).argsort(stable=True)  # dead groups, then by importance
+        ranking = self.score.masked_fill(self.dead, -1.0).argsort(stable=True)  # dead groups, then by importance
         blocks = self.blocks.arrange(ranking)
         dead = append(self.dead, False)[blocks].any(1)
         protected = append(self._protected(ranking), False)[blocks].any(1)
-        mean = append(score, 0)[blocks].sum(1) / (blocks < len(score)).sum(1)
+        mean = append(self.score, 0)[blocks].sum(1) / (blocks < len(self.score)).sum(1)
         channels = append(self.channels, 0)[blocks].sum(1)
         # The first to go are the dead, then the others by importance.
         order = mean.masked_fill(dead, -1.0).masked_fill(protected, float("inf")).argsort(stable=True)
