@@ -7,6 +7,7 @@ before the cut; its inputs are those that the refitted layers before it send.
 from __future__ import annotations
 
 from collections import Counter
+from copy import deepcopy
 
 import numpy as np
 import torch
@@ -33,7 +34,7 @@ def reconstruct(model: M, graph: ChannelGraph, masks: Masks, images: Tensor) -> 
     difference of the means goes into the BatchNorm behind the convolution, or into its bias. Grouped and transposed
     convolutions, and those that run more than once, keep their weights.
     """
-    model = model.eval()
+    model = deepcopy(model).eval()
     new = masked(model, masks).eval()
     keep = graph.kept(masks)
     wanted = _sampled_outputs(model, list(refitted_layers(model, graph)), keep, graph, images)
