@@ -3,13 +3,14 @@
     python bench/front.py --folder runs/equal --epochs 80          # after bench/equal.py; three minutes on two cores
 
 Dense, slim, a narrower model from scratch, and what the three commands of the L1 rule make, each of as many epochs;
-fp32 and int8, one image at a time on two threads. The models are those of one seed. Writes bench/results/front.csv and
-img/front.png.
+fp32 and int8, one image at a time on two threads. A figure is the mean over the seeds that are there. Writes
+bench/results/front.csv and img/front.png.
 """
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 
 import common
 from columns import DEVICE, RESULTS, ROOT, Row, formatted, read_results
@@ -20,11 +21,11 @@ from utils.errors import UserError, run_cli
 from utils.files import copy_file
 from utils.options import HelpfulParser
 from utils.plots.style import BLUE, GREY, INK, ORANGE, VERMILION, new_chart, save_figure
-from utils.tables import text_table
+from utils.tables import text_table, write_csv
 
-# Pipeline of bench/equal.py -> title of its model, colour.
-MODELS = {"dense": ("dense", GREY), "blocks-16": ("slim", BLUE), "narrow": ("narrower, from scratch", ORANGE),
-          "three-commands": ("L1 rule", VERMILION)}
+# Pipeline of bench/equal.py -> title of its model, colour, points from a mark up to its label.
+MODELS = {"dense": ("dense", GREY, -20), "blocks-16": ("slim", BLUE, 11), "narrow": ("narrower", ORANGE, 11),
+          "three-commands": ("L1 rule", VERMILION, 11)}
 
 
 def frontier(rows: Sequence[Row]) -> list[Row]:
@@ -41,14 +42,25 @@ def picture(rows: Sequence[Row], title: str, path: Path) -> None:
     figure, ax = new_chart(7.5, 4.3, title, "ms an image", "mAP50-95 on val")
     best = frontier(rows)
     ax.plot([row["ms"] for row in best], [row["mAP50-95"] for row in best], color=INK, linewidth=1, alpha=0.4)
-    colours = dict(MODELS.values())
+    styles = {title: style for title, *style in MODELS.values()}
     for row in rows:
-        place = row["ms"], row["mAP50-95"]
-        ax.plot(*place, color=colours[row["model"]], marker="o", markersize=10, linestyle="")
+        place, (colour, up) = (row["ms"], row["mAP50-95"]), styles[row["model"]]
+        ax.plot(*place, color=colour, marker="o", markersize=10, linestyle="")
         text = row["model"] + (" int8" if row["precision"] == "int8" else "")
-        ax.annotate(text, place, xytext=(9, -4), textcoords="offset points", fontsize=11, color=INK)
-    ax.set_xlim(0, 1.3 * max(row["ms"] for row in rows))
+        ax.annotate(text, place, xytext=(0, up), textcoords="offset points", ha="center", fontsize=11, color=INK)
+    ax.set_xlim(0, 1.15 * max(row["ms"] for row in rows))
+    ax.margins(y=0.15)
     save_figure(figure, path)
+
+
+def averages(measured: Sequence[Row], titles: dict[str, str]) -> list[Row]:
+    """Rows of benchmarks.csv -> a row per title and precision, in order. titles: a model's name -> its title."""
+    alike: dict[tuple[str, str], list[Row]] = {}
+    for row in measured:
+        alike.setdefault((titles[row["model"]], row["precision"]), []).append(row)
+    means = [{**rows[0], "model": title, **{key: fmean(row[key] for row in rows) for key in ("MB", "mAP50-95", "ms")},
+              "runs": len(rows)} for (title, _), rows in alike.items()]
+    return [{**row, "faster": means[0]["ms"] / row["ms"]} for row in means]
 
 
 def main() -> None:
@@ -58,20 +70,27 @@ def main() -> None:
     add("--folder", type=common.absolute, default=ROOT / "runs" / "equal", help="the folder of bench/equal.py")
     add("--data", choices=SIZES, default="bccd", help="data set")
     add("--epochs", type=int, default=80, help="epochs in all")
-    add("--seed", type=int, default=0, help="seed of the runs")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of the runs")
     opt = parser.parse_args()
-    files = []
-    for pipeline, (title, _) in MODELS.items():
-        files.append(opt.folder / "front" / f"{title}.pt")
-        files[-1].parent.mkdir(exist_ok=True)
-        copy_file(opt.folder / common.SPARSE.format(run_name(opt.data, pipeline, opt.epochs, opt.seed)), files[-1])
-    made = benchmarks.main(["--weights", *map(str, files), "--data", str(opt.folder / opt.data / "data.yaml"),
+    titles = {}  # a model's file -> its title
+    for pipeline, (title, *_) in MODELS.items():
+        for seed in opt.seeds:
+            trained = opt.folder / common.SPARSE.format(run_name(opt.data, pipeline, opt.epochs, seed))
+            if trained.is_file():
+                file = opt.folder / "front" / f"{pipeline}-{seed}.pt"
+                file.parent.mkdir(exist_ok=True)
+                copy_file(trained, file)
+                titles[file] = title
+        if title not in titles.values():
+            raise UserError(f"--folder {opt.folder}: has no run of {pipeline}; bench/equal.py makes it")
+    made = benchmarks.main(["--weights", *map(str, titles), "--data", str(opt.folder / opt.data / "data.yaml"),
                             "--imgsz", str(SIZES[opt.data]), "--include", "openvino", "--precisions", "fp32", "int8",
                             "--threads", "2", "--noplots", "--project", str(opt.folder / "front")])
-    copy_file(made / "benchmarks.csv", RESULTS / "front.csv")
-    rows = read_results("front")
-    if failed := [row["reason"] for row in rows if row["ms"] == "" or row["mAP50-95"] == ""]:
+    measured = read_results(str(made / "benchmarks"))
+    if failed := [row["reason"] for row in measured if row["ms"] == "" or row["mAP50-95"] == ""]:
         raise UserError(f"{made}: not all could be measured, the first: {failed[0]}")
+    rows = averages(measured, {file.stem: title for file, title in titles.items()})
+    write_csv(RESULTS / "front.csv", rows)
     picture(rows, f"{opt.data.upper()}, yolov5n at {SIZES[opt.data]} px, {opt.epochs} epochs in all; OpenVINO, "
             "2 threads", ROOT / "img" / "front.png")
     print(text_table(*formatted(rows, DEVICE)))

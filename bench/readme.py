@@ -10,7 +10,6 @@ import re
 from pathlib import Path
 
 import columns
-import numpy as np
 from columns import ROOT, formatted, read_results, spread
 
 from utils.errors import UserError, run_cli
@@ -50,23 +49,22 @@ def bccd_rows(split: str) -> list[columns.Row]:
 
 
 def summary(chinese: bool = False) -> str:
-    """The main result of sparsity.py, in a sentence."""
-    rows = read_results("sparsity")
-    dense, slim = ([row for row in rows if row["run"] == run] for run in ("share0", "share0.55-round16"))
-    flops, parameters = (np.mean([row[key] for row in slim]) for key in ("flops", "parameters"))
-    before, after = spread(dense, "map"), spread(slim, "tuned")
-    onnx, torch = slim[0]["onnxruntime"], slim[0]["torch"]
+    """The main result of equal.py and front.py, in a sentence."""
+    runs = [row for row in read_results("equal") if (row["data"], row["epochs"]) == ("bccd", 80)]
+    dense, slim = ([row for row in runs if row["pipeline"] == name] for name in ("dense", "blocks-16"))
+    before, after = spread(dense, "map"), spread(slim, "map")
+    front = {(row["model"], row["precision"]): row for row in read_results("front")}
+    slow, fp32, int8 = front["dense", "fp32"], front["slim", "fp32"], front["slim", "int8"]
+    faster, fastest = slow["ms"] / fp32["ms"], slow["ms"] / int8["ms"]
     if chinese:
         before, after = (text.replace(" to ", "～") for text in (before, after))
-        return (f"BCCD，yolov5n，320 px，各 {len(dense)} 次运行的 mAP50-95：稠密模型 {before}；"
-                f"`--target-sparsity 0.55` 剪枝并微调后 {after}，\n"
-                f"FLOPs 剩 {flops:.0%}，参数量剩 {parameters:.0%}。两个 CPU 核、逐张推理时，"
-                f"onnxruntime 加速 {onnx:.2f}×，PyTorch 加速 {torch:.2f}×。")
-    return (f"BCCD, yolov5n at 320 px, mAP50-95 of {len(dense)} runs each: dense {before}; "
-            f"with `--target-sparsity 0.55`, cut and fine-tuned,\n{after} with {flops:.0%} "
-            f"of the FLOPs and {parameters:.0%} of the parameters,\n"
-            f"{onnx:.2f} times faster in onnxruntime and {torch:.2f} times in PyTorch, on two CPU cores, "
-            "one image at a time.")
+        return (f"BCCD 验证集，yolov5n，320 px，总共 80 轮，mAP50-95：稠密模型 {before}（{len(dense)} 次运行）；"
+                f"剪枝模型 {after}（{len(slim)} 次运行），FLOPs 剩一半。\n两个 CPU 线程、逐张推理时，OpenVINO 加速 "
+                f"{faster:.2f}×，用 int8 加速 {fastest:.2f}×（mAP50-95 {int8['mAP50-95']:.3f}）。")
+    return (f"BCCD, yolov5n at 320 px, 80 epochs in all, mAP50-95 on val: dense {before}, {len(dense)} runs; slim,\n"
+            f"with half of the FLOPs, {after}, {len(slim)} runs. In OpenVINO, on two CPU threads, one image\n"
+            f"at a time, it is {faster:.2f} times faster, and {fastest:.2f} times in int8 (mAP50-95 "
+            f"{int8['mAP50-95']:.3f}).")
 
 
 def translated(text: str) -> str:
