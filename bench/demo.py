@@ -1,6 +1,6 @@
 """slim.py on the built-in data set, then the four steps, and a table of their models. This is what `make demo` runs.
 
-    python bench/demo.py             # ten to twenty minutes on two cores
+    python bench/demo.py             # 20 minutes on two cores
     python bench/demo.py --quick     # two or three epochs per step: shows that everything runs, not how well
 """
 from __future__ import annotations
