@@ -6,6 +6,7 @@ from copy import deepcopy
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import update_bn
 
 from utils.slimming.graph import ChannelGraph, Masks, batch_norms, convolutions
@@ -26,27 +27,35 @@ def absorb(model: M, graph: ChannelGraph, masks: Masks, images: Iterable[Images]
     """
     keep = graph.kept(masks)
     new = deepcopy(model).eval()
-    norms = batch_norms(new, graph.norms)
     unscaled = {int(i) for ids in graph.unscaled.values() for i in ids}
     convs = {name: conv for name, conv in convolutions(new, graph.inputs).items()
              if isinstance(conv, nn.Conv2d) and conv.groups == 1 and int(graph.outputs[name][0]) not in unscaled}
     gone = {name: torch.from_numpy(~keep[graph.inputs[name]]) for name in convs}
     gone = {name: channels for name, channels in gone.items() if channels.any()}
     means = _input_means({name: convs[name] for name in gone}, new, images)
-    following: dict[int, str] = {}
-    for name, ids in graph.norms.items():
-        following.setdefault(int(ids[0]), name)  # the first BatchNorm over a convolution's channels follows it
+    following = norms_behind(new, graph)
     for name, channels in gone.items():
         conv = convs[name]
         constant = conv.weight.sum((2, 3))[:, channels] @ means[name][channels].to(conv.weight)
-        norm = following.get(int(graph.outputs[name][0]))
+        norm = following.get(name)
         if conv.bias is not None:
             conv.bias += constant
-        elif norm is not None and len(graph.norms[norm]) == len(constant):
-            running_mean = norms[norm].running_mean
-            assert running_mean is not None
-            running_mean -= constant
+        elif norm is not None and norm.running_mean is not None:
+            norm.running_mean -= constant
     return new
+
+
+def norms_behind(model: nn.Module, graph: ChannelGraph) -> dict[str, _BatchNorm]:
+    """Name of a convolution -> the BatchNorm that follows it, and normalises its channels and no others."""
+    norms, first, behind = batch_norms(model, graph.norms), dict[int, str](), {}
+    for name, ids in graph.norms.items():
+        first.setdefault(int(ids[0]), name)  # the first BatchNorm over a convolution's channels follows it
+    unscaled = {int(i) for ids in graph.unscaled.values() for i in ids}
+    for name, ids in graph.outputs.items():
+        norm = first.get(int(ids[0]))
+        if norm is not None and int(ids[0]) not in unscaled and len(graph.norms[norm]) == len(ids):
+            behind[name] = norms[norm]
+    return behind
 
 
 def _input_means(layers: dict[str, nn.Conv2d], model: nn.Module, images: Iterable[Images]) -> dict[str, Tensor]:

@@ -12,9 +12,9 @@ from copy import deepcopy
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from utils.slimming.graph import ChannelGraph, Masks, batch_norms, convolutions
+from utils.slimming.calibration import norms_behind
+from utils.slimming.graph import ChannelGraph, Masks, convolutions
 from utils.slimming.surgery import M, masked
 
 FEWEST, MOST = 4096, 16384  # samples of a layer: positions of its output that the fit looks at
@@ -38,7 +38,7 @@ def reconstruct(model: M, graph: ChannelGraph, masks: Masks, images: Tensor) -> 
     new = masked(model, masks).eval()
     keep = graph.kept(masks)
     wanted = _sampled_outputs(model, list(refitted_layers(model, graph)), keep, graph, images)
-    following = _norms_behind(new, graph)
+    following = norms_behind(new, graph)
 
     def refit(name: str, conv: nn.Conv2d, x: Tensor) -> None:
         positions, y = wanted.pop(name)
@@ -71,18 +71,6 @@ def refitted_layers(model: nn.Module, graph: ChannelGraph) -> dict[str, nn.Conv2
     return {name: conv for name, conv in convolutions(model, graph.outputs).items()
             if isinstance(conv, nn.Conv2d) and conv.groups == 1 and conv.padding_mode == "zeros"
             and not isinstance(conv.padding, str)}
-
-
-def _norms_behind(model: nn.Module, graph: ChannelGraph) -> dict[str, _BatchNorm]:
-    """Name of a convolution -> the BatchNorm that follows it, and normalises its channels and no others."""
-    norms, behind = batch_norms(model, graph.norms), {}
-    unscaled = {int(i) for ids in graph.unscaled.values() for i in ids}
-    for name, ids in graph.outputs.items():
-        follows = (norm for norm, own in graph.norms.items() if own[0] == ids[0])
-        first = next(follows, None)
-        if first is not None and int(ids[0]) not in unscaled and len(graph.norms[first]) == len(ids):
-            behind[name] = norms[first]
-    return behind
 
 
 def _sampled_outputs(model: nn.Module, names: list[str], keep: np.ndarray, graph: ChannelGraph,
