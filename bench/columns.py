@@ -43,7 +43,9 @@ EQUAL: Columns = [  # of the rows that equal_rows() makes
 PIPELINES = {  # of bench/equal.py -> title
     "dense": "train.py", "blocks-8": "train_sparsity.py --target flops=0.5 --shrink --round-to 8",
     "blocks-16": "train_sparsity.py --target flops=0.5 --shrink --round-to 16",
-    "teacher": "train.py for a third, the latter with it as teacher",
+    "flops-35": "train_sparsity.py --target flops=0.35 --shrink --round-to 16",
+    "teacher": "slim.py: train.py for a third, then train_sparsity.py --target flops=0.5 --shrink with it as teacher",
+    "four-commands": "the four commands: train.py, train_sparsity.py --target flops=0.5, prune.py, finetune_pruned.py",
     "narrow": "train.py, a narrower model from scratch",
     "three-commands": "the three commands of the L1 rule, --sr 0.0001, --percent 0.5"}
 ABSORB: Columns = [("channels cut", "share", SHARE), ("largest gamma", "threshold", "{:.1g}".format),
@@ -58,6 +60,10 @@ INT8: Columns = [("images", "split", str), ("runtime", "runtime", str), ("models
 RUNTIMES: Columns = [  # of the rows that runtime_rows() makes
     ("model", "model", str), ("runtime", "runtime", str), ("precision", "precision", str), ("dense", 0, TIMES),
     ("one by one", 1, TIMES), ("blocks of 8", 8, TIMES), ("of 16", 16, TIMES), ("of 32", 32, TIMES)]
+GPU: Columns = [  # of the rows that gpu_rows() makes
+    ("model", "model", str), ("images at once", "batch", str), ("precision", "precision", str), ("", "way", str),
+    ("dense, ms an image", "ms", TWO), ("dense", 0, TIMES), ("one by one", 1, TIMES), ("blocks of 8", 8, TIMES),
+    ("of 16", 16, TIMES), ("of 32", 32, TIMES)]
 SCALE: Columns = [("images", "images", COUNT), ("by", "by", str), ("first scan, s", "first_seconds", TWO),
                   ("MB", "first_memory", ONE), ("next start, s", "next_seconds", TWO), ("MB", "next_memory", ONE)]
 SPEED_OF_USE: Columns = [("", "what", str), ("", "unit", str), ("here", "ours", "{:.3g}".format),
@@ -147,6 +153,19 @@ def runtime_rows(rows: Sequence[Row]) -> list[Row]:
         line = found.setdefault(key, {"model": f"{row['model']}, {row['imgsz']} px", "runtime": row["runtime"],
                                       "precision": row["precision"]})
         line[row["block"]] = first[row["model"]] / row["ms"]
+    return list(found.values())
+
+
+def gpu_rows(rows: Sequence[Row]) -> list[Row]:
+    """gpu.csv's models, a row per batch, precision and way: times faster than dense, fp32 and eager, by block."""
+    keys = ("model", "batch", "precision", "way")
+    found: dict[tuple, Row] = {}
+    for row in rows:
+        if not row["way"].startswith("training"):
+            line = found.setdefault(tuple(row[key] for key in keys), {key: row[key] for key in keys})
+            first = found[row["model"], row["batch"], "fp32", "eager"]
+            line |= {"ms": row["ms"]} if row["block"] == 0 else {}
+            line[row["block"]] = first["ms"] / row["ms"]
     return list(found.values())
 
 

@@ -27,7 +27,7 @@ from utils.tables import text_table, write_csv
 
 SIZES = {"bccd": 320, "aquarium": 416}
 TARGET = "--target flops=0.5 --shrink"
-PIPELINES = ("dense", "blocks-8", "blocks-16", "teacher", "three-commands", "narrow")
+PIPELINES = ("dense", "blocks-8", "blocks-16", "flops-35", "teacher", "four-commands", "three-commands", "narrow")
 
 
 def stages(pipeline: str, epochs: int) -> list[tuple[str, int, str]]:
@@ -36,8 +36,12 @@ def stages(pipeline: str, epochs: int) -> list[tuple[str, int, str]]:
     return {"dense": [("train.py", epochs, "")],
             "blocks-8": [("train_sparsity.py", epochs, f"{TARGET} --round-to 8")],
             "blocks-16": [("train_sparsity.py", epochs, f"{TARGET} --round-to 16")],
+            "flops-35": [("train_sparsity.py", epochs, "--target flops=0.35 --shrink --round-to 16")],
             "teacher": [("train.py", third, ""),
                         ("train_sparsity.py", epochs - third, f"{TARGET} --round-to 16 --teacher {{before}}")],
+            "four-commands": [("train.py", third, ""),
+                              ("train_sparsity.py", third, "--target flops=0.5 --teacher {before}"),
+                              ("finetune_pruned.py", epochs - 2 * third, "")],
             "three-commands": [("train_sparsity.py", epochs // 2, "--sr 0.0001"),
                                ("finetune_pruned.py", epochs - epochs // 2, "")],
             "narrow": [("train.py", epochs, "--cfg narrow.yaml")]}[pipeline]
@@ -50,7 +54,8 @@ def commands(data: str, pipeline: str, epochs: int, seed: int, weights: Path) ->
     for number, (script, length, flags) in enumerate(parts, 1):
         name = run_name(data, pipeline, epochs, seed) + (f"-{number}" if number < len(parts) else "")
         if script == "finetune_pruned.py":
-            made[CUT.format(name)] = f"prune.py --weights {before} --percent 0.5 --noval --name {name}"
+            goal = "--percent 0.5" if pipeline == "three-commands" else "--target flops=0.5"
+            made[CUT.format(name)] = f"prune.py --weights {before} {goal} --noval --name {name}"
             before = CUT.format(name)
         made[f"runs/train/{name}/results.csv"] = (
             f"{script} --data {data}/data.yaml --imgsz {SIZES[data]} --weights '{before}' --epochs {length} --adam "

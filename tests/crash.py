@@ -47,13 +47,13 @@ def pipeline(folder: Path) -> Path:
     return folder / "runs" / "slim" / "exp"
 
 
-def going_on(flags: list[str], folder: Path, workers: int = 0) -> list[str]:
+def going_on(flags: list[str], folder: Path, workers: int = 0, device: str = "cpu") -> list[str]:
     """How a user goes on after a crash: --resume, or the same command again where nothing had been saved yet."""
     if (pipeline(folder) / "slim.json").is_file():
-        return ["--resume", str(pipeline(folder)), "--workers", str(workers), "--device", "cpu"]
+        return ["--resume", str(pipeline(folder)), "--workers", str(workers), "--device", device]
     if not last(folder).is_file():
         return [*flags, "--exist-ok"]
-    return ["--resume", str(last(folder)), "--workers", str(workers), "--device", "cpu"]
+    return ["--resume", str(last(folder)), "--workers", str(workers), "--device", device]
 
 
 def after(seconds: float) -> Callable[[Path], bool]:

@@ -70,9 +70,9 @@ def one_module_run(m: nn.Module, hook: Hook, scaler: torch.amp.GradScaler) -> Si
                            ema=ModelEMA(m), statistics_norm=lambda: torch.zeros(()), skipped=0)
 
 
-def step(run: SimpleNamespace) -> None:
+def step(run: SimpleNamespace, device: str = "cpu") -> None:
     """What the loop does once a step's gradients are there."""
-    _, skipped = complete_gradients(run, torch.zeros(3), torch.zeros(1), ["a.jpg"])
+    _, skipped = complete_gradients(run, torch.zeros(3, device=device), torch.zeros(1, device=device), ["a.jpg"])
     optimizer_step(run, skipped)
 
 
