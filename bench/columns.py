@@ -60,10 +60,6 @@ INT8: Columns = [("images", "split", str), ("runtime", "runtime", str), ("models
 RUNTIMES: Columns = [  # of the rows that runtime_rows() makes
     ("model", "model", str), ("runtime", "runtime", str), ("precision", "precision", str), ("dense", 0, TIMES),
     ("one by one", 1, TIMES), ("blocks of 8", 8, TIMES), ("of 16", 16, TIMES), ("of 32", 32, TIMES)]
-GPU: Columns = [  # of the rows that gpu_rows() makes
-    ("model", "model", str), ("images at once", "batch", str), ("precision", "precision", str), ("", "way", str),
-    ("dense, ms an image", "ms", TWO), ("dense", 0, TIMES), ("one by one", 1, TIMES), ("blocks of 8", 8, TIMES),
-    ("of 16", 16, TIMES), ("of 32", 32, TIMES)]
 SCALE: Columns = [("images", "images", COUNT), ("by", "by", str), ("first scan, s", "first_seconds", TWO),
                   ("MB", "first_memory", ONE), ("next start, s", "next_seconds", TWO), ("MB", "next_memory", ONE)]
 SPEED_OF_USE: Columns = [("", "what", str), ("", "unit", str), ("here", "ours", "{:.3g}".format),
@@ -153,19 +149,6 @@ def runtime_rows(rows: Sequence[Row]) -> list[Row]:
         line = found.setdefault(key, {"model": f"{row['model']}, {row['imgsz']} px", "runtime": row["runtime"],
                                       "precision": row["precision"]})
         line[row["block"]] = first[row["model"]] / row["ms"]
-    return list(found.values())
-
-
-def gpu_rows(rows: Sequence[Row]) -> list[Row]:
-    """gpu.csv's models, a row per batch, precision and way: times faster than dense, fp32 and eager, by block."""
-    keys = ("model", "batch", "precision", "way")
-    found: dict[tuple, Row] = {}
-    for row in rows:
-        if not row["way"].startswith("training"):
-            line = found.setdefault(tuple(row[key] for key in keys), {key: row[key] for key in keys})
-            first = found[row["model"], row["batch"], "fp32", "eager"]
-            line |= {"ms": row["ms"]} if row["block"] == 0 else {}
-            line[row["block"]] = first["ms"] / row["ms"]
     return list(found.values())
 
 
