@@ -68,6 +68,13 @@ def test_a_table_in_chinese_has_the_same_figures(bench):
     assert [re.findall(r"[\d.]+", row) for row in english] == [re.findall(r"[\d.]+", row) for row in chinese]
 
 
+def test_phrases_are_translated_whole_and_names_of_files_stay(bench):
+    translated = bench("readme").translated
+    assert translated("the three commands of the L1 rule, --sr 0.0001") == "L1 规则的三条命令, --sr 0.0001"
+    assert translated("slim.py") == "slim.py" and translated("slim") == "剪枝后"
+    assert translated("commands") == "命令" and translated("0.1 to 0.2") == "0.1～0.2"
+
+
 def test_a_figure_comes_back_from_a_csv_as_it_was_written(bench, tmp_path, monkeypatch):
     columns = bench("columns")
     monkeypatch.setattr(columns, "RESULTS", tmp_path)
