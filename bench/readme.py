@@ -75,8 +75,8 @@ def summary(chinese: bool = False) -> str:
     return (f"yolov5n, 80 epochs in all, mAP50-95 on val. BCCD at 320 px: dense {before};\n"
             f"with half of the FLOPs {after}. Aquarium at 416 px, where they cost accuracy:\n"
             f"dense {before_aquarium}; with half of them {after_aquarium}.\n"
-            f"On BCCD, in OpenVINO, two CPU threads, one image at a time, the slim model is {faster:.2f} times faster,\n"
-            f"and {fastest:.2f} times in int8 (mAP50-95 {int8['mAP50-95']:.3f}).")
+            f"On BCCD in OpenVINO, one image at a time, two threads: {faster:.2f} times faster, in int8 "
+            f"{fastest:.2f} times (mAP50-95 {int8['mAP50-95']:.3f}).")
 
 
 def translated(text: str) -> str:
