@@ -44,7 +44,7 @@ PIPELINES = {  # of bench/equal.py -> title
     "dense": "train.py", "blocks-8": "train_sparsity.py --target flops=0.5 --shrink --round-to 8",
     "blocks-16": "train_sparsity.py --target flops=0.5 --shrink --round-to 16",
     "flops-35": "train_sparsity.py --target flops=0.35 --shrink --round-to 16",
-    "teacher": "slim.py: train.py for a third, the rest with it as teacher",
+    "teacher": "slim.py's stages: train.py for a third, the rest with it as teacher",
     "four-commands": "the four commands, a third of the epochs each: --target flops=0.5, with teacher",
     "narrow": "train.py, a narrower model from scratch",
     "three-commands": "the three commands of the L1 rule, --sr 0.0001, --percent 0.5"}

@@ -27,6 +27,8 @@ from utils.tables import text_table, write_csv
 
 SIZES = {"bccd": 320, "aquarium": 416}
 TARGET = "--target flops=0.5 --shrink"
+# Of prune.py, in the pipelines that have it.
+CUTS = {"three-commands": "--percent 0.5", "four-commands": "--target flops=0.5"}
 PIPELINES = ("dense", "blocks-8", "blocks-16", "flops-35", "teacher", "four-commands", "three-commands", "narrow")
 
 
@@ -54,8 +56,7 @@ def commands(data: str, pipeline: str, epochs: int, seed: int, weights: Path) ->
     for number, (script, length, flags) in enumerate(parts, 1):
         name = run_name(data, pipeline, epochs, seed) + (f"-{number}" if number < len(parts) else "")
         if script == "finetune_pruned.py":
-            goal = "--percent 0.5" if pipeline == "three-commands" else "--target flops=0.5"
-            made[CUT.format(name)] = f"prune.py --weights {before} {goal} --noval --name {name}"
+            made[CUT.format(name)] = f"prune.py --weights {before} {CUTS[pipeline]} --noval --name {name}"
             before = CUT.format(name)
         made[f"runs/train/{name}/results.csv"] = (
             f"{script} --data {data}/data.yaml --imgsz {SIZES[data]} --weights '{before}' --epochs {length} --adam "

@@ -30,7 +30,8 @@ MAIN = ("dense", "blocks-16", "teacher", "narrow", "three-commands")  # pipeline
 CHINESE = {"ms an image": "每张毫秒", "parameters": "参数量", "precision": "精度", "epochs in all": "总轮数",
            "mean of the last five epochs": "最后五轮平均", "mAP50-95 on val": "验证集 mAP50-95", "on test": "测试集",
            "FLOPs left": "FLOPs 剩余", "commands": "命令", "runs": "运行次数", " to ": "～",
-           "slim.py: train.py for a third, the rest with it as teacher": "slim.py：前三分之一 train.py，其余以它为教师",
+           "slim.py's stages: train.py for a third, the rest with it as teacher":
+               "slim.py 的各阶段：前三分之一 train.py，其余以它为教师",
            "the four commands, a third of the epochs each: --target flops=0.5, with teacher":
                "四条命令，每次训练三分之一轮数：--target flops=0.5，带教师",
            "train.py, a narrower model from scratch": "train.py，更窄的模型，从头训练",

@@ -48,9 +48,7 @@ def test_loss_scaling_does_not_touch_the_penalty():
     scaler = torch.amp.GradScaler("cuda", init_scale=65536.0)
     hook = _Penalty(m)
     scaler.scale((m.weight * 0).sum() + (m.bias * 1e6).sum()).backward()
-    run = one_module_run(m, hook, scaler)
-    run.statistics_norm = lambda: torch.zeros((), device="cuda")
-    step(run, "cuda")
+    step(one_module_run(m, hook, scaler))
     assert torch.allclose(m.weight, torch.full_like(m.weight, 0.9)) and hook.skips == [False]
 
 
@@ -74,10 +72,11 @@ def test_the_l1_rule_prune_and_fine_tune(script, tiny, dense, tmp_path):
            cwd=tmp_path)
     done = script("prune.py", "--percent", 0.5, "--reconstruct", cwd=tmp_path)
     assert "equivalence check" in done.stdout
-    script("prune.py", "--weights", dense, "--score", "taylor", "--target", "latency=0.98", "--data", tiny, "--noval",
-           "--name", "timed", cwd=tmp_path, code=None)  # a small model may not become faster on a GPU
     script("finetune_pruned.py", "--epochs", 3, *FAST, cwd=tmp_path)
     assert len(rows(tmp_path / "runs/train/exp2/results.csv")) == 3
+    done = script("prune.py", "--weights", dense, "--score", "taylor", "--target", "flops=0.8", "--data", tiny,
+                  "--noval", cwd=tmp_path)
+    assert "equivalence check" in done.stdout
 
 
 @pytest.mark.slow

@@ -67,12 +67,13 @@ class _Penalty(Hook):
 def one_module_run(m: nn.Module, hook: Hook, scaler: torch.amp.GradScaler) -> SimpleNamespace:
     """What a step of the loop looks at, for one module."""
     return SimpleNamespace(scaler=scaler, optimizer=torch.optim.SGD(m.parameters(), lr=1.0), model=m, hooks=[hook],
-                           ema=ModelEMA(m), statistics_norm=lambda: torch.zeros(()), skipped=0)
+                           ema=ModelEMA(m), statistics_norm=lambda: m.weight.new_zeros(()), skipped=0)
 
 
-def step(run: SimpleNamespace, device: str = "cpu") -> None:
+def step(run: SimpleNamespace) -> None:
     """What the loop does once a step's gradients are there."""
-    _, skipped = complete_gradients(run, torch.zeros(3, device=device), torch.zeros(1, device=device), ["a.jpg"])
+    weight = run.model.weight
+    _, skipped = complete_gradients(run, weight.new_zeros(3), weight.new_zeros(1), ["a.jpg"])
     optimizer_step(run, skipped)
 
 
