@@ -47,6 +47,7 @@ PIPELINES = {  # of bench/equal.py -> title
     "teacher": "slim.py's stages: train.py for a third, the rest with it as teacher",
     "four-commands": "the four commands, a third of the epochs each: --target flops=0.5, with teacher",
     "narrow": "train.py, a narrower model from scratch",
+    "scratch": "train.py, the slim shape from scratch",
     "three-commands": "the three commands of the L1 rule, --sr 0.0001, --percent 0.5"}
 ABSORB: Columns = [("channels cut", "share", SHARE), ("largest gamma", "threshold", "{:.1g}".format),
                    ("before", "before", THREE), ("after", "slim", THREE), ("with --absorb", "absorbed", THREE)]
@@ -131,8 +132,9 @@ def l1_rows(rows: Sequence[Row]) -> list[Row]:
 def equal_rows(rows: Sequence[Row]) -> list[Row]:
     """equal.csv's runs, a row per pipeline: means over the seeds."""
     groups: dict[tuple[str, int, str], list[Row]] = {}
-    order = list(PIPELINES)
-    for row in sorted(rows, key=lambda row: (row["data"] != "bccd", -row["epochs"], order.index(row["pipeline"]))):
+    sets, pipelines = ("bccd", "aquarium", "coco128"), list(PIPELINES)
+    for row in sorted(rows, key=lambda row: (sets.index(row["data"]), -row["epochs"],
+                                             pipelines.index(row["pipeline"]))):
         groups.setdefault((row["data"], row["epochs"], row["pipeline"]), []).append(row)
     return [{**runs[0], "pipeline": PIPELINES[runs[0]["pipeline"]], "runs": len(runs),
              **{key: spread(runs, key) for key in ("map", "mean5", "test")},

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from columns import ROOT, Row
+from torch import nn
 
 from models import checkpoint
 from models.config import read_yaml
@@ -21,6 +22,7 @@ from models.yolo import Model, fused, on_device
 from utils.data.config import read_data
 from utils.data.loader import validation_loader
 from utils.errors import UserError
+from utils.files import read_yaml_mapping, write_yaml
 from utils.options import HelpfulParser
 from utils.slimming.cost import profile
 from utils.slimming.timing import latency
@@ -59,6 +61,26 @@ def slimming_commands(name: str, sparsify: str, cut: str, tune: str) -> dict[str
 def bccd_commands(voc: Path) -> dict[str, str]:
     """What makes bccd/data.yaml."""
     return {"bccd/data.yaml": f"data/scripts/voc_to_yolo.py --voc '{voc}' --out bccd"}
+
+
+def write_coco128(folder: Path, coco128: Path) -> None:
+    """Make coco128/data.yaml: trained and validated on the same images, as is usual."""
+    names, images = read_yaml_mapping(ROOT / "data" / "coco128.yaml", "data")["names"], "images/train2017"
+    write_yaml(folder / "coco128" / "data.yaml",
+               {"path": str(coco128), "train": images, "val": images, "names": names})
+
+
+def save_with_new_weights(shape: Path, path: Path) -> Model:
+    """A checkpoint of a slim checkpoint's shape, from scratch; returns the model."""
+    torch.manual_seed(0)
+    saved = checkpoint.read(shape)
+    fresh = checkpoint.build(saved)
+    for module in fresh.modules():
+        if isinstance(module, (nn.Conv2d, nn.BatchNorm2d)):
+            module.reset_parameters()
+    fresh.detect.init_biases()
+    checkpoint.save(path, fresh, imgsz=saved["imgsz"], data=saved["data"])
+    return fresh
 
 
 def stage_files(*names: str) -> dict[str, str]:

@@ -1,11 +1,12 @@
-"""Pipelines from yolov5n.pt to half of the FLOPs against dense training of as many epochs, on BCCD and on aquarium.
+"""Pipelines from yolov5n.pt to half of the FLOPs against dense training of as many epochs, on three data sets.
 
-    python bench/equal.py --voc BCCD_Dataset/BCCD --aquarium aquarium --weights yolov5n.pt     # a day on two cores
+    python bench/equal.py --voc BCCD_Dataset/BCCD --aquarium aquarium --coco128 coco128 --weights yolov5n.pt  # two days
 
-Every pipeline has the same number of epochs in all, its teacher's included; "narrow" is a narrower model from scratch.
-A run that is done is not run again; --seeds, --sets, --budgets and --pipelines choose, --measure makes no run at all.
-Writes bench/results/equal.csv, a row per run that is done, beside those that it holds already: mAP50-95 on val of the
-last epoch, the mean of the last five epochs, the best; on test, of the last epoch; and the FLOPs that are left.
+Every pipeline has the same number of epochs in all, its teacher's included. "narrow" is a narrower model from scratch,
+"scratch" the shape that blocks-16 finds with seed 0, from new weights. A run that is done is not run again; --seeds,
+--sets, --budgets and --pipelines choose, --measure makes no run at all. Writes bench/results/equal.csv, a row per run
+that is done, beside those that it holds already: mAP50-95 on val of the last epoch, the mean of the last five epochs,
+the best; on test, of the last epoch, where there are test images; and the FLOPs that are left.
 """
 from __future__ import annotations
 
@@ -14,22 +15,24 @@ from argparse import Namespace
 from pathlib import Path
 
 import common
-from columns import EQUAL, RESULTS, Row, equal_rows, formatted, with_earlier
+from columns import EQUAL, PIPELINES, RESULTS, Row, equal_rows, formatted, with_earlier
 from common import CUT, MAP_KEY, SPARSE
 
 from models import checkpoint
 from models.pruning import model_pruner
 from models.yolo import Model
-from utils.errors import run_cli
+from utils.data.config import read_data
+from utils.errors import UserError, run_cli
 from utils.files import read_yaml_mapping, write_yaml
 from utils.slimming.cost import profile
 from utils.tables import text_table, write_csv
 
-SIZES = {"bccd": 320, "aquarium": 416}
+SIZES = {"bccd": 320, "aquarium": 416, "coco128": 320}
+BUDGETS = {"bccd": (30, 80), "aquarium": (30, 80), "coco128": (120,)}  # epochs in all
 TARGET = "--target flops=0.5 --shrink"
 # Of prune.py, in the pipelines that have it.
 CUTS = {"three-commands": "--percent 0.5", "four-commands": "--target flops=0.5"}
-PIPELINES = ("dense", "blocks-8", "blocks-16", "flops-35", "teacher", "four-commands", "three-commands", "narrow")
+SCRATCH = "scratch-{}.pt"  # of a data set
 
 
 def stages(pipeline: str, epochs: int) -> list[tuple[str, int, str]]:
@@ -46,12 +49,13 @@ def stages(pipeline: str, epochs: int) -> list[tuple[str, int, str]]:
                               ("finetune_pruned.py", epochs - 2 * third, "")],
             "three-commands": [("train_sparsity.py", epochs // 2, "--sr 0.0001"),
                                ("finetune_pruned.py", epochs - epochs // 2, "")],
-            "narrow": [("train.py", epochs, "--cfg narrow.yaml")]}[pipeline]
+            "narrow": [("train.py", epochs, "--cfg narrow.yaml")],
+            "scratch": [("train.py", epochs, "")]}[pipeline]
 
 
 def commands(data: str, pipeline: str, epochs: int, seed: int, weights: Path) -> dict[str, str]:
     """Product of a command -> command, in order. The last is the results.csv of the pipeline."""
-    made, before = {}, "" if pipeline == "narrow" else str(weights)
+    made, before = {}, {"narrow": "", "scratch": SCRATCH.format(data)}.get(pipeline, str(weights))
     parts = stages(pipeline, epochs)
     for number, (script, length, flags) in enumerate(parts, 1):
         name = run_name(data, pipeline, epochs, seed) + (f"-{number}" if number < len(parts) else "")
@@ -80,14 +84,17 @@ def measure(folder: Path, data: str, pipeline: str, epochs: int, seed: int) -> R
     whole = profile(Model("yolov5n.yaml", nc=len(saved["names"])), SIZES[data]).flops
     pruner = model_pruner(checkpoint.build(saved), SIZES[data]).rank()
     left = pruner.preview(float((pruner.ranking.scores[pruner.ranking.groups] == 0).mean()))[2]
-    test = common.map_on(checkpoint.build(saved), folder / data / "data.yaml", "test", SIZES[data])
+    yaml = folder / data / "data.yaml"
+    test = common.map_on(checkpoint.build(saved), yaml, "test", SIZES[data]) if read_data(str(yaml)).test else ""
     return {"data": data, "epochs": epochs, "pipeline": pipeline, "seed": seed, "map": values[-1],
             "mean5": sum(values[-5:]) / len(values[-5:]), "best": max(values), "test": test, "flops": left / whole}
 
 
 def prepare(opt: Namespace) -> None:
-    """bccd/data.yaml, aquarium/data.yaml and narrow.yaml, with half of the FLOPs, in the experiment's folder."""
+    """A data.yaml per set, and narrow.yaml, with half of the FLOPs, in the experiment's folder."""
     common.run_missing(common.bccd_commands(opt.voc), opt.folder)
+    if opt.coco128:
+        common.write_coco128(opt.folder, opt.coco128)
     names = read_yaml_mapping(opt.aquarium / "data.yaml", "--aquarium")["names"]
     write_yaml(opt.folder / "aquarium" / "data.yaml",
                {"path": str(opt.aquarium), "train": "images/train", "val": "images/val", "test": "images/test",
@@ -96,22 +103,36 @@ def prepare(opt: Namespace) -> None:
     write_yaml(opt.folder / "narrow.yaml", common.narrower_yaml(whole / 2, len(names)))
 
 
+def prepare_scratch(folder: Path, data: str, epochs: int) -> None:
+    """scratch-<data>.pt: the shape of blocks-16's first run, with new weights."""
+    found = folder / SPARSE.format(run_name(data, "blocks-16", epochs, 0))
+    if not found.is_file():
+        raise UserError(f"scratch takes the shape of {found}, which is not there; run blocks-16 with seed 0 first")
+    if not (folder / SCRATCH.format(data)).is_file():
+        common.save_with_new_weights(found, folder / SCRATCH.format(data))
+
+
 def main() -> None:
     """Run what is missing, then write the rows of what is done."""
     parser = common.experiment_parser(__doc__, "equal")
     add = parser.add_argument
     add("--aquarium", type=common.absolute, required=True, help="folder with data.yaml, images and labels")
+    add("--coco128", type=common.absolute, help="folder with images and labels")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds to run")
-    add("--sets", nargs="+", choices=SIZES, default=list(SIZES), help="data sets to run on")
-    add("--budgets", type=int, nargs="+", default=[30, 80], help="epochs in all")
+    add("--sets", nargs="+", choices=SIZES, help="data sets to run on (all that are given)")
+    add("--budgets", type=int, nargs="+", help="epochs in all (30 and 80; coco128: 120)")
     add("--pipelines", nargs="+", choices=PIPELINES, default=list(PIPELINES), help="pipelines to run")
     add("--measure", action="store_true", help="make no run, only the rows of those that are done")
     opt = parser.parse_args()
+    if "coco128" in (opt.sets or ()) and not opt.coco128:
+        raise UserError("--sets coco128: needs --coco128, the folder with its images and labels")
     prepare(opt)
     keys, rows = ("data", "epochs", "pipeline", "seed"), []
-    for data in opt.sets:
-        for epochs in opt.budgets:
+    for data in opt.sets or [name for name in SIZES if name != "coco128" or opt.coco128]:
+        for epochs in opt.budgets or BUDGETS[data]:
             for pipeline in opt.pipelines:
+                if pipeline == "scratch" and not opt.measure:
+                    prepare_scratch(opt.folder, data, epochs)
                 for seed in opt.seeds:
                     todo = commands(data, pipeline, epochs, seed, opt.weights)
                     if not opt.measure:

@@ -11,14 +11,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import common
-import torch
 from columns import PIPELINE, RESULTS, ROOT, Row, formatted
 from common import BEST, CUT, SPARSE
-from torch import nn
 
 from models import checkpoint
 from utils.errors import run_cli
-from utils.files import read_yaml_mapping, write_yaml
+from utils.files import write_yaml
 from utils.plots.style import BLUE, GREY, ORANGE, SKY, VERMILION, new_chart, save_figure
 from utils.slimming.cost import profile
 from utils.tables import text_table, write_csv
@@ -67,18 +65,9 @@ def commands(weights: Path) -> dict[str, str]:
 def prepare(folder: Path, coco128: Path) -> None:
     """Write scratch-*.pt (slim shapes with new weights), narrow.yaml (with as many FLOPs) and coco128/data.yaml."""
     for name in ("target", "blocks"):
-        torch.manual_seed(0)
-        cut = checkpoint.read(folder / CUT.format(name))
-        fresh = checkpoint.build(cut)
-        for module in fresh.modules():
-            if isinstance(module, (nn.Conv2d, nn.BatchNorm2d)):
-                module.reset_parameters()
-        fresh.detect.init_biases()
-        checkpoint.save(folder / f"scratch-{name}.pt", fresh, imgsz=320, data=cut["data"])
+        fresh = common.save_with_new_weights(folder / CUT.format(name), folder / f"scratch-{name}.pt")
     write_yaml(folder / "narrow.yaml", common.narrower_yaml(profile(fresh, 320).flops, len(fresh.names)))
-    names, images = read_yaml_mapping(ROOT / "data" / "coco128.yaml", "data")["names"], "images/train2017"
-    write_yaml(folder / "coco128" / "data.yaml",
-               {"path": str(coco128), "train": images, "val": images, "names": names})
+    common.write_coco128(folder, coco128)
 
 
 def picture(found: list[Row], path: Path) -> None:
