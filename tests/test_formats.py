@@ -131,10 +131,10 @@ def test_onnx_int8_keeps_the_head_in_float(weights, tiny, capsys):
     readers = {node.name: [n.name for n in graph.node if set(node.output) & set(n.input)] for node in graph.node}
     kinds = {node.name: node.op_type for node in graph.node}
     convs = [node for node in graph.node if node.op_type == "Conv"]
-    behind = quantized.behind_last(readers, [node.name for node in convs])
-    assert len(behind) > 20 and not {kinds[name] for name in behind} & {"QuantizeLinear", "DequantizeLinear"}
+    head = quantized.without_convolution_after(readers, [node.name for node in convs])  # the grid's places, too
+    assert len(head) > 20 and not {kinds[name] for name in head} & {"QuantizeLinear", "DequantizeLinear"}
     in_float = {node.name for node in convs if node.input[1] not in makers}  # else it is dequantized
-    last = {node.name for node in convs if set(readers[node.name]) & behind}
+    last = {node.name for node in convs if node.name in head}
     kept = {node.name for node in convs if "/model.0/" in node.name or "/model.2/m/" in node.name}
     assert len(last) == 3 and kept and in_float == last | kept
     assert {"Sigmoid", "Mul", "Concat"} <= {kinds[r] for node in graph.node if node.op_type == "DequantizeLinear"
@@ -172,13 +172,13 @@ def test_openvino_int8_keeps_the_head_in_float(weights, tiny):
     readers = {name: [t.get_node().get_friendly_name() for o in op.outputs() for t in o.get_target_inputs()]
                for name, op in ops.items()}
     convs = [name for name, op in ops.items() if op.get_type_name() == "Convolution"]
-    behind = quantized.behind_last(readers, convs)
-    kinds = [op.get_type_name() for name, op in ops.items() if name in behind]
+    head = quantized.without_convolution_after(readers, convs)
+    kinds = [op.get_type_name() for name, op in ops.items() if name in head]
     assert len(kinds) > 20 and "FakeQuantize" not in kinds
 
     in_float = {name for name in convs  # the weights of the others are int8, and go through a conversion
                 if ops[name].input(1).get_source_output().get_node().get_type_name() == "Constant"}
-    assert in_float == {name for name in convs if "/model.0/" in name or set(readers[name]) & behind}
+    assert in_float == {name for name in convs if "/model.0/" in name or name in head}
 
 
 def test_sensitivity_quantizes_once_for_every_stage(weights, tiny, monkeypatch, capsys):
@@ -216,16 +216,16 @@ def test_calibration_images_are_those_of_val_py(tiny):
 
 # The head, by position ------------------------------------------------------------------------------------------------
 
-def test_what_is_behind_the_last_convolutions():
+def test_the_head_is_what_no_convolution_follows():
     readers = {"in": ["c0"], "c0": ["a", "c1"], "a": ["c2"], "c1": ["x"], "x": ["out"], "c2": ["y"], "y": ["out"],
-               "k": ["y"], "out": []}
-    assert quantized.behind_last(readers, ["c0", "c1", "c2"]) == {"x", "y", "out"}
+               "grid": ["y"], "out": []}
+    assert quantized.without_convolution_after(readers, ["c0", "c1", "c2"]) == {"c1", "c2", "x", "y", "grid", "out"}
     deep = {str(i): [str(i + 1)] for i in range(5000)}
-    assert quantized.behind_last(deep, ["0", "4998"]) == {"4999", "5000"}
+    assert quantized.without_convolution_after(deep, ["0", "4998"]) == {"4998", "4999"}
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_behind_is_every_path_without_a_convolution(seed):
+def test_the_head_is_every_node_without_a_path_to_a_convolution(seed):
     rng = np.random.default_rng(seed)
     count = 12
     readers = {str(i): [str(j) for j in range(i + 1, count) if rng.random() < 0.2] for i in range(count)}
@@ -234,8 +234,8 @@ def test_behind_is_every_path_without_a_convolution(seed):
     def descendants(node: str) -> set[str]:
         return set(readers[node]).union(*(descendants(other) for other in readers[node]))
 
-    expected = set().union(*(descendants(c) for c in convs if not descendants(c) & set(convs)))
-    assert quantized.behind_last(readers, convs) == expected
+    expected = {node for node in readers if not descendants(node) & set(convs)}
+    assert quantized.without_convolution_after(readers, convs) == expected
 
 
 def test_modules_of_nodes():

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from models.formats.format import Decoded, ExportOptions, FileDetector, Format
-from models.formats.quantized import behind_last, matching_nodes
+from models.formats.quantized import matching_nodes, without_convolution_after
 from models.yolo import Model, fused
 from utils.errors import UserError
 from utils.files import atomic
@@ -53,13 +53,12 @@ def _trace(model: Model, path: Path, options: ExportOptions) -> None:
                           dynamic_axes=axes if options.dynamic else None, dynamo=False)
 
 
-def _decoding(graph: Any, heads: bool = False) -> set[str]:
-    """Names of the nodes behind the head's convolutions, and those of the convolutions where `heads` asks for it."""
+def _head(graph: Any) -> set[str]:
+    """Names of the head's nodes: its convolutions, and the decoding of boxes."""
     convolutions = [node.name for node in graph.node if node.op_type == "Conv"]
     readers = {node.name: [other.name for other in graph.node if set(node.output) & set(other.input)]
                for node in graph.node}
-    found = behind_last(readers, convolutions)
-    return found | {conv for conv in convolutions if set(readers[conv]) & found} if heads else found
+    return without_convolution_after(readers, convolutions)
 
 
 def _halved(written: Any) -> Any:
@@ -67,7 +66,9 @@ def _halved(written: Any) -> Any:
     from onnxruntime.transformers.float16 import convert_float_to_float16
     from onnxruntime.transformers.onnx_model import OnnxModel
 
-    halved = convert_float_to_float16(written, keep_io_types=True, node_block_list=sorted(_decoding(written.graph)))
+    head = _head(written.graph)
+    decoding = [node.name for node in written.graph.node if node.name in head and node.op_type != "Conv"]
+    halved = convert_float_to_float16(written, keep_io_types=True, node_block_list=decoding)
     OnnxModel(halved).topological_sort()  # the casts were put at the end
     return halved
 
@@ -94,7 +95,7 @@ def _quantize(path: Path, loaded: Any, options: ExportOptions) -> Path:
     _unshare(loaded.graph)
     onnx.save(loaded, path)
     nodes = (node.name for node in loaded.graph.node)
-    in_float = _decoding(loaded.graph, heads=True) | matching_nodes(nodes, options.keep)
+    in_float = _head(loaded.graph) | matching_nodes(nodes, options.keep)
     with _quiet():
         calibrator = create_calibrator(path, augmented_model_path=str(path.with_name("calibration.onnx")))
         calibrator.collect_data(Reader(options.calibration))

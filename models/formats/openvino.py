@@ -16,7 +16,7 @@ import torch
 
 from models.formats import onnx
 from models.formats.format import ExportOptions, FileDetector, Format
-from models.formats.quantized import behind_last, matching_nodes
+from models.formats.quantized import matching_nodes, without_convolution_after
 from models.yolo import Model
 from utils.errors import UserError, first_line
 from utils.files import atomic_folder
@@ -55,9 +55,7 @@ def _quantize(model: Any, options: ExportOptions) -> Any:
     readers = {op.get_friendly_name(): [target.get_node().get_friendly_name() for output in op.outputs()
                                         for target in output.get_target_inputs()] for op in ops}
     convolutions = [op.get_friendly_name() for op in ops if op.get_type_name() in ("Convolution", "GroupConvolution")]
-    in_float = behind_last(readers, convolutions)
-    in_float |= {conv for conv in convolutions if in_float.intersection(readers[conv])}
-    in_float |= matching_nodes(readers, options.keep)
+    in_float = without_convolution_after(readers, convolutions) | matching_nodes(readers, options.keep)
     data = nncf.Dataset(options.calibration)
     scope = nncf.IgnoredScope(names=sorted(in_float), validate=False)
     return nncf.quantize(model, data, preset=nncf.QuantizationPreset.MIXED, subset_size=len(options.calibration),

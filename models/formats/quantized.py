@@ -1,4 +1,4 @@
-"""What int8 leaves in float: everything behind the head's convolutions, and what the user names."""
+"""What int8 leaves in float: the head and everything that no convolution follows, and what the user names."""
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
@@ -7,31 +7,26 @@ from fnmatch import fnmatch
 from utils.errors import UserError
 
 
-def behind_last(readers: Mapping[str, Collection[str]], convolutions: Collection[str]) -> set[str]:
-    """The nodes of a graph that follow a convolution which no other convolution follows.
+def without_convolution_after(readers: Mapping[str, Collection[str]], convolutions: Collection[str]) -> set[str]:
+    """The nodes of a graph that no convolution follows: the head's convolutions and the decoding of boxes.
 
-    In a detector these convolutions are the head's, and what follows is the decoding of boxes: sums and squares of
-    pixels, which 256 steps can't tell apart. They are found by position, so names do not matter.
+    Decoding is sums and squares of pixels, which 256 steps can't tell apart. It includes what does not follow the head
+    but meets it there, the places of the grid: in steps of a 255th of its width a box would be half a pixel off.
+    The nodes are found by position, so names do not matter.
 
-    readers: node -> the nodes that read what it computes. The graph has no circle.
+    readers: node -> the nodes that read what it computes.
     """
-    following: dict[str, set[str]] = {}
-
-    def after(node: str) -> set[str]:
-        waiting = [node]
-        while waiting:  # without recursion: a network may be deeper than Python's stack
-            current = waiting[-1]
-            missing = [other for other in readers.get(current, ()) if other not in following]
-            if current not in following and missing:
-                waiting += missing
-                continue
-            waiting.pop()
-            direct = readers.get(current, ())
-            following[current] = set(direct).union(*(following[other] for other in direct))
-        return following[node]
-
-    last = [conv for conv in convolutions if not after(conv) & set(convolutions)]
-    return set().union(*(after(conv) for conv in last))
+    sources: dict[str, list[str]] = {}
+    for node, others in readers.items():
+        for other in others:
+            sources.setdefault(other, []).append(node)
+    before: set[str] = set()
+    waiting = list(convolutions)
+    while waiting:
+        new = set(sources.get(waiting.pop(), ())) - before
+        before |= new
+        waiting += new
+    return set(readers) - before
 
 
 def module_of(node: str) -> str:
