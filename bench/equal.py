@@ -3,15 +3,16 @@
     python bench/equal.py --voc BCCD_Dataset/BCCD --aquarium aquarium --coco128 coco128 --weights yolov5n.pt  # two days
 
 Every pipeline has the same number of epochs in all, its teacher's included. "narrow" is a narrower model from scratch,
-"scratch" the shape that blocks-16 finds with seed 0, from new weights. A run that is done is not run again; --seeds,
---sets, --budgets and --pipelines choose, --measure makes no run at all. Writes bench/results/equal.csv, a row per run
-that is done, beside those that it holds already: mAP50-95 on val of the last epoch, the mean of the last five epochs,
-the best; on test, of the last epoch, where there are test images; and the FLOPs that are left.
+"scratch" the shape that blocks-16 finds with seed 0 in as many epochs, from new weights. A run that is done is not run
+again; --seeds, --sets, --budgets and --pipelines choose, --measure makes no run at all. Writes bench/results/equal.csv,
+a row per run that is done, beside those that it holds already: mAP50-95 on val of the last epoch, the mean of the last
+five epochs, the best; on test, of the last epoch, where there are test images; and the FLOPs that are left.
 """
 from __future__ import annotations
 
 import csv
 from argparse import Namespace
+from itertools import product
 from pathlib import Path
 
 import common
@@ -32,7 +33,7 @@ BUDGETS = {"bccd": (30, 80), "aquarium": (30, 80), "coco128": (120,)}  # epochs 
 TARGET = "--target flops=0.5 --shrink"
 # Of prune.py, in the pipelines that have it.
 CUTS = {"three-commands": "--percent 0.5", "four-commands": "--target flops=0.5"}
-SCRATCH = "scratch-{}.pt"  # of a data set
+SCRATCH = "scratch-{}-{}.pt"  # of a data set and a number of epochs
 
 
 def stages(pipeline: str, epochs: int) -> list[tuple[str, int, str]]:
@@ -55,7 +56,7 @@ def stages(pipeline: str, epochs: int) -> list[tuple[str, int, str]]:
 
 def commands(data: str, pipeline: str, epochs: int, seed: int, weights: Path) -> dict[str, str]:
     """Product of a command -> command, in order. The last is the results.csv of the pipeline."""
-    made, before = {}, {"narrow": "", "scratch": SCRATCH.format(data)}.get(pipeline, str(weights))
+    made, before = {}, {"narrow": "", "scratch": SCRATCH.format(data, epochs)}.get(pipeline, str(weights))
     parts = stages(pipeline, epochs)
     for number, (script, length, flags) in enumerate(parts, 1):
         name = run_name(data, pipeline, epochs, seed) + (f"-{number}" if number < len(parts) else "")
@@ -104,12 +105,12 @@ def prepare(opt: Namespace) -> None:
 
 
 def prepare_scratch(folder: Path, data: str, epochs: int) -> None:
-    """scratch-<data>.pt: the shape of blocks-16's first run, with new weights."""
-    found = folder / SPARSE.format(run_name(data, "blocks-16", epochs, 0))
+    """The start of "scratch", where it is not there yet: the shape of blocks-16's first run, with new weights."""
+    found, start = folder / SPARSE.format(run_name(data, "blocks-16", epochs, 0)), folder / SCRATCH.format(data, epochs)
     if not found.is_file():
         raise UserError(f"scratch takes the shape of {found}, which is not there; run blocks-16 with seed 0 first")
-    if not (folder / SCRATCH.format(data)).is_file():
-        common.save_with_new_weights(found, folder / SCRATCH.format(data))
+    if not start.is_file():
+        common.save_with_new_weights(found, start)
 
 
 def main() -> None:
@@ -129,16 +130,14 @@ def main() -> None:
     prepare(opt)
     keys, rows = ("data", "epochs", "pipeline", "seed"), []
     for data in opt.sets or [name for name in SIZES if name != "coco128" or opt.coco128]:
-        for epochs in opt.budgets or BUDGETS[data]:
-            for pipeline in opt.pipelines:
-                if pipeline == "scratch" and not opt.measure:
+        for epochs, pipeline, seed in product(opt.budgets or BUDGETS[data], opt.pipelines, opt.seeds):
+            todo = commands(data, pipeline, epochs, seed, opt.weights)
+            if not opt.measure:
+                if pipeline == "scratch":
                     prepare_scratch(opt.folder, data, epochs)
-                for seed in opt.seeds:
-                    todo = commands(data, pipeline, epochs, seed, opt.weights)
-                    if not opt.measure:
-                        common.run_missing(todo, opt.folder)
-                    if all(common.is_done(opt.folder / product, command) for product, command in todo.items()):
-                        rows.append(measure(opt.folder, data, pipeline, epochs, seed))
+                common.run_missing(todo, opt.folder)
+            if all(common.is_done(opt.folder / made, command) for made, command in todo.items()):
+                rows.append(measure(opt.folder, data, pipeline, epochs, seed))
     rows = sorted(with_earlier("equal", rows, *keys), key=lambda row: [row[key] for key in keys])
     write_csv(RESULTS / "equal.csv", rows)
     print(text_table(*formatted(equal_rows(rows), EQUAL)))

@@ -42,6 +42,13 @@ def test_only_what_is_missing_runs_and_a_run_goes_into_its_own_folder(bench, tmp
     assert ran == ["train_sparsity.py --name b --exist-ok", "convert.py --out c"]
 
 
+def test_a_shape_from_scratch_starts_from_the_shape_of_its_own_budget_and_data(bench):
+    commands = bench("equal").commands
+    starts = {re.search(r"--weights '([^']+)'", command)[1] for data in ("bccd", "aquarium") for epochs in (30, 80)
+              for command in commands(data, "scratch", epochs, 0, Path("yolov5n.pt")).values()}
+    assert len(starts) == 4 and "yolov5n.pt" not in starts
+
+
 def test_the_pages_show_what_the_results_say(bench):
     """Nothing in a table is typed by hand: writing them again changes nothing."""
     readme = bench("readme")
