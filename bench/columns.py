@@ -26,7 +26,6 @@ SPEED = [("faster, torch", "torch", TIMES), ("faster, onnxruntime", "onnxruntime
 
 STAGES: Columns = [("model", "stage", str), MAP50, MAP, PARAMETERS, GFLOPS, ("MB", "mb", TWO),
                    ("ms an image", "ms", ONE)]
-PIPELINE: Columns = [("model", "model", str), MAP, PARAMETERS, GFLOPS, ("of dense", "flops_share", SHARE), *SPEED]
 PRUNING: Columns = [("cut", "cut", str), MAP, ("fine-tuned", "tuned", THREE), ("parameters", "parameters", SHARE),
                     ("FLOPs", "flops", SHARE), *SPEED]
 SPARSITY: Columns = [  # of the rows that share_rows() makes

@@ -9,20 +9,16 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from columns import ROOT, Row
-from torch import nn
 
 from models import checkpoint
-from models.config import read_yaml
 from models.speed import runtime_latency
 from models.yolo import Model, fused, on_device
 from utils.data.config import read_data
 from utils.data.loader import validation_loader
 from utils.errors import UserError
-from utils.files import read_yaml_mapping, write_yaml
 from utils.options import HelpfulParser
 from utils.slimming.cost import profile
 from utils.slimming.timing import latency
@@ -61,26 +57,6 @@ def slimming_commands(name: str, sparsify: str, cut: str, tune: str) -> dict[str
 def bccd_commands(voc: Path) -> dict[str, str]:
     """What makes bccd/data.yaml."""
     return {"bccd/data.yaml": f"data/scripts/voc_to_yolo.py --voc '{voc}' --out bccd"}
-
-
-def write_coco128(folder: Path, coco128: Path) -> None:
-    """Make coco128/data.yaml: trained and validated on the same images, as is usual."""
-    names, images = read_yaml_mapping(ROOT / "data" / "coco128.yaml", "data")["names"], "images/train2017"
-    write_yaml(folder / "coco128" / "data.yaml",
-               {"path": str(coco128), "train": images, "val": images, "names": names})
-
-
-def save_with_new_weights(shape: Path, path: Path) -> Model:
-    """A checkpoint of a slim checkpoint's shape, from scratch; returns the model."""
-    torch.manual_seed(0)
-    saved = checkpoint.read(shape)
-    fresh = checkpoint.build(saved)
-    for module in fresh.modules():
-        if isinstance(module, (nn.Conv2d, nn.BatchNorm2d)):
-            module.reset_parameters()
-    fresh.detect.init_biases()
-    checkpoint.save(path, fresh, imgsz=saved["imgsz"], data=saved["data"])
-    return fresh
 
 
 def stage_files(*names: str) -> dict[str, str]:
@@ -144,23 +120,6 @@ def measure(files: Mapping[str, str], folder: Path, flags: str = "", suffix: str
         rows.append({"stage": stage, "map50": metrics["metrics/mAP_0.5"], "map": metrics[MAP_KEY],
                      "parameters": cost.parameters, "flops": cost.flops, "mb": cost.megabytes})
     return [{**row, "ms": ms} for row, ms in zip(rows, latency(models, imgsz, runs=50))]
-
-
-def narrower_yaml(flops: int | float, nc: int) -> dict[str, Any]:
-    """yolov5n's yaml with the width whose FLOPs at 320 px are nearest to these, with `nc` classes."""
-    stock = read_yaml("yolov5n.yaml")
-    narrower = [{**stock, "width_multiple": width / 64} for width in range(4, 17)]
-    return min(narrower, key=lambda cfg: abs(profile(Model(cfg, nc=nc), 320).flops - flops))
-
-
-def compare(models: Mapping[str, Model], data: Path) -> list[Row]:
-    """A row per model: mAP50-95 on val, cost, and how many times faster than the first it is on one image."""
-    rows = []
-    for (name, model), speed in zip(models.items(), times_faster(list(models.values()))):
-        cost = profile(model, 320)
-        rows.append({"model": name, "map": map_on(model, data),
-                     "parameters": cost.parameters, "flops": cost.flops, **speed})
-    return rows
 
 
 def map_on(model: Model, data: Path, split: str = "val", imgsz: int = 320) -> float:

@@ -14,12 +14,16 @@ import csv
 from argparse import Namespace
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import common
-from columns import EQUAL, PIPELINES, RESULTS, Row, equal_rows, formatted, with_earlier
+import torch
+from columns import EQUAL, PIPELINES, RESULTS, ROOT, Row, equal_rows, formatted, with_earlier
 from common import CUT, MAP_KEY, SPARSE
+from torch import nn
 
 from models import checkpoint
+from models.config import read_yaml
 from models.pruning import model_pruner
 from models.yolo import Model
 from utils.data.config import read_data
@@ -94,14 +98,23 @@ def measure(folder: Path, data: str, pipeline: str, epochs: int, seed: int) -> R
 def prepare(opt: Namespace) -> None:
     """A data.yaml per set, and narrow.yaml, with half of the FLOPs, in the experiment's folder."""
     common.run_missing(common.bccd_commands(opt.voc), opt.folder)
-    if opt.coco128:
-        common.write_coco128(opt.folder, opt.coco128)
+    if opt.coco128:  # trained and validated on the same images, as is usual
+        names = read_yaml_mapping(ROOT / "data" / "coco128.yaml", "data")["names"]
+        write_yaml(opt.folder / "coco128" / "data.yaml",
+                   {"path": str(opt.coco128), **dict.fromkeys(("train", "val"), "images/train2017"), "names": names})
     names = read_yaml_mapping(opt.aquarium / "data.yaml", "--aquarium")["names"]
     write_yaml(opt.folder / "aquarium" / "data.yaml",
                {"path": str(opt.aquarium), "train": "images/train", "val": "images/val", "test": "images/test",
                 "names": names})
     whole = profile(Model("yolov5n.yaml", nc=len(names)), 320).flops
-    write_yaml(opt.folder / "narrow.yaml", common.narrower_yaml(whole / 2, len(names)))
+    write_yaml(opt.folder / "narrow.yaml", narrower_yaml(whole / 2, len(names)))
+
+
+def narrower_yaml(flops: int | float, nc: int) -> dict[str, Any]:
+    """yolov5n's yaml with the width whose FLOPs at 320 px are nearest to these, with `nc` classes."""
+    stock = read_yaml("yolov5n.yaml")
+    narrower = [{**stock, "width_multiple": width / 64} for width in range(4, 17)]
+    return min(narrower, key=lambda cfg: abs(profile(Model(cfg, nc=nc), 320).flops - flops))
 
 
 def prepare_scratch(folder: Path, data: str, epochs: int) -> None:
@@ -110,7 +123,18 @@ def prepare_scratch(folder: Path, data: str, epochs: int) -> None:
     if not found.is_file():
         raise UserError(f"scratch takes the shape of {found}, which is not there; run blocks-16 with seed 0 first")
     if not start.is_file():
-        common.save_with_new_weights(found, start)
+        save_with_new_weights(checkpoint.read(found), start)
+
+
+def save_with_new_weights(saved: dict[str, Any], path: Path) -> None:
+    """A checkpoint of the shape of one that was read, from scratch."""
+    torch.manual_seed(0)
+    fresh = checkpoint.build(saved)
+    for module in fresh.modules():
+        if isinstance(module, (nn.Conv2d, nn.BatchNorm2d)):
+            module.reset_parameters()
+    fresh.detect.init_biases()
+    checkpoint.save(path, fresh, imgsz=saved["imgsz"], data=saved["data"])
 
 
 def main() -> None:

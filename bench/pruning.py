@@ -1,6 +1,6 @@
 """What each flag of prune.py does to one sparse model on BCCD: mAP after the cut and after fine-tuning, and speed.
 
-    python bench/pruning.py --voc BCCD_Dataset/BCCD --weights yolov5n.pt       # half an hour, after bench/sparsity.py
+    python bench/pruning.py --voc BCCD_Dataset/BCCD --weights yolov5n.pt       # an hour, after bench/sparsity.py
 
 The sparse model is a run of bench/sparsity.py, which is made if it is missing. A run that is done is not run again.
 Writes bench/results/pruning.csv, a row per cut.
@@ -17,17 +17,21 @@ from sparsity import RUNS
 
 from models import checkpoint
 from utils.errors import run_cli
+from utils.slimming.cost import profile
 from utils.tables import text_table, write_csv
 
 SOURCE = "share0.5-seed0"
-FLAGS = {"default": "", "joint": "--shortcuts joint", "per-flop": "--per-flop", "round-8": "--round-to 8",
-         "round-16": "--round-to 16", "absorb": "--absorb", "recalibrate": "--recalibrate 128"}
-# Name of a cut -> its flags.
-CUTS = {f"{name}-{percent:g}": f"--percent {percent:g} {flags}"
-        for percent in (0.3, 0.5, 0.65, 0.8) for name, flags in FLAGS.items()}
-# The cuts that are fine-tuned. At 30% and 50% only zeros go, and most flags make the same model.
-TUNED = ("default-0.5", "joint-0.5", "round-8-0.5", "default-0.65", "joint-0.65", "per-flop-0.65", "round-8-0.65",
-         "round-16-0.65", "absorb-0.65", "recalibrate-0.65", "default-0.8", "per-flop-0.8")
+# Name of a run -> flags of prune.py, flags of finetune_pruned.py (None: it is not fine-tuned). At 50% only zeros go,
+# and most flags make the same model.
+CUTS = {"half": ("--percent 0.5", ""), "half-joint": ("--percent 0.5 --shortcuts joint", ""),
+        "half-recalibrate": ("--percent 0.5 --recalibrate 128", None),
+        "half-8": ("--percent 0.5 --round-to 8", ""), "half-16": ("--percent 0.5 --round-to 16", ""),
+        "more": ("--percent 0.65", ""), "more-at-once": ("--percent 0.65", "--no-gradual --teacher none"),
+        "more-gamma": ("--percent 0.65 --score gamma", ""), "more-joint": ("--percent 0.65 --shortcuts joint", ""),
+        "more-per-flop": ("--percent 0.65 --per-flop", ""), "more-8": ("--percent 0.65 --round-to 8", ""),
+        "more-16": ("--percent 0.65 --round-to 16", ""), "more-absorb": ("--percent 0.65 --absorb", None),
+        "more-recalibrate": ("--percent 0.65 --recalibrate 128", None),
+        "more-reconstruct": ("--percent 0.65 --reconstruct", "")}
 
 
 def commands(weights: Path) -> dict[str, str]:
@@ -36,28 +40,28 @@ def commands(weights: Path) -> dict[str, str]:
     train = f"{data} --nbs 16 --adam --cache ram --workers 2 --noplots"
     made = {f"runs/train/{SOURCE}/gammas.npy":
             f"train_sparsity.py {RUNS[SOURCE]} --weights '{weights}' --epochs 40 {train} --name {SOURCE}"}
-    for name, flags in CUTS.items():
+    for name, (flags, _) in CUTS.items():
         made[CUT.format(name)] = f"prune.py --weights {SPARSE.format(SOURCE)} {flags} {data} --noval --name {name}"
-    for name in TUNED:
-        made[f"runs/train/{name}/results.csv"] = (
-            f"finetune_pruned.py --weights {CUT.format(name)} --epochs 20 {train} --name {name}")
+    for name, (_, tune) in CUTS.items():
+        if tune is not None:
+            made[f"runs/train/{name}/results.csv"] = (
+                f"finetune_pruned.py --weights {CUT.format(name)} --epochs 20 {train} {tune} --name {name}")
     return made
 
 
 def measure(folder: Path, made: dict[str, str]) -> list[Row]:
     """The sparse model's row, then a row per cut. The figure of a fine-tuning that is not done is empty."""
-    files = {"sparse": SPARSE.format(SOURCE), **{name: CUT.format(name) for name in CUTS}}
-    models = {name: checkpoint.load(folder / file) for name, file in files.items()}
-    found = common.compare(models, folder / "bccd" / "data.yaml")
-    rows = []
-    for row in found:
-        tuned = f"runs/train/{row['model']}/results.csv"
+    titles = {name: f"{cut}, then {tune}" if tune else cut for name, (cut, tune) in CUTS.items()}
+    models = [checkpoint.load(folder / file) for file in (SPARSE.format(SOURCE), *map(CUT.format, CUTS))]
+    rows: list[Row] = []
+    for name, model, speed in zip(("none", *CUTS), models, common.times_faster(models)):
+        cost, tuned = profile(model, 320), f"runs/train/{name}/results.csv"
         done = tuned in made and common.is_done(folder / tuned, made[tuned])
-        rows.append({"cut": row["model"], "map": row["map"],
+        rows.append({"cut": titles.get(name, name), "map": common.map_on(model, folder / "bccd" / "data.yaml"),
                      "tuned": float(common.last_epoch(folder / tuned)[common.MAP_KEY]) if done else "",
-                     **{key: row[key] / found[0][key] for key in ("parameters", "flops")},
-                     **{key: row[key] for key in ("torch", "onnxruntime")}})
-    return rows
+                     "parameters": cost.parameters, "flops": cost.flops, **speed})
+    whole = {key: rows[0][key] for key in ("parameters", "flops")}
+    return [{**row, **{key: row[key] / whole[key] for key in whole}} for row in rows]
 
 
 def main() -> None:

@@ -24,7 +24,7 @@ MARK, END = r"<!-- table ([\w ]+) -->\n", "<!-- /table -->"
 WAYS = {"l1": ("--sr {sr}", 50), "blocks": ("--target-sparsity 0.55", 55),
         "target": ("--target-sparsity 0.5 --round-to 1", 50)}
 
-MAIN = ("dense", "blocks-16", "teacher", "narrow", "three-commands")  # pipelines of the READMEs: at most ten rows
+MAIN = ("dense", "blocks-16", "teacher", "narrow", "scratch")  # pipelines of the READMEs: at most ten rows
 
 # Words of headers and cells; the longest one that fits is taken.
 CHINESE = {"ms an image": "每张毫秒", "parameters": "参数量", "precision": "精度", "epochs in all": "总轮数",
@@ -94,7 +94,6 @@ def tables(chinese: bool = False) -> dict[str, str]:
              "bccd val": (bccd_rows("val"), columns.STAGES), "bccd test": (bccd_rows("test"), columns.STAGES),
              "sparsity": (columns.share_rows(sparsity), columns.SPARSITY),
              "l1": (columns.l1_rows(sparsity), columns.L1), "pruning": (read_results("pruning"), columns.PRUNING),
-             "pipeline": (read_results("pipeline"), columns.PIPELINE),
              "equal": (columns.equal_rows(equal), columns.EQUAL),
              "equal main": (columns.equal_rows(main), columns.EQUAL),
              "absorb": (read_results("absorb"), columns.ABSORB),

@@ -43,7 +43,8 @@ def commands(name: str, weights: Path, epochs: int) -> dict[str, str]:
     train = (f"--data bccd/data.yaml --imgsz 320 --epochs {epochs} --batch-size 16 --nbs 16 "
              "--cache ram --workers 2 --noplots")
     sparsify, share = f"{RUNS[name]} --weights '{weights}' {train}", RUNS[name].split()[1]
-    steps = common.slimming_commands(name, sparsify, f"--percent {share} --noval", f"--adam {train}")
+    cut, tune = f"--percent {share} --score gamma --noval", f"--adam {train} --teacher none --no-gradual"
+    steps = common.slimming_commands(name, sparsify, cut, tune)
     return steps if name in TUNED else dict(list(steps.items())[:1])
 
 

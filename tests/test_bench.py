@@ -95,7 +95,7 @@ def test_a_figure_comes_back_from_a_csv_as_it_was_written(bench, tmp_path, monke
 def test_every_fine_tuned_run_of_the_tables_is_among_the_runs(bench):
     sparsity, pruning = bench("sparsity"), bench("pruning")
     assert set(sparsity.TUNED) <= set(sparsity.RUNS)
-    assert pruning.SOURCE in sparsity.RUNS and set(pruning.TUNED) <= set(pruning.CUTS)
+    assert pruning.SOURCE in sparsity.RUNS
     made = list(sparsity.commands("share0.55-round16-seed1", Path("w.pt"), 40).values())
     assert [command.split()[0] for command in made] == ["train_sparsity.py", "prune.py", "finetune_pruned.py"]
     assert "--percent 0.55 " in made[1]

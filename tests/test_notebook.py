@@ -4,6 +4,9 @@ from __future__ import annotations
 import ast
 import json
 import re
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,6 +31,19 @@ def test_the_cells_parse_and_hold_no_outputs():
         ast.parse(cell)
     for cell in json.loads(FILE.read_text(encoding="utf-8"))["cells"]:
         assert not cell.get("outputs") and not cell.get("execution_count")
+
+
+def test_outside_of_a_clone_it_asks_for_the_address_and_clones(tmp_path, monkeypatch):
+    """In Colab there is no clone; the notebook can't know from which address it was opened."""
+    cell, ran = sources("code")[0], []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    with pytest.raises(ValueError, match="give REPOSITORY"):
+        exec(cell, {})
+    monkeypatch.setattr(subprocess, "run", lambda command, check: ran.append(command))
+    exec(cell.replace('REPOSITORY = ""', 'REPOSITORY = "https://host/fork"'), {})
+    assert [command[:2] for command in ran] == [["git", "clone"], [sys.executable, "-m"]]
+    assert "https://host/fork" in ran[0] and Path.cwd() == tmp_path / "yolov5-slimming/runs/tutorial"
 
 
 def test_the_commands_are_ones_that_the_scripts_know():
