@@ -39,6 +39,7 @@ EQUAL: Columns = [  # of the rows that equal_rows() makes
     ("data", "data", str), ("epochs in all", "epochs", str), ("commands", "pipeline", str), ("runs", "runs", str),
     ("mAP50-95 on val", "map", str), ("mean of the last five epochs", "mean5", str), ("on test", "test", str),
     ("FLOPs left", "flops", SHARE)]
+EQUAL_MAIN: Columns = [column for column in EQUAL if column[1] not in ("epochs", "mean5")]  # of the READMEs
 PIPELINES = {  # of bench/equal.py -> title
     "dense": "train.py", "blocks-8": "train_sparsity.py --target flops=0.5 --shrink --round-to 8",
     "blocks-16": "train_sparsity.py --target flops=0.5 --shrink --round-to 16",
@@ -55,6 +56,10 @@ ENGINE: Columns = [("model", "model", str), ("by", "method", str), ("seconds", "
 DEVICE: Columns = [("model", "model", str), ("format", "format", str), ("precision", "precision", str),
                    ("MB", "MB", TWO), ("mAP50-95", "mAP50-95", THREE), ("ms an image", "ms", ONE),
                    ("faster", "faster", TIMES)]
+DEVICE_PAIRS: Columns = [  # of the rows that device_pairs() makes
+    ("format", "format", str), ("precision", "precision", str), ("dense: MB", "dense MB", TWO),
+    ("mAP50-95", "dense mAP50-95", THREE), ("ms an image", "dense ms", ONE), ("slim: MB", "slim MB", TWO),
+    ("mAP50-95", "slim mAP50-95", THREE), ("ms an image", "slim ms", ONE), ("faster", "faster", TIMES)]
 INT8: Columns = [("images", "split", str), ("runtime", "runtime", str), ("models", "models", str),
                  ("mAP50-95", "map", THREE), ("against fp32", "loss", "{:+.4f}".format)]  # of int8_rows()
 RUNTIMES: Columns = [  # of the rows that runtime_rows() makes
@@ -151,6 +156,15 @@ def runtime_rows(rows: Sequence[Row]) -> list[Row]:
                                       "precision": row["precision"]})
         line[row["block"]] = first[row["model"]] / row["ms"]
     return list(found.values())
+
+
+def device_pairs(rows: Sequence[Row]) -> list[Row]:
+    """benchmarks.csv's rows, the dense and the slim model side by side: how much faster slim is in each format."""
+    found: dict[tuple[str, str], Row] = {}
+    for row in rows:
+        pair = found.setdefault((row["format"], row["precision"]), {key: row[key] for key in ("format", "precision")})
+        pair |= {f"{row['model']} {key}": row[key] for key in ("MB", "mAP50-95", "ms")}
+    return [{**pair, "faster": pair["dense ms"] / pair["slim ms"]} for pair in found.values()]
 
 
 def int8_rows(rows: Sequence[Row]) -> list[Row]:

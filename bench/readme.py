@@ -35,6 +35,7 @@ CHINESE = {"ms an image": "每张毫秒", "parameters": "参数量", "precision"
            "the four commands, a third of the epochs each: --target flops=0.5, with teacher":
                "四条命令，每次训练三分之一轮数：--target flops=0.5，带教师",
            "train.py, a narrower model from scratch": "train.py，更窄的模型，从头训练",
+           "train.py, the slim shape from scratch": "train.py，剪枝后的结构，从头训练",
            "the three commands of the L1 rule": "L1 规则的三条命令",
            "data": "数据集",
            "format": "格式", "faster": "加速比", "model": "模型", ": sparse": "：稀疏训练后",
@@ -60,7 +61,8 @@ def summary(chinese: bool = False) -> str:
     def runs(data: str, pipeline: str) -> str:
         found = [row for row in equal if (row["data"], row["pipeline"]) == (data, pipeline)]
         text = spread(found, "map")
-        return (f"{text.replace(' to ', '～')}（{len(found)} 次运行）" if chinese else f"{text}, {len(found)} runs")
+        return (text.replace(" to ", "～").replace(" (", "（").replace(")", f"，{len(found)} 次运行）") if chinese
+                else text.replace(")", f", {len(found)} runs)"))
 
     before, after, before_aquarium, after_aquarium = (
         runs(data, pipeline) for data in ("bccd", "aquarium") for pipeline in ("dense", "blocks-16"))
@@ -68,16 +70,18 @@ def summary(chinese: bool = False) -> str:
     slow, fp32, int8 = front["dense", "fp32"], front["slim", "fp32"], front["slim", "int8"]
     faster, fastest = slow["ms"] / fp32["ms"], slow["ms"] / int8["ms"]
     if chinese:
-        return ("yolov5n，总共 80 轮，验证集 mAP50-95。"
-                f"BCCD（320 px）：稠密模型 {before}；FLOPs 剩一半的模型 {after}。\n"
-                f"aquarium（416 px）上精度有损失：稠密模型 {before_aquarium}；剪枝后 {after_aquarium}。\n"
-                f"BCCD 上两个 CPU 线程、逐张推理时，OpenVINO 加速 {faster:.2f}×，"
-                f"用 int8 加速 {fastest:.2f}×（mAP50-95 {int8['mAP50-95']:.3f}）。")
-    return (f"yolov5n, 80 epochs in all, mAP50-95 on val. BCCD at 320 px: dense {before};\n"
-            f"with half of the FLOPs {after}. Aquarium at 416 px, where they cost accuracy:\n"
-            f"dense {before_aquarium}; with half of them {after_aquarium}.\n"
-            f"On BCCD in OpenVINO, one image at a time, two threads: {faster:.2f} times faster, in int8 "
-            f"{fastest:.2f} times (mAP50-95 {int8['mAP50-95']:.3f}).")
+        return (f"- yolov5n，BCCD，320 px，总共 80 轮，验证集 mAP50-95：稠密模型 {before}，\n"
+                f"  FLOPs 减半后 {after}。\n"
+                f"- aquarium，416 px，轮数相同，精度有损失：稠密模型 {before_aquarium}，\n"
+                f"  FLOPs 减半后 {after_aquarium}。\n"
+                f"- BCCD 上用 OpenVINO 逐张推理，两个 CPU 线程：速度是稠密模型的 {faster:.2f} 倍，"
+                f"int8 为 {fastest:.2f} 倍（mAP50-95 {int8['mAP50-95']:.3f}）。")
+    return (f"- yolov5n on BCCD, 320 px, 80 epochs in all: mAP50-95 on val {before} dense,\n"
+            f"  {after} with half of the FLOPs.\n"
+            f"- On aquarium, 416 px, as many epochs, that costs accuracy: {before_aquarium} dense,\n"
+            f"  {after_aquarium} with half of the FLOPs.\n"
+            f"- BCCD in OpenVINO, one image at a time, two threads: {faster:.2f} times as fast as dense, in int8 "
+            f"{fastest:.2f} times\n  (mAP50-95 {int8['mAP50-95']:.3f}).")
 
 
 def translated(text: str) -> str:
@@ -88,16 +92,17 @@ def translated(text: str) -> str:
 
 def tables(chinese: bool = False) -> dict[str, str]:
     """Name of a mark -> what stands behind it."""
-    sparsity, equal = read_results("sparsity"), read_results("equal")
+    sparsity, equal, benchmarks = read_results("sparsity"), read_results("equal"), read_results("benchmarks")
     main = [row for row in equal if row["epochs"] == 80 and row["pipeline"] in MAIN]
     found = {"demo": (read_results("demo"), columns.STAGES), "engine": (read_results("engine"), columns.ENGINE),
              "bccd val": (bccd_rows("val"), columns.STAGES), "bccd test": (bccd_rows("test"), columns.STAGES),
              "sparsity": (columns.share_rows(sparsity), columns.SPARSITY),
              "l1": (columns.l1_rows(sparsity), columns.L1), "pruning": (read_results("pruning"), columns.PRUNING),
              "equal": (columns.equal_rows(equal), columns.EQUAL),
-             "equal main": (columns.equal_rows(main), columns.EQUAL),
+             "equal main": (columns.equal_rows(main), columns.EQUAL_MAIN),
              "absorb": (read_results("absorb"), columns.ABSORB),
-             "device": (read_results("benchmarks"), columns.DEVICE),
+             "device": (benchmarks, columns.DEVICE),
+             "device pairs": (columns.device_pairs(benchmarks), columns.DEVICE_PAIRS),
              "int8": (columns.int8_rows(read_results("int8")), columns.INT8),
              "runtimes": (columns.runtime_rows(read_results("runtimes")), columns.RUNTIMES),
              "speed": (read_results("speed"), columns.SPEED_OF_USE), "scale": (read_results("scale"), columns.SCALE),

@@ -75,6 +75,21 @@ def test_a_table_in_chinese_has_the_same_figures(bench):
     assert [re.findall(r"[\d.]+", row) for row in english] == [re.findall(r"[\d.]+", row) for row in chinese]
 
 
+def test_a_row_of_pairs_compares_the_models_in_one_format(bench):
+    row = {"precision": "fp32", "MB": 2.0, "mAP50-95": 0.5}
+    dense, slim = ({**row, "model": model, "format": "ncnn", "ms": ms} for model, ms in (("dense", 9.0), ("slim", 6.0)))
+    pair, = bench("columns").device_pairs([dense, slim])
+    assert (pair["format"], pair["dense ms"], pair["slim ms"], pair["faster"]) == ("ncnn", 9.0, 6.0, 1.5)
+
+
+def test_no_phrase_of_the_pages_is_left_half_translated(bench):
+    """A title that gets a new word must get its phrase in CHINESE."""
+    tables = bench("readme").tables(chinese=True)
+    cells = [cell for name in ("equal main", "device pairs") for cell in tables[name].split("|")]
+    mixed = re.compile(r"(?=.*[\u4e00-\u9fff]).*\b(the|of|from|an?)\b")
+    assert not [cell for cell in cells if mixed.match(cell)]
+
+
 def test_phrases_are_translated_whole_and_names_of_files_stay(bench):
     translated = bench("readme").translated
     assert translated("the three commands of the L1 rule, --sr 0.0001") == "L1 规则的三条命令, --sr 0.0001"
