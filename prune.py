@@ -136,8 +136,8 @@ def write(result: PruneResult[Model], opt: Namespace, source: dict[str, Any]) ->
     carried |= {"parent": str(Path(opt.weights).resolve()), "gradual": not (result.small_gammas or opt.reconstruct)}
     checkpoint.save(folder / OUTPUT, result.slim, imgsz=opt.imgsz, command=command_line(), **carried,
                     metrics={"difference": result.difference, "percent": result.achieved})
-    plot_gammas(result.gammas.numpy(), folder / "gammas.png", threshold=result.threshold, percent=result.achieved,
-                title="BatchNorm scales before the cut")
+    plot_gammas(result.gammas.numpy(), folder / "gammas.png", cut=~result.kept.numpy(),
+                title=f"BatchNorm scales before the cut; channels are ranked by {result.score}")
     plot_kept(result.layers, folder / "channels.png")
     if Path(OUTPUT).exists():
         print(f"note: {OUTPUT} was there and is replaced; every run keeps its own copy ({folder / OUTPUT})")
@@ -148,12 +148,12 @@ def write(result: PruneResult[Model], opt: Namespace, source: dict[str, Any]) ->
     return folder
 
 
-def write_page(folder: Path, opt: Namespace, stages: list[dict[str, Any]], costs: list[dict[str, Any]],
+def write_page(folder: Path, opt: Namespace, score: str, stages: list[dict[str, Any]], costs: list[dict[str, Any]],
                pairs: list[tuple[str, list[np.ndarray]]]) -> None:
-    """report.html, the run as one file."""
+    """report.html, the run as one file. score: what the channels were ranked by."""
     asked = "{}={:g}".format(*opt.target) if opt.target else f"{opt.percent:.1%} of the prunable channels"
     drawn = {"BatchNorm scales": folder / "gammas.png", "Channels kept": folder / "channels.png"}
-    Page(f"Pruned: {Path(opt.weights).name}", [f"Asked: {asked}. Before any fine-tuning."],
+    Page(f"Pruned: {Path(opt.weights).name}", [f"Asked: {asked}, ranked by {score}. Before any fine-tuning."],
          {"Stages": stages, "Cost": costs}, drawn, pairs, [command_line()]).write(folder / "report.html")
 
 
@@ -198,7 +198,7 @@ def main(argv: list[str] | None = None) -> Path:
         "command": command_line(), "weights": str(opt.weights), "data": opt.data, "imgsz": opt.imgsz,
         "requested": dict([opt.target]) if opt.target else opt.percent, **result.report, "stages": stages,
         "cost": costs, "threads": torch.get_num_threads(), "device": str(device), "lineage": lineage})
-    write_page(folder, opt, stages, costs, pairs)
+    write_page(folder, opt, result.score, stages, costs, pairs)
     print(f"Slim model: {folder / OUTPUT} (and {OUTPUT}); report.html and pictures in {folder}")
     return folder
 

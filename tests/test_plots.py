@@ -14,6 +14,7 @@ import pytest
 import torch
 from matplotlib import MatplotlibDeprecationWarning
 
+from utils.plots import slimming
 from utils.plots.detections import (
     MAX_SIDE,
     detections_to_targets,
@@ -172,11 +173,27 @@ def test_results(tmp_path: Path, header: str, rows: list[str], charts: int) -> N
     assert height == round(2.7 * DPI) * -(-charts // 3)
 
 
-@pytest.mark.parametrize("size,threshold", [(1, 0.0), (2, None), (5000, 0.1), (50, 30.0)])
-def test_gammas(tmp_path: Path, rng: np.random.Generator, size: int, threshold: float | None) -> None:
+@pytest.mark.parametrize("size", [1, 2, 50, 5000])
+def test_gammas(tmp_path: Path, rng: np.random.Generator, size: int) -> None:
     gammas = np.abs(np.r_[np.zeros(size // 2), rng.normal(1, 0.1, size - size // 2)])
-    compare = 0 * gammas if size > 50 else None
-    check(plot_gammas(gammas, tmp_path / "g.png", threshold, 0.5, "title $", compare, ("dense", "sr 红")))
+    check(plot_gammas(gammas, tmp_path / "g.png", title="title $"))
+    check(plot_gammas(gammas, tmp_path / "g.png", compare=0 * gammas, labels=("dense", "sr 红")))
+    for cut in (gammas == 0, gammas > 0, gammas < 2, gammas > 2, rng.random(size) < 0.5):
+        check(plot_gammas(gammas, tmp_path / "g.png", cut))
+
+
+@pytest.mark.parametrize("cut,expected", [
+    ([True, True, False, False], ["threshold 0.2", "kept: 2 channels (50.0%)", "cut: 2 channels (50.0%)"]),
+    ([True, False, True, False], ["kept: 2 channels (50.0%)", "cut: 2 channels (50.0%)"]),
+    ([False] * 4, ["kept: 4 channels", "cut: 0 channels (0.0%)"])])
+def test_a_threshold_is_marked_only_where_it_separates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                       cut: list[bool], expected: list[str]) -> None:
+    """Channels that are ranked by something else than gamma have none: most that are kept may be below it."""
+    shown: list[str] = []
+    monkeypatch.setattr(slimming, "save_figure", lambda figure, path: shown.extend(
+        text.get_text() for text in figure.axes[0].get_legend().get_texts()) or path)
+    plot_gammas(np.array([0.1, 0.2, 0.3, 0.4]), tmp_path / "g.png", np.array(cut))
+    assert shown == expected
 
 
 def test_gammas_with_strays(tmp_path: Path) -> None:
@@ -243,7 +260,7 @@ folder, names = Path(r"{tmp_path}"), {{0: "a", 1: "b"}}
 training.plot_labels(np.full((4, 5), 0.5), names, folder / "a.png")
 detections.plot_confusion(np.eye(3), names, folder / "b.png")
 detections.plot_metric_curve(np.linspace(0, 1, 9), np.ones((2, 9)), ["a", "b"], folder / "c.png", "F1")
-slimming.plot_gammas(np.ones(9), folder / "d.png", 0.5, 0.5)
+slimming.plot_gammas(np.ones(9), folder / "d.png", np.ones(9, bool))
 slimming.plot_gamma_history({{"a": [np.ones(9)]}}, folder / "e.png")
 slimming.plot_kept([{{"layer": "a", "original": 4, "remaining": 2, "prunable": True}}], folder / "f.png")
 slimming.plot_stages({STAGES!r}, folder / "g.png")

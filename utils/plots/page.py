@@ -23,8 +23,9 @@ body { margin: 0 auto; max-width: 60rem; padding: 1rem; font: 16px/1.5 system-ui
 h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2rem }
 img { max-width: 100%; height: auto; border-radius: 4px; background: #fff }
 figure { margin: 0 0 1.5rem } figcaption { font-size: .9rem; opacity: .8 }
-.wide { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums; white-space: nowrap }
-th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--line); text-align: right }
+.wide { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums; white-space: nowrap;
+                                   font-size: .9rem }
+th, td { padding: .3rem .6rem; border-bottom: 1px solid var(--line); text-align: right }
 th:first-child, td:first-child { text-align: left }
 pre { background: var(--soft); padding: .8rem; overflow-x: auto; border-radius: 4px; font-size: .85rem }
 .pair { display: grid; grid-template-columns: 1fr 1fr; gap: .5rem }

@@ -34,48 +34,44 @@ if TYPE_CHECKING:
 STAGES = (GREY, SKY, ORANGE, BLUE, GREEN, PINK)  # in the order of a run; a seventh stage is grey again
 
 
-def plot_gammas(gammas: np.ndarray, path: str | Path, threshold: float | None = None, percent: float | None = None,
+def plot_gammas(gammas: np.ndarray, path: str | Path, cut: np.ndarray | None = None,
                 title: str = "BatchNorm scales of the prunable channels", compare: np.ndarray | None = None,
                 labels: tuple[str, str] = ("before", "after")) -> Path:
     """Histogram of the |gamma| of all prunable channels.
 
     The counts have a logarithmic axis, so that both a peak at 0 and a flat bell are visible.
 
-    gammas: (channels,) |gamma|. threshold: draws a line and states the share of channels below it. percent: the share
-    of channels (0..1) that is cut, stated beside the line. compare: (channels,) |gamma| of a second model, drawn as an
-    outline. labels: names of `gammas` and `compare` for the legend.
+    gammas: (channels,) |gamma|. cut: (channels,) bool, the channels that are cut, in their own colour; a line marks the
+    threshold where one separates them from those that are kept. compare: (channels,) |gamma| of a second model, drawn
+    as an outline, with `labels` as the names of `gammas` and `compare`. Give `cut` or `compare`, not both.
     """
     figure, ax = new_chart(9, 4.2, title, "|gamma|", "channels (log scale)")
     high = _upper_end([gammas] if compare is None else [gammas, compare])
-    if threshold is not None:
-        high = max(high, 1.04 * threshold)
+    if cut is None:
+        parts = [(gammas, labels[0], BLUE if compare is None else SKY)]
+    else:
+        parts = [(gammas[~cut], "kept", BLUE), (gammas[cut], "cut", VERMILION)]
+        if cut.any() and not cut.all() and (threshold := gammas[cut].max()) < gammas[~cut].min():
+            high = max(high, 1.04 * threshold)
+            ax.axvline(threshold, color=VERMILION, linewidth=1.6, linestyle="--", label=f"threshold {threshold:.3g}")
     bins = np.linspace(0, high, 101).tolist()
-    ax.hist(np.minimum(gammas, high, dtype=float), bins, color=BLUE if compare is None else SKY,
-            label=f"{readable(labels[0])} ({len(gammas):,} channels)")
+    for values, label, colour in parts:
+        ax.hist(np.minimum(values, high, dtype=float), bins, color=colour, alpha=1 if cut is None else 0.6,
+                label=f"{readable(label)}: {_channels(len(values), len(gammas))}")
     if compare is not None:
         ax.hist(np.minimum(compare, high, dtype=float), bins, histtype="step", color=INK, linewidth=1.5,
-                label=f"{readable(labels[1])} ({len(compare):,} channels)")
+                label=f"{readable(labels[1])}: {_channels(len(compare), len(compare))}")
+    if cut is not None or compare is not None:
         ax.legend(loc="upper right", frameon=False, fontsize=9)
     ax.set_yscale("log")
     # The axis starts at one half, so that the bar of a single channel has a height.
     ax.set_ylim(0.5, max(10.0, 4.0 * ax.dataLim.y1))
     ax.set_xlim(-0.01 * high, high)
-    if threshold is not None:
-        _mark_threshold(ax, threshold, float(np.mean(gammas < threshold)), percent)
     return save_figure(figure, path)
 
 
-def _mark_threshold(ax: Axes, threshold: float, below: float, percent: float | None) -> None:
-    """Mark the threshold by a line, shade the side below it, and state the shares (0..1) of channels below and cut."""
-    low, high = ax.get_xlim()
-    ax.axvspan(low, threshold, color=VERMILION, alpha=0.10, linewidth=0, zorder=0)
-    ax.axvline(threshold, color=VERMILION, linewidth=1.6, linestyle="--")
-    lines = [f"threshold {threshold:.3g}", f"{below:.1%} of the channels are below it"]
-    if percent is not None:
-        lines.append(f"{percent:.1%} of the channels are cut")
-    offset, side = (6, "left") if threshold < high / 2 else (-6, "right")
-    ax.annotate("\n".join(lines), (threshold, 0.97), xycoords=("data", "axes fraction"), xytext=(offset, 0),
-                textcoords="offset points", ha=side, va="top", fontsize=9, color=VERMILION)
+def _channels(count: int, of: int) -> str:
+    return f"{count:,} channels" + (f" ({count / of:.1%})" if count != of else "")
 
 
 def plot_gamma_history(histories: Mapping[str, Sequence[np.ndarray]], path: str | Path) -> Path:

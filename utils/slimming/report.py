@@ -85,7 +85,8 @@ def describe(result: PruneResult, asked: float, requested: str, floors: str) -> 
     if asked > safe.percent:
         lines.append(f"warning: {asked:.3f} is above that limit; every layer keeps {floors}. "
                      "Train with a larger --sr, or longer, to move the limit")
-    lines.append(f"requested {requested}, achieved {result.achieved:.1%}, threshold |gamma| {result.threshold:.4g}")
+    largest = "threshold |gamma|" if result.score == "gamma" else "largest |gamma| cut"
+    lines.append(f"requested {requested}, achieved {result.achieved:.1%}, {largest} {result.threshold:.4g}")
     if zero := float((result.gammas == 0).float().mean()):
         lines.append(f"{zero:.1%} of the prunable gammas are exactly 0: "
                      f"a --percent up to {zero:.3f} cuts nothing that the model uses")

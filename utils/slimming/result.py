@@ -47,11 +47,15 @@ class PruneResult(Generic[M]):
         """Of the old shape, gamma = beta = 0 on the cut channels: made of .model when it is first asked for."""
         return masked(self.model, self.masks)
 
+    @cached_property
+    def kept(self) -> Tensor:
+        """Which channels of .gammas are kept, (channels,) bool."""
+        return torch.cat([self.masks[name][prunable] for name, prunable in self.prunable.items()])
+
     @property
     def small_gammas(self) -> bool:
         """Do the gammas tell which channels to cut: are those that go far below those that stay?"""
-        kept = torch.cat([self.masks[name][prunable] for name, prunable in self.prunable.items()])
-        return not kept.any() or self.threshold <= FAR_BELOW * float(self.gammas[kept].median())
+        return not self.kept.any() or self.threshold <= FAR_BELOW * float(self.gammas[self.kept].median())
 
     @property
     def layers(self) -> list[dict[str, Any]]:
@@ -67,7 +71,7 @@ class PruneResult(Generic[M]):
     @property
     def report(self) -> dict[str, Any]:
         """The figures as plain data."""
-        return {"achieved": self.achieved, "threshold": self.threshold,
+        return {"achieved": self.achieved, "score": self.score, "threshold": self.threshold,
                 "limit": {"gamma": self.safe.gamma, "percent": self.safe.percent}, "difference": self.difference,
                 "layers": self.layers, "notes": self.notes}
 
