@@ -30,7 +30,7 @@ from utils.data.dataset import DetectionDataset
 from utils.data.loader import Batch, DetectionLoader, build_loader, frozen_objects, validation_loader
 from utils.errors import NonFiniteError, UserError, run_cli
 from utils.files import new_run_folder, write_yaml
-from utils.options import resolve, training_parser
+from utils.options import training_parser
 from utils.slimming.cost import profile
 from utils.training.distillation import Teacher
 from utils.training.distributed import World, barrier, broadcast, process_group, share_buffers, wrapped
@@ -50,7 +50,7 @@ from utils.training.resume import (
     whole,
 )
 from utils.training.run import Hook, Run, amp_name
-from utils.training.start import adapt_anchors, freeze, make_deterministic, start_model, synchronised
+from utils.training.start import adapt_anchors, freeze, make_deterministic, start_model, start_options, synchronised
 from val import Evaluation, evaluate, plot_curves, print_table
 
 LOSSES = ("box_loss", "obj_loss", "cls_loss")
@@ -383,7 +383,7 @@ def main(argv: list[str] | None = None, hooks: Sequence[Hook] = ()) -> Run:
     """Command line, and hooks -> training."""
     opt = training_parser(__doc__).parse_args(argv)
     opt.script = os.path.basename(__file__)
-    return train(opt if opt.resume else resolve(opt), hooks)
+    return train(opt if opt.resume else start_options(opt), hooks)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from models.yolo import Model
 from train import train
 from utils.errors import UserError, run_cli
 from utils.files import write_array
-from utils.options import add_sparsity_flags, resolve, training_parser
+from utils.options import add_sparsity_flags, training_parser
 from utils.plots.slimming import plot_gamma_history, plot_gammas
 from utils.slimming.cost import profile
 from utils.slimming.graph import Masks, batch_norms, matching
@@ -36,6 +36,7 @@ from utils.slimming.target_sparsity import TargetSparsity
 from utils.slimming.targets import TARGETS
 from utils.training.narrow import narrow
 from utils.training.run import Hook, Run
+from utils.training.start import start_options
 from val import evaluate
 
 # AVX-512 kernels compute 16 channels at a time, AVX2 and GPUs 8; a multiple of 16 suits them all.
@@ -384,7 +385,7 @@ def parse(argv: list[str] | None = None) -> Namespace:
     add_sparsity_flags(parser)
     opt = parser.parse_args(argv)
     opt.script = os.path.basename(__file__)
-    return opt if opt.resume else resolve(check(opt))
+    return opt if opt.resume else start_options(check(opt))
 
 
 def main(argv: list[str] | None = None, hooks: Sequence[Hook] = ()) -> Run:

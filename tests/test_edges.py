@@ -16,13 +16,14 @@ from models.yolo import Model
 from tests.blocks import randomised
 from utils.errors import NonFiniteError, UserError
 from utils.files import newest
-from utils.options import at_least, training_parser
+from utils.options import at_least, resolve, training_parser
 from utils.slimming.sparsity import GammaL1
 from utils.training import distributed, resume
 from utils.training.calibration import TrainingSample
 from utils.training.distributed import device_of_rank
 from utils.training.optimizer import EarlyStopping, build_optimizer
 from utils.training.run import Hook, amp_name
+from utils.training.start import start_options
 from val import evaluate
 
 FAST = ["--imgsz", "64", "--batch-size", "4", "--workers", "0", "--device", "cpu", "--noplots"]
@@ -65,10 +66,10 @@ class NonFiniteGradients(Hook):
 
 @pytest.mark.slow
 def test_gradients_that_stay_infinite_under_a_scaler_stop_the_run(tiny, cfg, here):
-    opt = train.training_parser("").parse_args(start(tiny, cfg, "--amp", "fp16", "--epochs", 20, "--nbs", 4, "--noval"))
+    opt = training_parser("").parse_args(start(tiny, cfg, "--amp", "fp16", "--epochs", 20, "--nbs", 4, "--noval"))
     opt.script = "train.py"
     with pytest.raises(NonFiniteError, match="not finite in 50 steps in a row"):
-        train.train(train.resolve(opt), [NonFiniteGradients()])
+        train.train(resolve(opt), [NonFiniteGradients()])
     saved = checkpoint.read(here / "runs/train/exp/weights/last.pt")
     assert all(bool(v.isfinite().all()) for v in saved["state_dict"].values() if v.is_floating_point())
 
@@ -88,9 +89,9 @@ def test_a_skipped_step_is_known_without_asking_the_scaler(tiny, cfg, here, monk
             in_step[0] = False
             seen.append(skipped)
 
-    opt = train.training_parser("").parse_args(start(tiny, cfg, "--amp", "fp16", "--epochs", 1))
+    opt = training_parser("").parse_args(start(tiny, cfg, "--amp", "fp16", "--epochs", 1))
     opt.script = "train.py"
-    train.train(train.resolve(opt), [Note()])
+    train.train(resolve(opt), [Note()])
     assert seen
 
 
@@ -376,3 +377,21 @@ def test_scores_leave_the_gpu_before_they_become_float64():
 
     graph = ChannelGraph(norms={"bn": torch.arange(2).numpy()}, group=torch.arange(2).numpy())
     assert group_mean(graph, {"bn": OnGpu()}, graph.norms).tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("parse", [
+    train_sparsity.parse, lambda argv: start_options(training_parser("").parse_args(argv))])
+def test_a_training_without_data_goes_on_with_that_of_its_weights(parse, tiny, here, capsys):
+    """It used to take the built-in set: whoever left --data out trained his model on drawn shapes."""
+    model = Model("yolov5n.yaml", nc=2)
+    earlier = {"data": str(tiny), "imgsz": 96, "optimizer": "AdamW", "hyp": {"lr0": 0.002}}
+    checkpoint.save(here / "mine.pt", model, imgsz=96, opt=earlier)
+    opt = parse(["--weights", "mine.pt", "--epochs", "3"])
+    assert (opt.data, opt.imgsz, opt.optimizer, opt.hyp["lr0"]) == (str(tiny), 96, "AdamW", 0.002)
+    assert f"taking {tiny}, on which mine.pt was trained" in capsys.readouterr().out
+    assert parse(["--weights", "mine.pt", "--imgsz", "64"]).imgsz == 64 and "taking" in capsys.readouterr().out
+    for flags in (["--weights", "mine.pt", "--data", str(tiny)], ["--weights", "", "--cfg", "yolov5n.yaml"]):
+        opt = parse(flags)
+        assert (opt.imgsz, opt.optimizer) != (96, "AdamW") and capsys.readouterr().out == ""
+    checkpoint.save(here / "foreign.pt", model)
+    assert parse(["--weights", "foreign.pt"]).data.endswith("shapes.yaml")

@@ -1,9 +1,10 @@
-"""The model that a training starts from, its anchors, its frozen layers and its kind of BatchNorm."""
+"""What a training starts from: its options, its model and anchors, its frozen layers and its kind of BatchNorm."""
 from __future__ import annotations
 
 import os
 from argparse import Namespace
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,19 @@ from models import checkpoint
 from models.yolo import Model, set_anchors, with_classes
 from utils.data.dataset import DetectionDataset
 from utils.errors import UserError
+from utils.options import resolve
 from utils.training.autoanchor import fit_anchors
 from utils.training.distributed import World
+
+
+def start_options(opt: Namespace) -> Namespace:
+    """resolve(); without --data the run goes on with the data, image size, optimizer and rates of its --weights."""
+    if opt.data or opt.cfg or not opt.weights or not Path(opt.weights).is_file():
+        return resolve(opt)
+    saved = checkpoint.read(opt.weights)
+    if data := (saved.get("opt") or {}).get("data"):
+        print(f"--data not given: taking {data}, on which {opt.weights} was trained")
+    return resolve(opt, saved)
 
 
 def start_model(opt: Namespace, names: dict[int, str], resumed: dict[str, Any], world: World) -> Model:
