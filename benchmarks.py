@@ -89,6 +89,9 @@ def main(argv: list[str] | None = None) -> Path:
     entries: list[Entry] = []
     for name, model in tqdm(models.items(), desc="exporting", leave=False, disable=None):
         entries += export_all(name, model, opt, folder, device, calibration)
+    if not entries:
+        raise UserError("--include, --precisions: none of these formats has one of these precisions here; "
+                        "give others, or install what is missing (pip install -r requirements-export.txt)")
     for entry in tqdm(entries, desc="measuring", leave=False, disable=None):
         measure_accuracy(entry, opt)
     time_in_turns(entries, opt, next(iter(models.values())).yaml["ch"])

@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from contextlib import closing
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -57,10 +59,13 @@ class Output:
     def __init__(self, folder: Path, names: dict[int, str], opt: Namespace):
         self.folder, self.names, self.opt = folder, names, opt
         self.video: tuple[str, Any] | None = None
+        self.stems: dict[Path, str] = {}
+        self.taken: set[str] = set()
 
     def add(self, frame: Frame, found: Tensor) -> None:
         """One frame and its (n, 6) detections in its pixels: x1, y1, x2, y2, confidence, class."""
-        stem = frame.path.stem if frame.number is None else f"{frame.path.stem}_{frame.number}"
+        own = self._own_stem(frame.path)
+        stem = own if frame.number is None else f"{own}_{frame.number}"
         if self.opt.save_txt:
             rows = label_rows(found, frame.image.shape, self.opt.save_conf)
             write_text(self.folder / "labels" / f"{stem}.txt", rows)
@@ -71,7 +76,7 @@ class Output:
         captions = [self._caption(score, cls) for score, cls in found[:, 4:].tolist()]
         drawn = draw_boxes(frame.image, found[:, :4].numpy(), captions, found[:, 5].int().tolist())
         if not self.opt.nosave:
-            self._write_picture(frame, drawn)
+            self._write_picture(frame, own, drawn)
         if self.opt.view_img:
             self._show(frame, drawn)
 
@@ -80,6 +85,14 @@ class Output:
         if self.video:
             self.video[1].release()
             self.video = None
+
+    def _own_stem(self, path: Path) -> str:
+        """The name of a file's results, without its ending. A second file of the same name gets a number."""
+        if path not in self.stems:
+            numbered = (f"{path.stem}_{n}" if n > 1 else path.stem for n in count(1))
+            self.stems[path] = next(stem for stem in numbered if stem not in self.taken)
+            self.taken.add(self.stems[path])
+        return self.stems[path]
 
     def _name(self, cls: float) -> str:
         return self.names.get(int(cls), str(int(cls)))
@@ -97,15 +110,17 @@ class Output:
                 folder.mkdir(parents=True, exist_ok=True)
                 _write_image(folder / f"{stem}_{i}.jpg", crop)
 
-    def _write_picture(self, frame: Frame, drawn: np.ndarray) -> None:
+    def _write_picture(self, frame: Frame, stem: str, drawn: np.ndarray) -> None:
         if frame.number is None:
-            _write_image(self.folder / frame.path.name, drawn)
+            _write_image(self.folder / f"{stem}{frame.path.suffix}", drawn)
             return
-        target = str(self.folder / frame.path.with_suffix(".mp4").name)
+        target = str(self.folder / f"{stem}.mp4")
         if self.video is None or self.video[0] != target:
             self.close()
             size = drawn.shape[1], drawn.shape[0]
             self.video = target, cv2.VideoWriter(target, cv2.VideoWriter.fourcc(*"mp4v"), frame.fps, size)
+            if not self.video[1].isOpened():
+                raise UserError(f"{target}: this OpenCV can't write mp4; --nosave --save-txt writes the boxes only")
         self.video[1].write(drawn)
 
     def _show(self, frame: Frame, drawn: np.ndarray) -> None:
@@ -136,13 +151,13 @@ def main(argv: list[str] | None = None) -> Path:
     folder = new_run_folder(opt.project, opt.name, opt.exist_ok)
     output, counts = Output(folder, model.names, opt), dict.fromkeys(model.names, 0)
     seconds, shown = 0.0, 0
-    for frame in tqdm(frames(opt.source, opt.vid_stride), desc="detecting", disable=None, leave=False):
-        found = detect(model, [frame.image], imgsz, device, suppress)
-        seconds, shown = seconds + sum(found.seconds), shown + 1
-        for cls in found.boxes[0][:, 5].int().tolist():
-            counts[cls] = counts.get(cls, 0) + 1
-        output.add(frame, found.boxes[0])
-    output.close()
+    with closing(output):  # Ctrl-C ends a camera's run, and its video is whole
+        for frame in tqdm(frames(opt.source, opt.vid_stride), desc="detecting", disable=None, leave=False):
+            found = detect(model, [frame.image], imgsz, device, suppress)
+            seconds, shown = seconds + sum(found.seconds), shown + 1
+            for cls in found.boxes[0][:, 5].int().tolist():
+                counts[cls] = counts.get(cls, 0) + 1
+            output.add(frame, found.boxes[0])
     summary = ", ".join(f"{n} {model.names.get(c, c)}" for c, n in counts.items() if n) or "nothing"
     ms = seconds / max(shown, 1) * 1000
     print(f"{shown} pictures: {summary}; {ms:.1f} ms each at {imgsz} px. Results in {folder}")

@@ -112,6 +112,8 @@ def repair(pruner: Pruner[Model], result: PruneResult[Model], opt: Namespace, de
 def explore(pruner: Pruner[Model], opt: Namespace) -> Path:
     """--sweep and --sensitivity: what cuts would give, as a table, a csv and a picture. No model is written."""
     rows = pruner.sweep([0.0, *opt.sweep]) if opt.sweep else pruner.sensitivity(opt.percent)
+    if opt.score == "auto":
+        print(report.score_note(pruner.score, IMAGES))
     folder = new_run_folder(opt.project, opt.name, opt.exist_ok)
     if opt.sweep:
         best = knee([row["percent"] for row in rows], [row["mAP50-95"] for row in rows])
@@ -129,23 +131,29 @@ def explore(pruner: Pruner[Model], opt: Namespace) -> Path:
 
 
 def write(result: PruneResult[Model], opt: Namespace, source: dict[str, Any]) -> Path:
-    """The slim checkpoint and the pictures into the run's folder, and a copy of the checkpoint here."""
+    """The slim checkpoint and the pictures into the run's folder."""
     folder = new_run_folder(opt.project, opt.name, opt.exist_ok)
-    carried = {key: source.get(key) for key in ("opt", "data", "hyp")}
+    repaired = opt.reconstruct or opt.absorb or opt.recalibrate  # which a start from the model before would undo
+    here = {key: getattr(opt, key) for key in ("data", "imgsz", "single_cls")}
+    carried = {"opt": {**(source.get("opt") or {}), **here}, "data": opt.data, "hyp": source.get("hyp")}
     carried |= {"sparsity": source["sparsity"]} if "sparsity" in source else {}
-    carried |= {"parent": str(Path(opt.weights).resolve()), "gradual": not (result.small_gammas or opt.reconstruct)}
+    carried |= {"parent": str(Path(opt.weights).resolve()), "gradual": not (result.small_gammas or repaired)}
     checkpoint.save(folder / OUTPUT, result.slim, imgsz=opt.imgsz, command=command_line(), **carried,
                     metrics={"difference": result.difference, "percent": result.achieved})
     plot_gammas(result.gammas.numpy(), folder / "gammas.png", cut=~result.kept.numpy(),
                 title=f"BatchNorm scales before the cut; channels are ranked by {result.score}")
     plot_kept(result.layers, folder / "channels.png")
+    return folder
+
+
+def copy_here(folder: Path) -> None:
+    """A copy of a run's checkpoint in the working directory, where finetune_pruned.py looks first."""
     if Path(OUTPUT).exists():
         print(f"note: {OUTPUT} was there and is replaced; every run keeps its own copy ({folder / OUTPUT})")
     try:
         copy_file(folder / OUTPUT, Path(OUTPUT))
     except UserError as error:
         print(f"note: no copy in the working directory ({error}); use {folder / OUTPUT}")
-    return folder
 
 
 def write_page(folder: Path, opt: Namespace, score: str, stages: list[dict[str, Any]], costs: list[dict[str, Any]],
@@ -157,9 +165,20 @@ def write_page(folder: Path, opt: Namespace, score: str, stages: list[dict[str, 
          {"Stages": stages, "Cost": costs}, drawn, pairs, [command_line()]).write(folder / "report.html")
 
 
-def main(argv: list[str] | None = None) -> Path:
-    """Command line -> slim checkpoint; returns the run's folder."""
+def check(opt: Namespace) -> None:
+    """Refuse flags of which one would be ignored."""
+    if opt.target and "percent" in opt.given:
+        raise UserError("--percent: --target finds out how much to cut; leave one of the two out")
+    if opt.sweep and opt.sensitivity:
+        raise UserError("--sweep: shows whole cuts, --sensitivity layer by layer; leave one of the two out")
+    if opt.target and (opt.sweep or opt.sensitivity):
+        raise UserError("--target: cuts, --sweep and --sensitivity only show; leave one of the two out")
+
+
+def main(argv: list[str] | None = None, copy: bool = True) -> Path:
+    """Command line -> slim checkpoint, of which a copy lies in the working directory; returns the run's folder."""
     opt = pruning_parser(__doc__, ["torch", *runtimes()]).parse_args(argv)
+    check(opt)
     if not opt.weights:
         opt.weights = str(newest_run("train_sparsity.py"))
         print(f"--weights not given: taking the newest sparsity run, {opt.weights}")
@@ -182,6 +201,8 @@ def main(argv: list[str] | None = None) -> Path:
     result = cut(pruner, opt)
     models = repair(pruner, result, opt, device)
     folder = write(result, opt, source)  # before the measurements: whatever becomes of them, the model is there
+    if copy:
+        copy_here(folder)
     stages, ms, pairs = [], {}, []
     if not opt.noval:
         loader = dataset_loader(model, opt)
@@ -199,7 +220,7 @@ def main(argv: list[str] | None = None) -> Path:
         "requested": dict([opt.target]) if opt.target else opt.percent, **result.report, "stages": stages,
         "cost": costs, "threads": torch.get_num_threads(), "device": str(device), "lineage": lineage})
     write_page(folder, opt, result.score, stages, costs, pairs)
-    print(f"Slim model: {folder / OUTPUT} (and {OUTPUT}); report.html and pictures in {folder}")
+    print(f"Slim model: {folder / OUTPUT}{f' (and {OUTPUT})' if copy else ''}; report.html and pictures in {folder}")
     return folder
 
 

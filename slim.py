@@ -71,8 +71,9 @@ def begin(opt: Namespace, flags: list[str]) -> Pipeline:
         raise UserError(f"{Path(opt.project) / opt.name}: a pipeline is there already; --resume goes on with it, "
                         "another --name starts a new one")
     exports = ["--include", *opt.export, *(["--int8"] if opt.int8 else [])] if opt.export else []
-    if exports and "all" not in opt.export:  # what it refuses is refused now, not in the end
-        export.chosen_formats(export.parse(["--weights", OUTPUT, *exports]))
+    if exports:
+        if "all" not in opt.export:  # what it refuses is refused now, not in the end
+            export.chosen_formats(export.parse(["--weights", OUTPUT, *exports]))
     elif opt.int8 and opt.runtime == "torch":
         raise UserError("--int8: belongs to --export, such as --export openvino --int8, or to --runtime")
     precision = "int8" if opt.int8 and opt.runtime != "torch" else "fp32"
@@ -169,7 +170,7 @@ def follow(pipeline: Pipeline) -> None:
 def run_stage(pipeline: Pipeline, stage: Stage, flags: list[str], progress: Progress) -> None:
     """One stage, or the rest of it."""
     if stage.script == PRUNE:
-        prune.main(flags)
+        prune.main(flags, copy=False)
         return
     last = pipeline.folder / stage.name / "weights" / "last.pt"
     if not last.is_file():

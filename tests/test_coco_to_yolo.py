@@ -65,11 +65,17 @@ def test_conversion(coco: Path, tmp_path: Path, script) -> None:
     (["--json", "x.json", "--images", "train=photos"], "write train=PATH"),
     (["--json", "train=none.json", "--images", "train=photos"], "no such file"),
     (["--json", "train=x.json", "--images", "val=photos"], "no such folder"),
+    (["--json", "train=x.json", "train=x.json", "--images", "train=photos"], "train is given more than once"),
+    (["--json", "train=x.json", "--images", "train=photos", "val=photos"], "there is no --json of this split"),
+    (["--json", "train=x.json", "--json", "val=none.json", "--images", "train=photos", "val=photos"], "no such file"),
+    (["--json", "train=nameless.json", "--images", "train=photos"], "category 'dog' has no id"),
     (["--json", "train=photos/a.jpg", "--images", "train=photos"], "not readable as JSON"),
     (["--json", "train=list.json", "--images", "train=photos"], "needs the lists"),
     (["--json", "train=x.json", "--images", "train=photos", "--out", "photos"], "overlaps")])
 def test_mistakes_are_one_line(coco: Path, script, flags: list[str], words: str) -> None:
     (coco / "list.json").write_text("[]")
+    nameless = {**json.loads((coco / "x.json").read_text()), "categories": [{"name": "dog"}]}
+    (coco / "nameless.json").write_text(json.dumps(nameless))
     if "--out" not in flags:
         flags = [*flags, "--out", "out"]
     done = script("data/scripts/coco_to_yolo.py", *flags, cwd=coco, code=2)

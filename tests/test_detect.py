@@ -2,14 +2,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import cv2
 import numpy as np
 import pytest
 import torch
 
+import detect
 from models import checkpoint, formats
 from models.yolo import Model
+from utils.data import sources
 from utils.data.sources import files, frames
 from utils.errors import UserError
 
@@ -69,6 +72,25 @@ def test_sources(tiny, video, tmp_path):
     for nothing in (tmp_path / "none", tmp_path / "none*.jpg", tmp_path / "none.txt"):
         with pytest.raises(UserError, match="--source"):
             list(frames(str(nothing)))
+
+
+def test_files_of_the_same_name_keep_their_own_results(eager, tiny, tmp_path, monkeypatch):
+    """The second picture and its labels used to replace the first one's, while the summary counted both."""
+    monkeypatch.chdir(tmp_path)
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        shutil.copy(tiny.parent / "images/val/000.png", tmp_path / folder / "x.png")
+    found = detect.main(["--weights", str(eager), "--source", "*/x.png", "--save-txt", "--device", "cpu"])
+    assert sorted(path.name for path in found.glob("*.png")) == ["x.png", "x_2.png"]
+    assert sorted(path.name for path in (found / "labels").iterdir()) == ["x.txt", "x_2.txt"]
+
+
+def test_every_stream_of_a_list_has_its_own_name(monkeypatch, tmp_path):
+    (tmp_path / "cameras.streams").write_text("rtsp://one\nrtsp://two\n")
+    names = []
+    monkeypatch.setattr(sources, "_video_frames", lambda line, every, name: names.append((line, name)) or [])
+    assert list(frames(str(tmp_path / "cameras.streams"))) == []
+    assert names == [("rtsp://one", "stream1.mp4"), ("rtsp://two", "stream2.mp4")]
 
 
 def test_onnx_in_val_and_detect(script, eager, tiny, tmp_path):

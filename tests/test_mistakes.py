@@ -440,6 +440,30 @@ CASES: dict[str, tuple[Callable[[Path], object], str, str, int]] = {
     "folder without pictures": (
         nothing, DETECT.replace("my/images/val", "my/labels"),
         "no images or videos there", 2),
+    "two ways to say how much": (
+        nothing, f"{PRUNE} --percent 0.3 --target flops=0.5",
+        "--target finds out how much to cut; leave one of the two out", 2),
+    "two tables": (
+        nothing, f"{PRUNE} --sweep 0.1:0.5:0.1 --sensitivity",
+        "--sensitivity layer by layer; leave one of the two out", 2),
+    "no detections": (
+        nothing, f"{VAL} --max-det -1",
+        "-1: must be at least 1", 2),
+    "negative penalty": (
+        nothing, f"{SPARSITY} --sr-bias nan",
+        "nan: must be at least 0", 2),
+    "all frozen": (
+        nothing, f"{TRAIN} --freeze 25",
+        "nothing is left to train; freeze fewer layers", 2),
+    "no name": (
+        nothing, f"{TRAIN} --name=",
+        "--name: is empty", 2),
+    "no metal": (
+        nothing, TRAIN.replace("--device cpu", "--device mps"),
+        "this PyTorch has no Metal here", 2),
+    "no format of this precision": (
+        nothing, f"benchmarks.py --data my.yaml --weights untrained.pt --include ncnn --precisions int8 {SMALL}",
+        "none of these formats has one of these precisions here", 2),
     "export size": (
         nothing, "export.py --weights untrained.pt --imgsz 100",
         "multiples of 32", 2),

@@ -103,6 +103,46 @@ def test_a_killed_gradual_cut_ends_bit_identical(tiny, cut, tmp_path, epoch):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("layers", [2, 23])
+def test_frozen_layers_are_cut_at_once(tiny, cut, monkeypatch, capsys, layers):
+    """A frozen gamma can't shrink: channels that the model used were cut out, or the run ended in a traceback."""
+    monkeypatch.chdir(cut)
+    finetune_pruned.main(flags(tiny, "--epochs", 2, "--freeze", layers, "--noval"))
+    said = capsys.readouterr().out
+    assert "can't go step by step; starting with the slim model" in said and "slim from here on" not in said
+
+
+@pytest.mark.slow
+def test_a_repair_is_where_fine_tuning_starts(tiny, teacher, tmp_path, monkeypatch):
+    """A start from the model before, to take the channels again, would undo what --absorb and --recalibrate did."""
+    monkeypatch.chdir(tmp_path)
+    common = ["--weights", str(teacher), "--data", str(tiny), "--noval", "--workers", "0", "--percent", "0.4"]
+    gradual = {flag: checkpoint.read(prune.main([*common, *flag.split()]) / "pruned_model.pt")["gradual"]
+               for flag in ("", "--absorb", "--recalibrate 8", "--reconstruct")}
+    assert gradual == {"": True, "--absorb": False, "--recalibrate 8": False, "--reconstruct": False}
+
+
+@pytest.mark.slow
+def test_a_parent_of_another_architecture_is_not_cut_again(tiny, cut, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    checkpoint.save(tmp_path / "wide.pt", Model("yolov5n.yaml", nc=2, names={0: "square", 1: "circle"}))
+    data = checkpoint.read(cut / "pruned_model.pt")
+    torch.save({**data, "parent": str(tmp_path / "wide.pt")}, "pruned_model.pt")
+    finetune_pruned.main(flags(tiny, "--epochs", 1, "--noval"))
+    assert "is not the model any more that was cut; starting with the slim one" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_fine_tuning_goes_on_with_the_data_that_prune_was_given(tiny, cfg, tmp_path, monkeypatch):
+    """Weights from elsewhere know no data: finetune_pruned.py took the built-in set, of other classes."""
+    monkeypatch.chdir(tmp_path)
+    checkpoint.save(tmp_path / "stock.pt", Model(str(cfg), nc=2, names={0: "square", 1: "circle"}))
+    prune.main(["--weights", "stock.pt", "--data", str(tiny), "--imgsz", "64", "--noval", "--workers", "0"])
+    run = finetune_pruned.main(["--epochs", "1", "--noval", "--noplots", "--workers", "0", "--device", "cpu"])
+    assert (run.opt.data, run.opt.imgsz) == (str(tiny), 64)
+
+
+@pytest.mark.slow
 def test_a_parent_that_has_changed_is_not_cut_again(tiny, cfg, cut, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     data = checkpoint.read(cut / "pruned_model.pt")

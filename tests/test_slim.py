@@ -85,6 +85,7 @@ def test_a_drop_of_map_is_cut_and_tuned(flags, capsys):
     pipeline = slim.main([*flags, "--target", "map-drop=0.02", "--epochs", "5"])
     said = capsys.readouterr().out
     assert "dense (1 epochs), sparse (3 epochs), cut, tuned (1 epochs)" in said and "asked map-drop=0.02" in said
+    assert not Path("pruned_model.pt").exists()  # it is the user's: prune.py alone writes there
     slimmer = [sum(p.numel() for p in checkpoint.load(pipeline / file).parameters())
                for file in ("dense/weights/best.pt", "sparse/weights/best.pt", "cut/pruned_model.pt", "slim.pt")]
     assert slimmer[0] > slimmer[1] >= slimmer[2] == slimmer[3]
@@ -112,6 +113,7 @@ def test_milliseconds_become_flops(flags, monkeypatch, capsys):
     (["--target", "flops=0.01"], "of the flops can go"),
     (["--epochs", "2"], "too few"),
     (["--int8"], "belongs to --export"),
+    (["--export", "all", "--int8", "--target", "flops=0.01"], "of the flops can go"),
     (["--export", "onxx"], "--export: invalid choice: 'onxx'"),
     (["--export", "yolov5", "--int8"], "--include yolov5: has no int8 here"),
     (["--runtime", "tensorrt"], "--runtime: invalid choice: 'tensorrt'"),

@@ -265,6 +265,20 @@ def test_auto_ranks_by_gamma_only_where_gammas_tell(net):
     assert result.score == "gamma" and result.small_gammas
 
 
+def test_a_sweep_shows_the_cuts_that_auto_would_make(net):
+    """It used to rank by gamma throughout."""
+    pruner = Pruner(net, 32, losses=lambda model: [model(torch.rand(2, 3, 32, 32)).square().mean()],
+                    evaluate=lambda model: {"mAP50-95": 0.5}, milliseconds=lambda models: [1.0] * len(models))
+    for norm in pruner.norms.values():
+        norm.weight.data.fill_(1.0)
+        norm.weight.data[::4] = 0.05
+    assert [row["score"] for row in pruner.rank("auto").sweep([0.0, 0.2, 0.6])] == ["gamma", "gamma", "taylor"]
+    assert [pruner.rank("auto").cut(percent).score for percent in (0.2, 0.6)] == ["gamma", "taylor"]
+    pruner.rank("auto").sensitivity(0.6)
+    assert pruner.score == "taylor"
+    assert {row["score"] for row in pruner.rank("gamma").sweep([0.0, 0.6])} == {"gamma"}
+
+
 @pytest.mark.parametrize("change", [{"min_channels": 0}, {"round_to": 0}, {"min_share": 1.1}, {"min_share": -0.1}])
 def test_rules_that_can_not_be_are_refused(change):
     with pytest.raises(ValueError, match="at least 1 and min_share between 0 and 1"):

@@ -30,13 +30,15 @@ STALE = 3600  # seconds; a scratch folder older than this belongs to a killed pr
 
 def new_run_folder(project: str | Path, name: str = "exp", exist_ok: bool = False) -> Path:
     """Make and return project/name, or project/name2, name3 ... where that is taken and exist_ok is not given."""
+    if not name:
+        raise UserError("--name: is empty; give the run a name")
     base = Path(project) / name
     try:
         if exist_ok:
             base.mkdir(parents=True, exist_ok=True)
             return base
         for n in range(1, 100_000):
-            folder = base if n == 1 else base.with_name(f"{name}{n}")
+            folder = base if n == 1 else base.with_name(f"{base.name}{n}")
             try:
                 folder.mkdir(parents=True)
                 return folder

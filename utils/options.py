@@ -166,7 +166,7 @@ def add_detection_flags(parser: ArgumentParser, conf: float, iou: float, max_det
     add = parser.add_argument
     add("--conf-thres", type=fraction(), default=conf, help="least confidence of a detection")
     add("--iou-thres", type=fraction(), default=iou, help="IoU above which NMS takes two boxes for one")
-    add("--max-det", type=int, default=max_det, help="most detections an image")
+    add("--max-det", type=at_least(1), default=max_det, help="most detections an image")
     add("--half", action="store_true", help="fp16 inference (GPU)")
     add("--augment", action="store_true", help="test-time augmentation: three sizes, one of them mirrored")
 
@@ -206,7 +206,7 @@ def training_parser(description: str | None, project: str = "runs/train") -> Hel
     add("--teacher", type=path_or_none, metavar="PT",
         help="also learn from the outputs of this trained model, of the same classes; 'none': of no model")
     add("--teacher-weight", type=at_least(0, float), default=1.0, help="weight of the teacher's part of the loss")
-    add("--freeze", nargs="+", type=int, default=[0],
+    add("--freeze", nargs="+", type=at_least(0), default=[0],
         help="layers to freeze: a count (10 = backbone) or a list (0 1 2)")
     add("--save-period", type=int, default=-1, help="also keep a checkpoint every so many epochs")
     add("--seed", type=int, default=0, help="seed of weights and augmentation")
@@ -224,7 +224,7 @@ def add_sparsity_flags(parser: ArgumentParser) -> None:
         help="l1: the penalty of --sr (default); target: --target-sparsity, 0.5 where that is not given")
     add("--sr", type=at_least(0, float),
         help="strength of the L1 penalty on the BN scales (0.0001; 0 with --target-sparsity)")
-    add("--sr-bias", type=float, help="strength of the L1 penalty on the BN shifts (10 * sr)")
+    add("--sr-bias", type=at_least(0, float), help="strength of the L1 penalty on the BN shifts (10 * sr)")
     add("--target-sparsity", type=fraction(zero=False, one=False, hint=half),
         help="share of the prunable channels that are exactly 0 in the end, 0..1 "
              "(as many as fill up blocks of --round-to)")
@@ -244,7 +244,7 @@ def add_sparsity_flags(parser: ArgumentParser) -> None:
     add("--only", nargs="+", default=[], metavar="PATTERN", help="act on no BatchNorms but these")
     add("--percent", type=fraction(one=False),
         help="the prune.py --percent that every epoch's preview is for (0.5, or --target-sparsity)")
-    add("--masked-val", type=int, default=0, metavar="N",
+    add("--masked-val", type=at_least(0), default=0, metavar="N",
         help="every N epochs also validate the model without those channels (0: never)")
 
 
@@ -325,11 +325,11 @@ def resolve(opt: Namespace, checkpoint: dict[str, Any] | None = None) -> Namespa
     opt.data = str(opt.data or ROOT / BUILT_IN_DATA)
     suited = read_data(opt.data).defaults
     _check_defaults(opt.data, suited)
+    # The architecture is one setting in two flags: who names one does not want the other's default.
+    if getattr(opt, "weights", None) or getattr(opt, "cfg", None):
+        suited = {key: "" if key in ("weights", "cfg") else value for key, value in suited.items()}
     for key, value in {**DEFAULTS, **suited}.items():
         if hasattr(opt, key) and getattr(opt, key) is None:
-            # The architecture is one setting in two flags: who names one does not want the other's default.
-            if key in ("weights", "cfg") and getattr(opt, "weights" if key == "cfg" else "cfg", None) and key in suited:
-                value = ""
             setattr(opt, key, value)
     if hasattr(opt, "hyp"):
         opt.hyp = read_hyp(opt.hyp or HYP_FOR[opt.optimizer])

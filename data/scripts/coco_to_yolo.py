@@ -43,6 +43,8 @@ def class_names(files: Sequence[Annotations], plan: Plan) -> dict[Any, str]:
     names: dict[Any, str] = {}
     for category in categories:
         number, name = category.get("id"), str(category.get("name"))
+        if number is None:
+            raise UserError(f"--json: category '{name}' has no id")
         if number not in used and name in groups:
             plan.dropped[f"category '{name}', which only groups others"] = 1
         elif names.setdefault(number, name) != name:
@@ -94,9 +96,17 @@ def split_and_path(text: str) -> tuple[str, Path]:
     return split, Path(path)
 
 
+def once_each(flag: str, given: list[tuple[str, Path]]) -> dict[str, Path]:
+    """Split -> path. UserError for a split that is given twice."""
+    for split, path in given:
+        if sum(split == other for other, _ in given) > 1:
+            raise UserError(f"{flag} {split}={path}: {split} is given more than once; merge its files first")
+    return dict(given)
+
+
 def read_splits(opt: argparse.Namespace) -> dict[str, tuple[Annotations, Path]]:
     """Split -> its annotations and the folder of its images, as the flags say. UserError where they don't fit."""
-    jsons, folders = dict(opt.json), dict(opt.images)
+    jsons, folders = once_each("--json", opt.json), once_each("--images", opt.images)
     if bool(opt.coco) == bool(jsons or folders) or bool(jsons) != bool(folders):
         raise UserError("give --coco DIR; or --json SPLIT=FILE and --images SPLIT=DIR")
     if opt.coco:
@@ -110,6 +120,8 @@ def read_splits(opt: argparse.Namespace) -> dict[str, tuple[Annotations, Path]]:
         if split not in folders or not folders[split].is_dir():
             where = folders.get(split, "")
             raise UserError(f"--images {split}={where}: no such folder; give the images of every --json")
+    for split in folders.keys() - jsons.keys():
+        raise UserError(f"--images {split}={folders[split]}: there is no --json of this split")
     layout.check_output(opt, [folders[split] for split in jsons], "--images")
     return {split: (read_annotations(path, "--json"), folders[split]) for split, path in jsons.items()}
 
@@ -141,9 +153,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = layout.converter_parser(__doc__)
     add = parser.add_argument
     add("--coco", type=Path, metavar="DIR", help="a folder with JSON files and their images")
-    add("--json", type=split_and_path, nargs="+", default=[], metavar="SPLIT=FILE",
+    add("--json", type=split_and_path, nargs="+", action="extend", default=[], metavar="SPLIT=FILE",
         help="annotation files, e.g. train=instances_train2017.json")
-    add("--images", type=split_and_path, nargs="+", default=[], metavar="SPLIT=DIR",
+    add("--images", type=split_and_path, nargs="+", action="extend", default=[], metavar="SPLIT=DIR",
         help="the folder of each split's images")
     add("--keep-crowd", action="store_true", help="keep annotations with iscrowd, which are left out otherwise")
     return parser.parse_args(argv)

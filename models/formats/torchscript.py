@@ -44,7 +44,7 @@ class TorchScriptDetector(FileDetector):
             config = json.loads(extra["config.txt"])
             super().__init__(config, (0, *config["shape"][1:]))
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
-            reason = str(error).strip().splitlines()[-1][:100]
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[-1][:100]
             raise UserError(f"{path}: not a TorchScript detector with 'config.txt' inside ({reason})") from None
 
     def __call__(self, images: Tensor) -> tuple[Tensor, None]:

@@ -73,7 +73,8 @@ class CocoResults:
         truth.dataset = self.truth or self._truth_of(dataset)
         for row in truth.dataset["annotations"]:  # not every program writes them
             row.setdefault("iscrowd", 0)
-            row.setdefault("area", row["bbox"][2] * row["bbox"][3])
+            if "area" not in row:
+                row["area"] = row["bbox"][2] * row["bbox"][3]
         with contextlib.redirect_stdout(io.StringIO()):
             truth.createIndex()
             if not self.rows:

@@ -39,8 +39,8 @@ def frames(source: str, every: int = 1) -> Iterator[Frame]:
         return
     path = Path(source)
     if path.suffix == ".streams":
-        for line in _lines(path):
-            yield from _video_frames(line, every)
+        for number, line in enumerate(_lines(path), 1):
+            yield from _video_frames(line, every, f"stream{number}.mp4")
         return
     for file in files(source):
         if file.suffix.lower() in VIDEO_SUFFIXES:
@@ -81,15 +81,15 @@ def _lines(path: Path) -> list[str]:
     return [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
 
 
-def _video_frames(source: str, every: int) -> Iterator[Frame]:
-    """Every `every`-th frame of a video, a stream or a camera."""
+def _video_frames(source: str, every: int, stream: str = "stream.mp4") -> Iterator[Frame]:
+    """Every `every`-th frame of a video, a stream or a camera. stream: the name of a stream's result."""
     capture = cv2.VideoCapture(int(source) if source.isnumeric() else source)
     if not capture.isOpened():
         raise UserError(f"--source {source}: can't be opened as a video, stream or camera")
     if source.isnumeric():
         path = Path(f"camera{source}.mp4")
     else:
-        path = Path("stream.mp4" if "://" in source else source)
+        path = Path(stream if "://" in source else source)
     fps = capture.get(cv2.CAP_PROP_FPS)
     fps = fps / every if 0 < fps < 1000 else 30.0
     number = -1

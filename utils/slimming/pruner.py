@@ -19,7 +19,7 @@ from tqdm import tqdm
 from utils.slimming.equivalence import EQUIVALENCE_BOUND, largest_difference
 from utils.slimming.graph import Masks
 from utils.slimming.ranking import NOTHING_TO_CUT, Ranking, Rules, TracedModel
-from utils.slimming.result import PruneResult, TargetOutcome
+from utils.slimming.result import PruneResult, TargetOutcome, gammas_tell
 from utils.slimming.surgery import M, masked_view, slim
 from utils.slimming.targets import TARGETS
 
@@ -102,13 +102,27 @@ class Pruner(TracedModel[M]):
         keep = self.ranking.keep_percent(percent)
         return self.graph.masks(keep), *self.costs.remaining(keep)
 
+    def _settle_score(self, percent: float) -> None:
+        """score="auto": rank by taylor from here on, if gammas do not tell which channels a cut of `percent` takes."""
+        if not self.automatic:
+            return
+        masks, prunable = self.graph.masks(self.ranking.keep_percent(percent)), self.ranking.prunable
+        gammas = self.gammas(prunable)
+        kept = torch.cat([masks[name][prunable[name]] for name in gammas])
+        if not gammas_tell(torch.cat(list(gammas.values())), kept):
+            self.rank("taylor", self.ranking.rules, self.ranking.per_flop)
+
     def sweep(self, percents: Sequence[float]) -> list[dict[str, Any]]:
-        """A row per share (0..1) of the prunable channels: percent, accuracy, cost and milliseconds per image."""
+        """A row per share (0..1, rising) of the prunable channels, as cut() would cut it.
+
+        Keys: percent, score, those of the accuracy, parameters, GFLOPs, ms (milliseconds per image).
+        """
         rows, models = [], []
         for percent in tqdm(percents, desc="sweep", leave=False, disable=None):
+            self._settle_score(percent)
             keep = self.ranking.keep_percent(percent)
             models.append(slim(self.model, self.graph.masks(keep), self.graph))
-            rows.append({"percent": percent, **self.evaluate(models[-1]), **self._cost(keep)})
+            rows.append({"percent": percent, "score": self.score, **self.evaluate(models[-1]), **self._cost(keep)})
         times = self.milliseconds(models)
         return [row | {"ms": ms} for row, ms in zip(rows, times)]
 
@@ -117,6 +131,7 @@ class Pruner(TracedModel[M]):
 
         The first row is the whole model. Layers that share their channels have one row, under the name of the first.
         """
+        self._settle_score(share)
         whole = self.ranking.keep_groups(0)
         rows: list[dict[str, Any]] = [{"layer": "(none)", "cut": 0, **self.accuracy, **self._cost(whole)}]
         seen: set[bytes] = set()

@@ -15,6 +15,13 @@ from utils.slimming.surgery import M, masked
 FAR_BELOW = 0.1  # largest |gamma| of a channel that goes, relative to the median of those that stay
 
 
+def gammas_tell(gammas: Tensor, kept: Tensor) -> bool:
+    """Do |gamma| (channels,) tell which channels to cut: are those not `kept` (channels,) far below those that are?"""
+    if kept.all() or not kept.any():
+        return True
+    return float(gammas[~kept].max()) <= FAR_BELOW * float(gammas[kept].median())
+
+
 @dataclass(frozen=True)
 class TargetOutcome:
     """What became of a target."""
@@ -54,8 +61,8 @@ class PruneResult(Generic[M]):
 
     @property
     def small_gammas(self) -> bool:
-        """Do the gammas tell which channels to cut: are those that go far below those that stay?"""
-        return not self.kept.any() or self.threshold <= FAR_BELOW * float(self.gammas[self.kept].median())
+        """Do the gammas tell which channels to cut?"""
+        return gammas_tell(self.gammas, self.kept)
 
     @property
     def layers(self) -> list[dict[str, Any]]:

@@ -70,7 +70,11 @@ def _keep_freed_memory() -> None:
 def _named_device(name: str) -> torch.device:
     if name in ("", "cuda", "cpu"):
         return torch.device("cpu")
-    return torch.device("mps") if name == "mps" else _gpu(name)
+    if name != "mps":
+        return _gpu(name)
+    if not torch.backends.mps.is_available():
+        raise UserError("--device mps: this PyTorch has no Metal here; use --device cpu")
+    return torch.device("mps")
 
 
 def _gpu(number: str) -> torch.device:

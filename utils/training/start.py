@@ -93,3 +93,5 @@ def freeze(model: Model, layers: Sequence[int]) -> None:
         if not 0 <= i < len(model.model):
             raise UserError(f"--freeze {i}: the model has layers 0 to {len(model.model) - 1}")
         model.model[i].requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UserError("--freeze: nothing is left to train; freeze fewer layers")
