@@ -48,7 +48,7 @@ PIPELINES = {  # of bench/equal.py -> title
     "four-commands": "the four commands, a third of the epochs each: --target flops=0.5, with teacher",
     "narrow": "train.py, a narrower model from scratch",
     "scratch": "train.py, the slim shape from scratch",
-    "three-commands": "the three commands of the L1 rule, --sr 0.0001, --percent 0.5"}
+    "three-commands": "train_sparsity.py --sr 0.0001, prune.py --percent 0.5, finetune_pruned.py"}
 ABSORB: Columns = [("channels cut", "share", SHARE), ("largest gamma", "threshold", "{:.1g}".format),
                    ("before", "before", THREE), ("after", "slim", THREE), ("with --absorb", "absorbed", THREE)]
 ENGINE: Columns = [("model", "model", str), ("by", "method", str), ("seconds", "seconds", TWO),

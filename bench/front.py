@@ -2,7 +2,8 @@
 
     python bench/front.py --folder runs/equal --epochs 80          # after bench/equal.py; three minutes on two cores
 
-Dense, slim, a narrower model from scratch, and what the three commands of the L1 rule make, each of as many epochs;
+Dense, slim, a narrower model from scratch, and what L1 training, prune.py and finetune_pruned.py make with their
+defaults, each of as many epochs;
 fp32 and int8, one image at a time on two threads. A figure is the mean over the seeds that are there. Writes
 bench/results/front.csv and img/front.png.
 """
@@ -25,7 +26,7 @@ from utils.tables import text_table, write_csv
 
 # Pipeline of bench/equal.py -> title of its model, colour, points from a mark up to its label.
 MODELS = {"dense": ("dense", GREY, -20), "blocks-16": ("slim", BLUE, 11), "narrow": ("narrower", ORANGE, 11),
-          "three-commands": ("L1 rule", VERMILION, 11)}
+          "three-commands": ("L1 training", VERMILION, 11)}
 
 
 def frontier(rows: Sequence[Row]) -> list[Row]:

@@ -71,7 +71,7 @@ def test_a_mark_without_a_table_and_a_table_without_a_mark_are_refused(bench, mo
 def test_a_table_in_chinese_has_the_same_figures(bench):
     readme = bench("readme")
     english, chinese = (readme.tables(chinese=flag)["device"].splitlines() for flag in (False, True))
-    assert len(english) == len(chinese) and chinese[0].startswith("| 模型 | 格式 | 精度 | MB |")
+    assert len(english) == len(chinese) and chinese[0].startswith("| 模型 | 格式 | 数值精度 | MB |")
     assert [re.findall(r"[\d.]+", row) for row in english] == [re.findall(r"[\d.]+", row) for row in chinese]
 
 
@@ -92,7 +92,7 @@ def test_no_phrase_of_the_pages_is_left_half_translated(bench):
 
 def test_phrases_are_translated_whole_and_names_of_files_stay(bench):
     translated = bench("readme").translated
-    assert translated("the three commands of the L1 rule, --sr 0.0001") == "L1 规则的三条命令, --sr 0.0001"
+    assert translated("train.py, the slim shape from scratch") == "train.py，剪枝后的结构，从头训练"
     assert translated("slim.py") == "slim.py" and translated("slim") == "剪枝后"
     assert translated("commands") == "命令" and translated("0.1 to 0.2") == "0.1～0.2"
 

@@ -18,7 +18,7 @@ PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "bench
 README, CHINESE = ROOT / "README.md", ROOT / "README.zh-CN.md"
 MOST_LINES = 160
 STOCK = ".yolov5.pt"  # commands that open such a file are YOLOv5's own
-FOREIGN = {"--evolve"}  # flags of YOLOv5 that the pages name because they are missing here
+FOREIGN = {"--evolve", "--quad"}  # flags of YOLOv5 that the pages name because they are missing here
 page = pytest.mark.parametrize("page", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
 
 
