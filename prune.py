@@ -31,7 +31,8 @@ from utils.plots.slimming import plot_gammas, plot_kept, plot_sensitivity, plot_
 from utils.slimming import TARGETS, Pruner, PruneResult, Rules, report, slim
 from utils.slimming.calibration import absorb, recalibrate
 from utils.slimming.cost import profile
-from utils.slimming.ranking import NOTHING_TO_CUT, knee
+from utils.slimming.graph import UnknownNormError
+from utils.slimming.ranking import NothingToCutError, knee
 from utils.slimming.reconstruction import reconstruct
 from utils.tables import write_csv
 from utils.training.calibration import TrainingSample
@@ -47,7 +48,7 @@ REFITTED = 32  # ... that --reconstruct looks at; all are computed at once
 def rank(model: Model, opt: Namespace, device: torch.device) -> Pruner[Model]:
     """The engine, with the model's channels ranked as the flags say."""
     loader = cache(lambda: dataset_loader(model, opt))
-    rules = Rules(opt.min_channels, opt.min_share, opt.round_to, opt.shortcuts == "joint", tuple(opt.keep))
+    rules = Rules(opt.min_channels, opt.min_share, opt.round_to, coupled=opt.shortcuts == "joint", keep=tuple(opt.keep))
 
     def evaluate(candidate: Model) -> dict[str, float]:
         found = accuracy(candidate, loader(), opt, device)
@@ -58,11 +59,11 @@ def rank(model: Model, opt: Namespace, device: torch.device) -> Pruner[Model]:
                               stopwatch(opt.runtime, opt.imgsz, device, opt.latency_batch,
                                         "int8" if opt.int8 else "fp32"))
         return pruner.rank(opt.score, rules, opt.per_flop)
+    except NothingToCutError as error:
+        raise UserError(f"{error} (a fused or exported model? give the file from before fusing)") from None
+    except UnknownNormError as error:
+        raise UserError(f"--keep: {error}; the names are in the table that prune.py prints") from None
     except ValueError as error:
-        if str(error) == NOTHING_TO_CUT:
-            raise UserError(f"{error} (a fused or exported model? give the file from before fusing)") from None
-        if opt.keep and "no BatchNorm is called" in str(error):
-            raise UserError(f"--keep: {error}; the names are in the table that prune.py prints") from None
         raise UserError(f"{opt.weights}: {error}") from None
 
 

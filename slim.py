@@ -82,9 +82,11 @@ def begin(opt: Namespace, flags: list[str]) -> Pipeline:
     weights = str(Path(opt.weights).absolute()) if opt.weights else opt.weights
     data = str(Path(data).absolute()) if data and Path(data).is_file() else data
     teacher = "none" if opt.teacher == "" else opt.teacher
-    pipeline = Pipeline(Path(), command_line(), flags, weights, opt.cfg, data, opt.imgsz or trained.get("imgsz"),
-                        opt.target, epochs, opt.rounds, known, teacher, exports, opt.runtime, precision, opt.workers,
-                        opt.device)
+    pipeline = Pipeline(
+        folder=Path(), command=command_line(), flags=flags, weights=weights, cfg=opt.cfg, data=data,
+        imgsz=opt.imgsz or trained.get("imgsz"), target=opt.target, epochs=epochs, rounds=opt.rounds, trained=known,
+        teacher=teacher, export=exports, runtime=opt.runtime, precision=precision, workers=opt.workers,
+        device=opt.device)
     require_possible(pipeline, config, names)
     pipeline.folder = new_run_folder(opt.project, opt.name, opt.exist_ok).absolute()
     pipeline.save()

@@ -29,7 +29,7 @@ from utils.options import add_sparsity_flags, training_parser
 from utils.plots.slimming import plot_gamma_history, plot_gammas
 from utils.slimming.cost import profile
 from utils.slimming.graph import Masks, batch_norms, matching
-from utils.slimming.ranking import MIN_SHARE, NOTHING_TO_CUT, Rules
+from utils.slimming.ranking import MIN_SHARE, NothingToCutError, Rules
 from utils.slimming.sparsity import GammaL1, gamma_stats, l1_reach
 from utils.slimming.surgery import last_masks, masked, slim
 from utils.slimming.target_sparsity import TargetSparsity
@@ -81,8 +81,10 @@ class SparsityHook(Hook):
         self.opt, self.resumed, self.frozen = opt, resumed, frozen
         try:
             self.pruner = model_pruner(average, opt.imgsz)
+        except NothingToCutError:
+            raise UserError(NO_NORMS) from None
         except ValueError as error:
-            raise UserError(f"sparsity: {error}" if str(error) != NOTHING_TO_CUT else NO_NORMS) from None
+            raise UserError(f"sparsity: {error}") from None
         names = self.sparsified_norms()
         self.averaged = {name: self.pruner.norms[name] for name in names}
         self.norms = batch_norms(model, names)

@@ -65,7 +65,7 @@ def evaluate(model: Detector, loader: DetectionLoader, device: torch.device, con
     model: in eval mode and in its own precision. loss: a DetectionLoss, for the mean losses. on_batch gets every batch
     with its detections in the batch's pixels (list of (n, 6)). single_cls: all detections count as class 0.
     amp: type of autocast. processes: more than 1 where every process of a training calls this with its own share of
-    the images; all of them get the result for all images.
+    the images; all of them get the result for all images, but for the confusion matrix, which is of their own.
     """
     nc = 1 if single_cls else len(model.names)
     matrix = ConfusionMatrix(nc) if confusion else None

@@ -12,6 +12,7 @@ import export
 import val
 from models import checkpoint, formats
 from models.formats import quantized
+from models.formats.format import FileDetector
 from models.yolo import Model
 from tests.blocks import random_masks, randomised
 from utils.data.calibration import CalibrationImages
@@ -339,3 +340,8 @@ def test_int8_of_a_model_of_a_single_class(cfg, tiny, tmp_path):
         options = export.options_of(opt, model, checkpoint.read(path))
         targets = torch.cat([batch.targets for batch in export.validation(opt, options, 32)])
         assert len(targets) and not targets[:, 1].any()
+
+
+def test_names_in_a_list_are_numbered():
+    """Files of older YOLOv5 hold names so."""
+    assert FileDetector({"names": "['cat', 'dog']", "stride": "32"}, (1, 3, 64, 64)).names == {0: "cat", 1: "dog"}

@@ -284,7 +284,7 @@ def pruning_parser(description: str | None, runtimes: Collection[str]) -> Helpfu
     add("--runtime", choices=list(runtimes), default=next(iter(runtimes)),
         help="what --target latency and --sweep measure in, and the table as well")
     add("--int8", action="store_true", help="... in 8 bits, where the runtime has it")
-    add("--latency-batch", type=at_least(1), default=1, help="with --target latency: images a batch")
+    add("--latency-batch", type=at_least(1), default=1, help="with --target latency and --sweep: images a batch")
     add("--sweep", type=fractions,
         help="first:last:step; show what each of these percents would give, and write no model")
     add("--sensitivity", action="store_true",

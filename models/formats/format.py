@@ -128,7 +128,10 @@ class FileDetector:
     dtype = torch.float32
 
     def __init__(self, metadata: Mapping[str, Any], shape: Sequence[int]):
-        self.names = {int(k): str(v) for k, v in dict(plain(metadata["names"])).items()}
+        names = plain(metadata["names"])
+        if isinstance(names, (list, tuple)):  # as files of older YOLOv5 have them
+            names = dict(enumerate(names))
+        self.names = {int(k): str(v) for k, v in dict(names).items()}
         self.stride = int(plain(metadata["stride"]))
         self.precision = str(metadata.get("precision", "fp32"))
         self.input_shape = tuple(int(n) for n in shape)

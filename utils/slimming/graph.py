@@ -107,9 +107,13 @@ def filters(conv: Convolution) -> Tensor:
     return weight.unflatten(0, (conv.groups, -1)).transpose(1, 2).flatten(0, 1)  # it is stored by input channels
 
 
+class UnknownNormError(ValueError):
+    """A pattern that fits the name of no BatchNorm."""
+
+
 def matching(names: Iterable[str], patterns: Sequence[str]) -> set[str]:
-    """The names that fit one of the patterns (model.0.*). ValueError for a pattern that none fits."""
+    """The names that fit one of the patterns (model.0.*). UnknownNormError for a pattern that none fits."""
     found = {pattern: {name for name in names if fnmatch(name, pattern)} for pattern in patterns}
     if unused := [pattern for pattern in patterns if not found[pattern]]:
-        raise ValueError(f"no BatchNorm is called {', '.join(unused)}")
+        raise UnknownNormError(f"no BatchNorm is called {', '.join(unused)}")
     return set().union(*found.values())

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from utils.slimming.equivalence import EQUIVALENCE_BOUND, largest_difference
 from utils.slimming.graph import Masks
-from utils.slimming.ranking import NOTHING_TO_CUT, Ranking, Rules, TracedModel
+from utils.slimming.ranking import NothingToCutError, Ranking, Rules, TracedModel
 from utils.slimming.result import PruneResult, TargetOutcome, gammas_tell
 from utils.slimming.surgery import M, masked_view, slim
 from utils.slimming.targets import TARGETS
@@ -36,12 +36,13 @@ class Pruner(TracedModel[M]):
         """Rank the channels by one of SCORES, per FLOP or not, as the weights are now. Returns this pruner.
 
         score="auto": by gamma; a cut for which gammas do not tell channels apart is made by taylor instead.
-        Raises ValueError where no channel may go, and for a pattern in rules.keep that no BatchNorm fits.
+        Raises NothingToCutError where no channel may go, and UnknownNormError for a pattern in rules.keep that no
+        BatchNorm fits; both are ValueErrors.
         """
         self.automatic, self.score = score == "auto", "gamma" if score == "auto" else score
         self.ranking = Ranking(self, rules, self.score, per_flop)
         if not self.ranking.total:
-            raise ValueError(NOTHING_TO_CUT)
+            raise NothingToCutError
         return self
 
     def cut(self, percent: float | None = None, target: tuple[str, float] | None = None) -> PruneResult[M]:
@@ -66,10 +67,11 @@ class Pruner(TracedModel[M]):
         difference = self.check(zeroed, narrow)
         gone = torch.cat([self.norms[name].weight.detach().abs()[~mask] for name, mask in masks.items()])
         prunable = self.ranking.prunable
-        return PruneResult(self.model, narrow, masks, prunable, torch.cat(list(self.gammas(prunable).values())),
-                           self.safe_threshold(prunable), float(gone.max()) if len(gone) else 0.0,
-                           len(gone) / self.ranking.total, difference, outcome, self.graph.notes,
-                           self.score)
+        return PruneResult(
+            self.model, narrow, masks, prunable=prunable, gammas=torch.cat(list(self.gammas(prunable).values())),
+            safe=self.safe_threshold(prunable), threshold=float(gone.max()) if len(gone) else 0.0,
+            achieved=len(gone) / self.ranking.total, difference=difference, target=outcome,
+            graph_notes=self.graph.notes, score=self.score)
 
     def check(self, zeroed: M, narrow: M) -> float:
         """The equivalence check: the largest relative |narrow - zeroed| in float64. ValueError if it is too large."""

@@ -25,7 +25,13 @@ from utils.slimming.timing import latency
 from utils.slimming.tracing import trace
 
 MIN_SHARE = 0.25  # default of prune.py; after an L1 run on BCCD, a floor of 0.1 ended .018 mAP50-95 lower
-NOTHING_TO_CUT = "this model has no BatchNorm channel that may be cut"
+
+
+class NothingToCutError(ValueError):
+    """A model without a channel that may go."""
+
+    def __init__(self) -> None:
+        super().__init__("this model has no BatchNorm channel that may be cut")
 
 
 @dataclass(frozen=True)
@@ -59,7 +65,7 @@ class TracedModel(Generic[M]):
     evaluate: model -> its accuracy, such as {"mAP50": 0.9, "mAP50-95": 0.6}, for target map-drop, sweep, sensitivity.
     milliseconds: models -> milliseconds per image of each, measured in turns, for target latency and sweep.
     losses: model -> the loss of one batch after another, for scores that want gradients on data.
-    Raises ValueError where the model has no BatchNorm whose channels can be cut.
+    Raises NothingToCutError, a ValueError, where the model has no BatchNorm whose channels can be cut.
     """
 
     def __init__(self, model: M, imgsz: int = 640, channels: int = 3, *,
@@ -73,7 +79,7 @@ class TracedModel(Generic[M]):
             lambda models: latency(models, imgsz, channels=channels))
         self.graph = trace(model)
         if not self.graph.norms:
-            raise ValueError(NOTHING_TO_CUT)
+            raise NothingToCutError
         self.norms: dict[str, _BatchNorm] = batch_norms(model, self.graph.norms)
 
     @cached_property
@@ -212,7 +218,7 @@ class Ranking:
         return protected
 
     def keep_percent(self, percent: float) -> np.ndarray:
-        """Cut the lowest share (0..1) of the prunable channels. ValueError for a share outside 0..1."""
+        """Cut the lowest share (0..1) of the prunable channels. ValueError for 1 and whatever lies outside."""
         if not 0 <= percent < 1:
             raise ValueError(f"percent must be at least 0 and below 1, not {percent}")
         return self.keep_groups(int((np.cumsum(self.channels) <= round(percent * self.total)).sum()))

@@ -48,9 +48,11 @@ def refuse_other_kind(what: str, teacher: Model, student: Model) -> None:
     for kind, name in kinds.items():
         theirs, mine = getattr(teacher.detect, name), getattr(student.detect, name)
         if theirs != mine:
-            raise UserError(f"{what}: has {theirs} {kind}, the model has {mine}; give a teacher with as many")
+            raise UserError(f"{what}: has {theirs} {kind}, the model has {mine}; give a teacher with as many, or "
+                            "--teacher none")
     if list(teacher.names.values()) != list(student.names.values()):
-        raise UserError(f"{what}: its classes are {', '.join(teacher.names.values())}; give one trained on the same")
+        raise UserError(f"{what}: its classes are {', '.join(teacher.names.values())}; "
+                        "give one trained on the same, or --teacher none")
 
 
 def distillation_loss(outputs: list[Tensor], wanted: list[Tensor], student: Detect, teacher: Detect,

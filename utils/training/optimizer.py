@@ -102,7 +102,7 @@ def suited_nbs(iterations: int, batch_size: int) -> int:
 
 
 class ModelEMA(Generic[AnyModel]):
-    """Moving average of a model's float state: decay 0.9999 * (1 - exp(-updates / 2000)), which starts fast.
+    """Moving average of a model's float state: decay * (1 - exp(-updates / tau)), which starts fast.
 
     `ema` is a model of its own in eval mode, ready to be validated and saved.
     """
