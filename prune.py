@@ -22,27 +22,24 @@ from models.config import check_cfg
 from models.formats import runtimes
 from models.pruning import model_pruner
 from models.speed import milliseconds, stopwatch
-from models.yolo import Model, on_device, whole_strides
+from models.yolo import Model, whole_strides
 from utils.errors import UserError, run_cli
 from utils.files import command_line, copy_file, new_run_folder, write_json
 from utils.options import pruning_parser, read_hyp, resolve
 from utils.plots.page import Page
 from utils.plots.slimming import plot_gammas, plot_kept, plot_sensitivity, plot_sweep
-from utils.slimming import TARGETS, Pruner, PruneResult, Rules, report, slim
-from utils.slimming.calibration import absorb, recalibrate
+from utils.slimming import TARGETS, Pruner, PruneResult, Rules, report
 from utils.slimming.cost import profile
 from utils.slimming.graph import UnknownNormError
 from utils.slimming.ranking import NothingToCutError, knee
-from utils.slimming.reconstruction import reconstruct
 from utils.tables import write_csv
-from utils.training.calibration import TrainingSample
 from utils.training.distributed import select_device
+from utils.training.repair import repair
 from utils.training.resume import newest_run
+from utils.training.sample import IMAGES, TrainingSample
 from val import accuracy, dataset_loader, pictures
 
 OUTPUT = "pruned_model.pt"
-IMAGES = 128  # training images that scores on data and repairs look at
-REFITTED = 32  # ... that --reconstruct looks at; all are computed at once
 
 
 def rank(model: Model, opt: Namespace, device: torch.device) -> Pruner[Model]:
@@ -92,24 +89,6 @@ def cut(pruner: Pruner[Model], opt: Namespace) -> PruneResult[Model]:
     return result
 
 
-def repair(pruner: Pruner[Model], result: PruneResult[Model], opt: Namespace, device: torch.device) -> dict[str, Model]:
-    """--reconstruct, --absorb, --recalibrate. Returns the models of all stages by name; the last one is written."""
-    stages = {"before": result.model, "masked": result.masked, "slim": result.slim}
-    images = TrainingSample(opt, result.model, opt.recalibrate or IMAGES, device)
-    if opt.reconstruct:
-        sample = TrainingSample(opt, result.model, REFITTED, device)
-        refitted = reconstruct(on_device(result.model, device), pruner.graph, result.masks,
-                               torch.cat([batch for batch, _ in sample]))
-        stages["reconstructed"] = result.slim = slim(refitted, result.masks, pruner.graph)
-        result.difference = max(result.difference, pruner.check(refitted, result.slim))
-    elif opt.absorb:
-        dense = absorb(on_device(result.model, device), pruner.graph, result.masks, images)
-        stages["absorbed"] = result.slim = slim(dense, result.masks, pruner.graph)
-    if opt.recalibrate:
-        stages["recalibrated"] = result.slim = recalibrate(on_device(result.slim, device), images)
-    return stages
-
-
 def explore(pruner: Pruner[Model], opt: Namespace) -> Path:
     """--sweep and --sensitivity: what cuts would give, as a table, a csv and a picture. No model is written."""
     rows = pruner.sweep([0.0, *opt.sweep]) if opt.sweep else pruner.sensitivity(opt.percent)
@@ -155,6 +134,28 @@ def copy_here(folder: Path) -> None:
         copy_file(folder / OUTPUT, Path(OUTPUT))
     except UserError as error:
         print(f"note: no copy in the working directory ({error}); use {folder / OUTPUT}")
+
+
+def measure(result: PruneResult[Model], models: dict[str, Model], folder: Path, opt: Namespace,
+            device: torch.device) -> None:
+    """Accuracy of the stages (name -> model), cost before and after: printed, as report.json and report.html."""
+    model, stages, ms, pairs = result.model, [], {}, []
+    if not opt.noval:
+        loader = dataset_loader(model, opt)
+        stages = [{"stage": stage, **accuracy(m, loader, opt, device)} for stage, m in models.items()]
+        print(report.stage_table(stages) + "\n")
+        ms = milliseconds([model, result.slim], opt.imgsz, device, opt.runtime, "int8" if opt.int8 else "fp32")
+        pairs = pictures([model, result.slim], loader, device)
+    before, after = (profile(m, opt.imgsz, model.yaml["ch"]) for m in (model, result.slim))
+    print(report.cost_table(costs := report.cost_rows(before, after, ms)))
+    print(f"milliseconds are medians, in turn; {torch.get_num_threads()} threads on the CPU\n" if ms else "")
+    if lineage := report.lineage_note(model.masks, result.slim.masks):
+        print(lineage + "\n")
+    write_json(folder / "report.json", {
+        "command": command_line(), "weights": str(opt.weights), "data": opt.data, "imgsz": opt.imgsz,
+        "requested": dict([opt.target]) if opt.target else opt.percent, **result.report, "stages": stages,
+        "cost": costs, "threads": torch.get_num_threads(), "device": str(device), "lineage": lineage})
+    write_page(folder, opt, result.score, stages, costs, pairs)
 
 
 def write_page(folder: Path, opt: Namespace, score: str, stages: list[dict[str, Any]], costs: list[dict[str, Any]],
@@ -204,23 +205,7 @@ def main(argv: list[str] | None = None, copy: bool = True) -> Path:
     folder = write(result, opt, source)  # before the measurements: whatever becomes of them, the model is there
     if copy:
         copy_here(folder)
-    stages, ms, pairs = [], {}, []
-    if not opt.noval:
-        loader = dataset_loader(model, opt)
-        stages = [{"stage": stage, **accuracy(m, loader, opt, device)} for stage, m in models.items()]
-        print(report.stage_table(stages) + "\n")
-        ms = milliseconds([model, result.slim], opt.imgsz, device, opt.runtime, "int8" if opt.int8 else "fp32")
-        pairs = pictures([model, result.slim], loader, device)
-    before, after = (profile(m, opt.imgsz, model.yaml["ch"]) for m in (model, result.slim))
-    print(report.cost_table(costs := report.cost_rows(before, after, ms)))
-    print(f"milliseconds are medians, in turn; {torch.get_num_threads()} threads on the CPU\n" if ms else "")
-    if lineage := report.lineage_note(model.masks, result.slim.masks):
-        print(lineage + "\n")
-    write_json(folder / "report.json", {
-        "command": command_line(), "weights": str(opt.weights), "data": opt.data, "imgsz": opt.imgsz,
-        "requested": dict([opt.target]) if opt.target else opt.percent, **result.report, "stages": stages,
-        "cost": costs, "threads": torch.get_num_threads(), "device": str(device), "lineage": lineage})
-    write_page(folder, opt, result.score, stages, costs, pairs)
+    measure(result, models, folder, opt, device)
     print(f"Slim model: {folder / OUTPUT}{f' (and {OUTPUT})' if copy else ''}; report.html and pictures in {folder}")
     return folder
 

@@ -19,10 +19,10 @@ from utils.files import newest
 from utils.options import at_least, resolve, training_parser
 from utils.slimming.sparsity import GammaL1
 from utils.training import distributed, resume
-from utils.training.calibration import TrainingSample
 from utils.training.distributed import device_of_rank
 from utils.training.optimizer import EarlyStopping, build_optimizer
 from utils.training.run import Hook, amp_name
+from utils.training.sample import TrainingSample
 from utils.training.start import start_options
 from val import evaluate
 

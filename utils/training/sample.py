@@ -14,6 +14,8 @@ from utils.data.loader import build_loader
 from utils.errors import UserError
 from utils.training.loss import DetectionLoss, scale_gains
 
+IMAGES = 128  # that scores on data and --absorb look at
+
 
 class TrainingSample:
     """`count` training images in random order, as training sees them: batches of (images, targets) on `device`.
