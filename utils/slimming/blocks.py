@@ -1,4 +1,4 @@
-"""Blocks of channels: channels that go together so that a multiple is left of a layer."""
+"""Groups of channels, which are coupled, and blocks of groups, which go together so that a multiple is left."""
 from __future__ import annotations
 
 import math
@@ -6,6 +6,48 @@ import math
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+
+class ChannelGroups:
+    """The channels of several layers, numbered one after another, and the groups that couple them: constant tables.
+
+    sizes: channels of each layer. numbers: int (channels,), equal for channels of one group. cost: float (channels,).
+    floors: int (layers,), so many channels of a layer are protected. may_go: bool (channels,), False for those that
+    are protected in any case.
+    """
+
+    def __init__(self, sizes: np.ndarray, numbers: np.ndarray, cost: np.ndarray, floors: np.ndarray, may_go: np.ndarray,
+                 device: torch.device | None):
+        layer = np.repeat(np.arange(len(sizes)), sizes)
+        _, first, group, counts = np.unique(numbers, return_index=True, return_inverse=True, return_counts=True)
+        self.in_layer = np.zeros((len(counts), len(sizes)), int)  # (groups, layers) channels
+        np.add.at(self.in_layer, (group, layer), 1)
+
+        def on_device(array: np.ndarray) -> Tensor:
+            return torch.as_tensor(array, device=device)
+
+        self.layer = on_device(layer)                                # (channels,)
+        self.place = on_device((sizes.cumsum() - sizes)[layer])      # (channels,) number of the layer's first channel
+        self.floor = on_device(floors[layer])                        # (channels,) of the channel's layer
+        self.group = on_device(group)                                # (channels,)
+        self.counts = on_device(counts)                              # (groups,) channels
+        self.members = on_device(membership_table(group))            # (groups, most) numbers of their channels
+        self.fixed = on_device(~may_go[first])                       # (groups,) they never go
+        self.cost = on_device(cost[first].astype(np.float32))        # (groups,) of a channel
+
+    def __len__(self) -> int:
+        return len(self.counts)
+
+    def protected(self, ranking: Tensor) -> Tensor:
+        """bool (groups,): fixed, or among the best of a layer by this ranking (groups,), from the worst to the best."""
+        rank = torch.empty_like(ranking)
+        rank[ranking] = torch.arange(len(ranking), device=ranking.device)
+        order = rank[self.group].argsort(descending=True, stable=True)
+        order = order[self.layer[order].argsort(stable=True)]  # channels by layer, within a layer from best to worst
+        position = torch.arange(len(order), device=order.device) - self.place
+        protected = self.fixed.clone()
+        protected[self.group[order[position < self.floor]]] = True
+        return protected
 
 
 class ChannelBlocks:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from utils.slimming.blocks import ChannelBlocks, append, membership_table
+from utils.slimming.blocks import ChannelBlocks, ChannelGroups, append
 
 
 class TargetSparsity:
@@ -57,34 +57,23 @@ class TargetSparsity:
         self.sizes = [self.lengths[i] for i in trained]
         self.total = sum(self.sizes)  # channels
         self.follow(norms, copies)
-        device = self.gammas[0].device if self.gammas else None
+        sizes, device = np.asarray(self.sizes, int), self.gammas[0].device if self.gammas else None
 
-        def on_device(array: np.ndarray) -> Tensor:
-            return torch.as_tensor(array, device=device)
+        def of_all(values: Sequence[np.ndarray] | None, default: np.ndarray) -> np.ndarray:
+            return default if values is None else np.concatenate([values[i] for i in trained])
 
-        sizes = np.asarray(self.sizes, int)
-        layers = np.repeat(np.arange(len(sizes)), sizes)
-        starts = sizes.cumsum() - sizes
-        floors = np.maximum(np.ceil(sizes * self.FLOOR).astype(int), np.minimum(sizes, self.LEAST))
-        self.layer, self.start, self.floor = map(on_device, (layers, starts[layers], floors[layers]))  # (channels,)
-        numbers = np.arange(self.total) if groups is None else np.concatenate([groups[i] for i in trained])
-        _, first, index, counts = np.unique(numbers, return_index=True, return_inverse=True, return_counts=True)
-        self.group, self.channels = on_device(index), on_device(counts)  # group of a channel, channels of a group
-        self.members = on_device(membership_table(index))  # (groups, most): their channels
-        self.fixed = on_device(np.zeros(len(counts), bool))  # (groups,) they never go
-        if allowed is not None:
-            self.floor.zero_()
-            floors[:] = 0
-            self.fixed = on_device(~np.concatenate([allowed[i] for i in trained])[first])
-        cost = np.ones(self.total) if costs is None else np.concatenate([costs[i] for i in trained])
-        self.cost = on_device(cost[first].astype(np.float32))
-        in_layer = np.zeros((len(counts), len(sizes)), int)  # (groups, layers) channels
-        np.add.at(in_layer, (index, layers), 1)
-        self.blocks = ChannelBlocks(in_layer, round_to, device)
+        floors = np.zeros_like(sizes)
+        if allowed is None:
+            floors = np.maximum(np.ceil(sizes * self.FLOOR).astype(int), np.minimum(sizes, self.LEAST))
+        self.groups = ChannelGroups(
+            sizes, of_all(groups, np.arange(self.total)), cost=of_all(costs, np.ones(self.total)),
+            floors=floors, may_go=of_all(allowed, np.ones(self.total, bool)),
+            device=device)
+        self.blocks = ChannelBlocks(self.groups.in_layer, round_to, device)
         self.most = 1 - self.blocks.min_remaining(floors) / max(self.total, 1)  # share of the channels that can go
         self.settled = False  # the run is past LAST
-        self.score = torch.zeros(len(counts), device=device)  # (groups,)
-        self.dead = torch.zeros(len(counts), dtype=torch.bool, device=device)  # (groups,)
+        self.score = torch.zeros(len(self.groups), device=device)  # (groups,) importances
+        self.dead = torch.zeros(len(self.groups), dtype=torch.bool, device=device)  # (groups,) they are 0 for good
 
     def follow(self, norms: Sequence[_BatchNorm], copies: Sequence[_BatchNorm] = (),
                kept: Sequence[np.ndarray] | None = None) -> None:
@@ -145,8 +134,8 @@ class TargetSparsity:
         square = self._of_all((_times_gradient(self.gammas) + _times_gradient(self.betas)).float().square())
         # Not finite in a step that the loss scaler is about to skip: such a step does not count.
         finite = square.isfinite().all()
-        summed = append(square.nan_to_num(0, 0), 0)[self.members].sum(1)
-        self.score.lerp_(summed / self.cost, (1 - self.MEMORY) * finite)
+        summed = append(square.nan_to_num(0, 0), 0)[self.groups.members].sum(1)
+        self.score.lerp_(summed / self.groups.cost, (1 - self.MEMORY) * finite)
 
     @torch.no_grad()
     def shrink(self, progress: float) -> None:
@@ -157,7 +146,10 @@ class TargetSparsity:
         blocks, order, channels, protected = self._arranged()
         chosen = torch.zeros_like(protected)
         chosen[order] = channels[order].cumsum(0) <= wanted
-        chosen &= append(self.dead, False)[blocks].any(1) if self.settled else ~protected
+        if self.settled:  # no channel is given up any more
+            chosen &= append(self.dead, False)[blocks].any(1)
+        else:
+            chosen &= ~protected
         self.settled |= progress >= self.LAST
         # A block dies as a whole, or the rest of its layer would not be a multiple.
         dying = chosen if self.settled else chosen & (self._largest_gamma(blocks) < self.DEAD)
@@ -166,8 +158,8 @@ class TargetSparsity:
 
     def _multiply(self, shrinking: Tensor) -> None:
         """SHRINK the gammas and betas of the shrinking groups (1 or 0 each), set those of dead groups to 0."""
-        alive = (~self.dead).to(self.score.dtype)[self.group]
-        factors = (1 - (1 - self.SHRINK) * shrinking)[self.group] * alive
+        alive = (~self.dead).to(self.score.dtype)[self.groups.group]
+        factors = (1 - (1 - self.SHRINK) * shrinking)[self.groups.group] * alive
         sizes = [len(gamma) for gamma in self.gammas]
         parts = list(factors[self.present].split(sizes))
         torch._foreach_mul_(self.gammas, parts)
@@ -184,7 +176,7 @@ class TargetSparsity:
     def _per_norm(self, groups: Tensor) -> list[np.ndarray]:
         """Flags of groups -> bool (channels,) per BatchNorm; no channel of a frozen one is flagged."""
         found = [np.zeros(length, bool) for length in self.lengths]
-        for i, flags in zip(self.trained, groups[self.group].split(self.sizes)):
+        for i, flags in zip(self.trained, groups[self.groups.group].split(self.sizes)):
             found[i] = flags.cpu().numpy()
         return found
 
@@ -197,9 +189,9 @@ class TargetSparsity:
         ranking = self.score.masked_fill(self.dead, -1.0).argsort(stable=True)  # dead groups, then by importance
         blocks = self.blocks.arrange(ranking)
         dead = append(self.dead, False)[blocks].any(1)
-        protected = append(self._protected(ranking), False)[blocks].any(1)
+        protected = append(self.groups.protected(ranking), False)[blocks].any(1)
         mean = append(self.score, 0)[blocks].sum(1) / (blocks < len(self.score)).sum(1)
-        channels = append(self.channels, 0)[blocks].sum(1)
+        channels = append(self.groups.counts, 0)[blocks].sum(1)
         # The first to go are the dead, then the others by importance.
         order = mean.masked_fill(dead, -1.0).masked_fill(protected, float("inf")).argsort(stable=True)
         return blocks, order, channels, protected
@@ -207,7 +199,7 @@ class TargetSparsity:
     def _largest_gamma(self, blocks: Tensor) -> Tensor:
         """(blocks,) largest |gamma| of a block."""
         per_channel = self._of_all(torch.cat(self.gammas).abs().to(self.score.dtype))
-        per_group = append(per_channel, 0)[self.members].amax(1)
+        per_group = append(per_channel, 0)[self.groups.members].amax(1)
         return append(per_group, 0)[blocks].amax(1)
 
     def _groups_of(self, flags: Tensor, blocks: Tensor) -> Tensor:
@@ -215,17 +207,6 @@ class TargetSparsity:
         found = append(torch.zeros_like(self.dead), False)
         found[blocks] = flags[:, None].expand_as(blocks)
         return found[:-1]
-
-    def _protected(self, ranking: Tensor) -> Tensor:
-        """bool (groups,): among the best of a layer, which stay."""
-        rank = torch.empty_like(ranking)
-        rank[ranking] = torch.arange(len(ranking), device=ranking.device)
-        order = rank[self.group].argsort(descending=True, stable=True)
-        order = order[self.layer[order].argsort(stable=True)]  # channels by layer, within a layer from best to worst
-        position = torch.arange(self.total, device=order.device) - self.start
-        protected = self.fixed.clone()
-        protected[self.group[order[position < self.floor]]] = True
-        return protected
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs."""
