@@ -44,6 +44,7 @@ from utils.slimming.cost import profile
 from utils.slimming.target_sparsity import TargetSparsity
 from utils.training.distributed import World, select_device
 from utils.training.pipeline import PRUNE, STATE, Pipeline, Progress, Stage, known_pipeline
+from utils.training.sparsity import SparsityPlan
 from utils.training.start import start_model
 from val import pictures
 
@@ -108,7 +109,7 @@ def require_possible(pipeline: Pipeline, config: DataConfig, names: dict[int, st
     start.imgsz = whole_strides(start.imgsz, model.stride)
     if pipeline.runtime != "torch":  # a model that it can't run would be known in the end only
         stopwatch(pipeline.runtime, start.imgsz, torch.device("cpu"), precision=pipeline.precision)([model])
-    train_sparsity.SparsityHook().choose(start, model, model, {}, set())
+    SparsityPlan(start, model, model, {}, set())
 
 
 def start_flags(pipeline: Pipeline) -> list[str]:

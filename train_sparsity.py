@@ -9,10 +9,9 @@ This is train.py with one hook. The next step is: python prune.py --percent 0.5
 """
 from __future__ import annotations
 
-import math
 import os
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,6 @@ import torch
 from PIL import Image
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from models.pruning import model_pruner
 from models.yolo import Model
 from train import train
 from utils.errors import UserError, run_cli
@@ -28,30 +26,21 @@ from utils.files import write_array
 from utils.options import add_sparsity_flags, training_parser
 from utils.plots.slimming import plot_gamma_history, plot_gammas
 from utils.slimming.cost import profile
-from utils.slimming.graph import Masks, batch_norms, matching
-from utils.slimming.ranking import MIN_SHARE, NothingToCutError, Rules
+from utils.slimming.graph import Masks, batch_norms
+from utils.slimming.ranking import MIN_SHARE, Rules
 from utils.slimming.sparsity import GammaL1, gamma_stats, l1_reach
 from utils.slimming.surgery import last_masks, masked, slim
-from utils.slimming.target_sparsity import TargetSparsity
-from utils.slimming.targets import TARGETS
 from utils.training.narrow import narrow
 from utils.training.run import Hook, Run
+from utils.training.sparsity import SparsityPlan, frozen_norms
 from utils.training.start import start_options
 from val import evaluate
 
-# AVX-512 kernels compute 16 channels at a time, AVX2 and GPUs 8; a multiple of 16 suits them all.
-BLOCK_SIZES = (16, 8, 4, 2, 1)
 ENOUGH = 0.1  # of the channels: --shrink cuts when so many more are 0 for good; each cut takes a second or two
-NO_NORMS = ("sparsity: no BatchNorm is left to act on; give fewer --keep, --only or --freeze, "
-            "or a model with BatchNorms")
 
 
 class SparsityHook(Hook):
-    """Sparsity on every prunable BatchNorm and on no other, and what TensorBoard and results.csv show of it.
-
-    The channel graph tells which BatchNorms are prunable: not those whose channels a shortcut's addition couples to
-    others, unless --shortcuts joint takes such channels as one.
-    """
+    """A SparsityPlan in the training loop, and what TensorBoard and results.csv show of it."""
 
     done = False  # --shrink has cut the last channel: none is left for the target to look at
 
@@ -64,159 +53,69 @@ class SparsityHook(Hook):
         if shrunk:
             # What is shown is over the channels of the start: the model as it was, with zeros where channels were.
             wide = slim(Model(run.model.yaml), self.before).to(run.world.device)
-            self.choose(run.opt, wide, wide, run.resumed, self.frozen_norms(run.model))
+            self.plan = SparsityPlan(run.opt, wide, wide, run.resumed, frozen_norms(run.model))
             self.narrowed()
         else:
             # What is shown is what is saved, the averaged weights: the pruner looks at them.
-            self.choose(run.opt, run.model, run.ema.ema, run.resumed, self.frozen_norms(run.model))
+            self.plan = SparsityPlan(run.opt, run.model, run.ema.ema, run.resumed, frozen_norms(run.model))
         self.history: list[torch.Tensor] = []  # |gamma| of all channels, an entry an epoch
         if run.world.main:
             print(self.summary())
             if run.opt.sr:
-                print(l1_note(run, self.penalty))
-
-    def choose(self, opt: Namespace, model: Model, average: Model, resumed: Mapping[str, Any],
-               frozen: set[str]) -> None:
-        """Which BatchNorms to act on, and how. UserError where there are none, or the target can't be reached."""
-        self.opt, self.resumed, self.frozen = opt, resumed, frozen
-        try:
-            self.pruner = model_pruner(average, opt.imgsz)
-        except NothingToCutError:
-            raise UserError(NO_NORMS) from None
-        except ValueError as error:
-            raise UserError(f"sparsity: {error}") from None
-        names = self.sparsified_norms()
-        self.averaged = {name: self.pruner.norms[name] for name in names}
-        self.norms = batch_norms(model, names)
-        self.penalty = GammaL1(list(self.norms.values()), opt.sr, opt.epochs, opt.sr_bias)
-        self.round_to = 1
-        self.target = self.build_target() if opt.target_sparsity or opt.target else None
-
-    def sparsified_norms(self) -> list[str]:
-        """Names of the BatchNorms to act on, as --shortcuts, --only, --keep and --freeze leave them."""
-        opt, graph = self.opt, self.pruner.graph
-        every = set(graph.norms)
-        try:
-            keep = flag_matches("--keep", every, opt.keep)
-            only = flag_matches("--only", every, opt.only) if opt.only else every
-        except ValueError as error:
-            raise UserError(f"{error}; prune.py's table shows the names") from None
-        names = graph.prunable_norms(opt.shortcuts == "joint", (self.frozen & every) | keep | (every - only))
-        if not names:
-            raise UserError(NO_NORMS)
-        return names
-
-    @staticmethod
-    def frozen_norms(model: Model) -> set[str]:
-        """The BatchNorms that --freeze froze."""
-        norms = {name: norm for name, norm in model.named_modules() if isinstance(norm, _BatchNorm) and norm.affine}
-        return {name for name, norm in norms.items() if not norm.weight.requires_grad}
-
-    def build_target(self) -> TargetSparsity:
-        """The rule of --target-sparsity, in blocks of --round-to.
-
-        Without that flag they are of the largest size that leaves a choice of blocks.
-        """
-        opt, graph = self.opt, self.pruner.graph
-        flops = self.pruner.costs.flops_per_channel()
-        costs = [flops[name] for name in self.norms] if opt.per_flop else None
-        groups = [graph.group[graph.norms[name]] for name in self.norms]
-        # The average of a gamma that is 0 comes near 0 but never there, so it is set to 0 as well.
-        norms, averaged = list(self.norms.values()), list(self.averaged.values())
-        wanted = opt.target_sparsity or 1 - opt.target[1]  # share of the channels, or of the figure, that is to go
-        for size in self.block_sizes():
-            target = TargetSparsity(norms, opt.target_sparsity, averaged, costs, groups, size)
-            most = target.most if opt.target_sparsity else 1 - self.figure_without(target.most_gone)
-            if wanted <= 0.9 * most:
-                break
-        self.round_to = size
-        if wanted > most:
-            asked, of_what, mend = f"--target-sparsity {wanted:g}", "channels", "less"
-            if opt.target:
-                asked, of_what, mend = "--target {}={:g}".format(*opt.target), opt.target[0], "more"
-            end = f" in blocks of {size}; give {mend}, or a smaller --round-to" if size > 1 else (
-                f"; every layer keeps some; give {mend}")
-            raise UserError(f"{asked}: at most {math.floor(1000 * most) / 1000} of the {of_what} can go{end}")
-        return target
-
-    def figure_without(self, gone: Sequence[np.ndarray]) -> float:
-        """The figure of --target, 0..1 of the start's, without these channels: bool (channels,) per BatchNorm."""
-        return TARGETS[self.opt.target[0]].value(self.pruner, self.kept_without(gone))
-
-    def kept_without(self, gone: Sequence[np.ndarray]) -> np.ndarray:
-        """Channels that go -> what is kept, bool (ids,); a convolution that would be left without any keeps all."""
-        graph = self.pruner.graph
-        keep = np.ones(len(graph.group), bool)
-        for name, flags in zip(self.norms, gone):
-            keep[graph.group[graph.norms[name][flags]]] = False
-        for ids in graph.outputs.values():
-            if not keep[graph.group[ids]].any():
-                keep[graph.group[ids]] = True
-        return keep[graph.group]
-
-    def reached(self, gone: list[np.ndarray]) -> bool:
-        """Is --target reached without these channels?"""
-        return self.figure_without(gone) <= self.opt.target[1]
-
-    def block_sizes(self) -> tuple[int, ...]:
-        """The sizes of blocks to try, in order. A resumed run goes on with its own."""
-        if self.opt.round_to:
-            return (self.opt.round_to,)
-        if self.resumed:
-            return (self.resumed.get("sparsity", {}).get("round_to", 1),)  # 1: the run is older than blocks
-        return BLOCK_SIZES
+                print(l1_note(run, self.plan.penalty))
 
     def summary(self) -> str:
         """What is sparsified and how, in a line."""
-        opt = self.run.opt
+        opt, plan = self.run.opt, self.plan
         how = f"sr {opt.sr:g}"
-        if self.target:
+        if plan.target:
             how = "target " + (f"{opt.target_sparsity:.0%}" if opt.target_sparsity else "{}={:g}".format(*opt.target))
-            how += f" in blocks of {self.round_to}" if self.round_to > 1 else ""
+            how += f" in blocks of {plan.round_to}" if plan.round_to > 1 else ""
         others = []
         if opt.shortcuts == "skip":
             others.append("coupled by shortcuts")
         if opt.keep or opt.only:
             others.append("left out by --keep or --only")
-        if self.frozen:
+        if plan.frozen:
             others.append("frozen")
         total = sum(isinstance(module, _BatchNorm) for module in self.run.model.modules())
-        channels = sum(len(self.pruner.norms[name].weight) for name in self.norms)
-        text = f"sparsity: {how}, on {len(self.norms)} of {total} BatchNorms, {channels} channels"
+        channels = sum(len(plan.pruner.norms[name].weight) for name in plan.norms)
+        text = f"sparsity: {how}, on {len(plan.norms)} of {total} BatchNorms, {channels} channels"
         text += f"; the others are {' or '.join(others)}" if others else ""
-        if self.target:
-            text += (f"\nsparsity: the zeros are final after {self.target.LAST:.0%} of the run; best.pt is one of the "
+        if plan.target:
+            text += (f"\nsparsity: the zeros are final after {plan.target.LAST:.0%} of the run; best.pt is one of the "
                      "epochs from there on, and --patience counts from there")
         return text
 
     def before_step(self) -> None:
-        if self.target and not self.done:
-            self.target.observe()  # the loss's gradients, without the penalty's
-        self.penalty.add_to_gradients(self.run.epoch, self.run.batch_fraction)
+        if self.plan.target and not self.done:
+            self.plan.target.observe()  # the loss's gradients, without the penalty's
+        self.plan.penalty.add_to_gradients(self.run.epoch, self.run.batch_fraction)
 
     def after_step(self, skipped: bool) -> None:
-        if self.target is None or skipped or self.done:
+        target, progress = self.plan.target, self.run.progress
+        if target is None or skipped or self.done:
             return
-        if self.run.opt.target and self.target.due(self.run.progress):
-            self.target.aim(self.reached)
-        self.target.shrink(self.run.progress)
+        if self.run.opt.target and target.due(progress):
+            target.aim(self.plan.reached)
+        target.shrink(progress)
 
     def shrink(self) -> None:
         """--shrink: cut the channels that are 0 for good, once the zeros are final or there are enough new ones."""
-        if not self.run.opt.shrink or self.target is None or self.done:
+        plan, target = self.plan, self.plan.target
+        if not self.run.opt.shrink or target is None or self.done:
             return
-        masks = self.pruner.graph.masks(self.kept_without(self.target.gone))
-        new = last_masks(self.kept, masks)
-        channels = sum(int((~new[name]).sum()) for name in self.norms)
-        if not self.target.settled and channels < ENOUGH * self.target.total:
+        new = last_masks(self.kept, plan.pruner.graph.masks(plan.kept_without(target.gone)))
+        channels = sum(int((~new[name]).sum()) for name in plan.norms)
+        if not target.settled and channels < ENOUGH * target.total:
             return
-        self.done = self.target.settled
+        self.done = target.settled
         if not channels:
             return
         zeroed = self.run.ema.ema
         narrow(self.run, new)
         try:
-            self.difference = max(self.difference, self.pruner.check(zeroed, self.run.ema.ema))
+            self.difference = max(self.difference, plan.pruner.check(zeroed, self.run.ema.ema))
         except ValueError as error:
             raise UserError(f"--shrink: {error}; last.pt is whole, as of the epoch before") from None
         if self.run.world.main:
@@ -225,36 +124,30 @@ class SparsityHook(Hook):
                   f"equivalence check: largest relative difference {self.difference:.1e}", flush=True)
 
     def narrowed(self) -> None:
-        run, names = self.run, list(self.norms)
-        self.pruner.model.cpu()  # nobody else holds it any more
-        self.kept = last_masks(self.before, run.model.masks)
-        self.norms = batch_norms(run.model, names)
-        self.averaged = {name: self.pruner.norms[name] for name in names}
-        self.penalty = GammaL1(list(self.norms.values()), run.opt.sr, run.opt.epochs, run.opt.sr_bias)
-        if self.target:
-            averaged = list(batch_norms(run.ema.ema, names).values())
-            self.target.follow(list(self.norms.values()), averaged, [self.kept[name].numpy() for name in names])
+        self.plan.pruner.model.cpu()  # nobody else holds it any more
+        self.kept = last_masks(self.before, self.run.model.masks)
+        self.plan.follow(self.run.model, self.run.ema.ema, self.kept)
 
     @torch.no_grad()
     def look(self) -> None:
         """Where channels were cut: bring the averaged scales and shifts into the model that the pruner looks at."""
         for name, norm in batch_norms(self.run.ema.ema, self.kept).items():
-            wide = self.pruner.norms[name]
+            wide = self.plan.pruner.norms[name]
             for mine, theirs in ((wide.weight, norm.weight), (wide.bias, norm.bias)):
                 mine.zero_()
                 mine[self.kept[name]] = theirs.cpu()
 
     def epoch_end(self, log: dict[str, float]) -> None:
-        opt = self.run.opt
+        opt, plan = self.run.opt, self.plan
         self.look()
-        gammas: list[torch.Tensor] = [norm.weight for norm in self.averaged.values()]
+        gammas: list[torch.Tensor] = [norm.weight for norm in plan.averaged.values()]
         self.history.append(torch.cat(gammas).detach().abs().half().cpu())
         stats = gamma_stats(gammas)
-        rules = Rules(min_share=MIN_SHARE, round_to=self.round_to, coupled=opt.shortcuts == "joint",
+        rules = Rules(min_share=MIN_SHARE, round_to=plan.round_to, coupled=opt.shortcuts == "joint",
                       keep=tuple(opt.keep))
-        ranking = self.pruner.rank(rules=rules).ranking
-        limit = self.pruner.safe_threshold(ranking.prunable).percent
-        log["sparsity/sr"] = self.penalty.coefficient(self.run.epoch)
+        ranking = plan.pruner.rank(rules=rules).ranking
+        limit = plan.pruner.safe_threshold(ranking.prunable).percent
+        log["sparsity/sr"] = plan.penalty.coefficient(self.run.epoch)
         log.update({f"sparsity/{key}": value for key, value in stats.items()})
         log["sparsity/limit"] = limit
         if self.run.world.main:
@@ -262,17 +155,17 @@ class SparsityHook(Hook):
             print(f"{'':>11}gammas {shares}; threshold rule: {limit:.1%}", flush=True)
         log.update(self.preview_cut())
         self.add_histograms()
-        if opt.target and self.target and not self.target.settled:
-            self.target.aim(self.reached)
+        if opt.target and plan.target and not plan.target.settled:
+            plan.target.aim(plan.reached)
         self.shrink()
 
     def preview_cut(self) -> dict[str, float]:
         """What prune.py --percent would make of the model as it is now: size and, now and then, mAP."""
-        run, opt = self.run, self.run.opt
+        run, opt, pruner, target = self.run, self.run.opt, self.plan.pruner, self.plan.target
         percent = opt.percent
         if percent is None:  # what --target takes as the channels rank now
-            percent = self.target.share * self.target.total / self.pruner.ranking.total if self.target else 0.0
-        masks, parameters, flops = self.pruner.preview(percent)
+            percent = target.share * target.total / pruner.ranking.total if target else 0.0
+        masks, parameters, flops = pruner.preview(percent)
         log = {"sparsity/parameters_left": float(parameters), "sparsity/gflops_left": flops / 1e9}
         text = f"--percent {percent:.3g} would leave {parameters:,} parameters, {flops / 1e9:.3f} GFLOPs"
         if opt.masked_val and (run.epoch + 1) % opt.masked_val == 0:
@@ -289,8 +182,8 @@ class SparsityHook(Hook):
         if self.run.log is None:
             return
         tb, epoch = self.run.log.tb, self.run.epoch
-        gammas = {name: norm.weight.detach().abs() for name, norm in self.averaged.items()}
-        betas = [norm.bias.detach().abs() for norm in self.averaged.values()]
+        gammas = {name: norm.weight.detach().abs() for name, norm in self.plan.averaged.items()}
+        betas = [norm.bias.detach().abs() for norm in self.plan.averaged.values()]
         tb.add_histogram("bn_weights/hist", torch.cat(list(gammas.values())), epoch)
         tb.add_histogram("bn_bias/hist", torch.cat(betas), epoch)
         for name, values in gammas.items():
@@ -309,31 +202,23 @@ class SparsityHook(Hook):
 
     def may_be_best(self) -> bool:
         """With --target-sparsity: once the zeros are final. Epochs before have more channels than the run ends with."""
-        return self.target is None or self.target.settled
+        return self.plan.target is None or self.plan.target.settled
 
     def state_dict(self) -> dict[str, Any]:
-        target = self.target.state_dict() if self.target else None
+        target = self.plan.target.state_dict() if self.plan.target else None
         return {"history": self.history, "target": target, "done": self.done}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.history, self.done = list(state["history"]), state.get("done", False)
-        if self.target:
-            self.target.load_state_dict(state["target"])
+        if self.plan.target:
+            self.plan.target.load_state_dict(state["target"])
 
     def record(self) -> dict[str, Any]:
         """For prune.py: a cut follows the sparsity training's blocks and shortcuts. For a resumed run: what is cut."""
-        known: dict[str, Any] = {"sparsity": {"round_to": self.round_to, "shortcuts": self.run.opt.shortcuts}}
+        known: dict[str, Any] = {"sparsity": {"round_to": self.plan.round_to, "shortcuts": self.run.opt.shortcuts}}
         if self.kept:
             known["shrunk"] = {"before": self.before, "done": self.done, "difference": self.difference}
         return known
-
-
-def flag_matches(flag: str, names: set[str], patterns: list[str]) -> set[str]:
-    """The names that a flag's patterns fit. ValueError, with the flag's name, for a pattern that none fits."""
-    try:
-        return matching(names, patterns)
-    except ValueError as error:
-        raise ValueError(f"{flag}: {error}") from None
 
 
 def l1_note(run: Run, penalty: GammaL1) -> str:

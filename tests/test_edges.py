@@ -126,8 +126,8 @@ def test_a_run_with_a_target_ends_with_its_zeros_whatever_the_patience(tiny, cfg
     assert run.epoch >= 8
     assert run.stopper.best_epoch >= 7  # the zeros are final after 80% of the run
     best = checkpoint.load(run.folder / "weights/best.pt")
-    zeros = sum(int((best.get_submodule(name).weight == 0).sum()) for name in hook.norms)
-    total = sum(len(norm.weight) for norm in hook.norms.values())
+    zeros = sum(int((best.get_submodule(name).weight == 0).sum()) for name in hook.plan.norms)
+    total = sum(len(norm.weight) for norm in hook.plan.norms.values())
     assert zeros / total == pytest.approx(0.5, abs=0.02)
 
 
@@ -135,8 +135,8 @@ def test_importance_does_not_see_the_penalty():
     order = []
     hook = train_sparsity.SparsityHook()
     hook.run = SimpleNamespace(epoch=0, batch_fraction=1.0)
-    hook.target = SimpleNamespace(observe=lambda: order.append("observe"))
-    hook.penalty = SimpleNamespace(add_to_gradients=lambda *_: order.append("penalty"))
+    hook.plan = SimpleNamespace(target=SimpleNamespace(observe=lambda: order.append("observe")),
+                                penalty=SimpleNamespace(add_to_gradients=lambda *_: order.append("penalty")))
     hook.before_step()
     assert order == ["observe", "penalty"]
 

@@ -84,10 +84,10 @@ def check(first: nn.Module, optimizer: str, monkeypatch: pytest.MonkeyPatch, **f
     for step, images in enumerate(batches):
         go(wide, step, images)
         go(narrow, step, images)
-        assert hook.target.dead.equal(shrinking.target.dead)
+        assert hook.plan.target.dead.equal(shrinking.plan.target.dead)
         if cuts:  # the step after a cut, and those after it
             for mine, theirs in ((narrow.model, wide.model), (narrow.ema.ema, wide.ema.ema)):
-                expected = slim(theirs, shrinking.kept, hook.pruner.graph).state_dict()
+                expected = slim(theirs, shrinking.kept, hook.plan.pruner.graph).state_dict()
                 assert all(torch.allclose(value, expected[key], rtol=1e-9, atol=1e-10)
                            for key, value in mine.state_dict().items()), step
         if step in (4, 6, STEPS - 1):
@@ -96,12 +96,12 @@ def check(first: nn.Module, optimizer: str, monkeypatch: pytest.MonkeyPatch, **f
             cuts += model is not narrow.model
             after = [outputs(m, images) for m in (narrow.model, narrow.ema.ema)]
             assert all((a - b).abs().max() <= 1e-9 * a.abs().max() for a, b in zip(before, after))
-    assert shrinking.done and hook.target.settled
+    assert shrinking.done and hook.plan.target.settled
     gone = sum(int((~mask).sum()) for mask in shrinking.kept.values())
-    assert cuts > 1 and gone == sum(int(flags.sum()) for flags in hook.target.gone)
-    shown = shrinking.averaged
+    assert cuts > 1 and gone == sum(int(flags.sum()) for flags in hook.plan.target.gone)
+    shown = shrinking.plan.averaged
     shrinking.look()
-    assert all(torch.equal(shown[name].weight == 0, norm.weight == 0) for name, norm in hook.averaged.items())
+    assert all(torch.equal(shown[name].weight == 0, norm.weight == 0) for name, norm in hook.plan.averaged.items())
 
 
 @pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
@@ -115,9 +115,9 @@ def test_a_block_of_ones_own_shrinks_exactly(name, optimizer, monkeypatch):
 def test_synchronised_batch_norms_are_cut(cfg):
     run, hook = prepared(nn.SyncBatchNorm.convert_sync_batchnorm(randomised(Model(str(cfg), nc=2))), "SGD")
     images = torch.rand(1, 3, 64, 64, dtype=torch.float64)
-    assert hook.target is not None
-    hook.target.share = 0.3
-    hook.target.shrink(1.0)
+    assert hook.plan.target is not None
+    hook.plan.target.share = 0.3
+    hook.plan.target.shrink(1.0)
     before = outputs(run.model, images)
     hook.shrink()
     assert hook.done and isinstance(run.model.model[0].bn, nn.SyncBatchNorm) and run.model.masks

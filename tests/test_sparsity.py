@@ -13,14 +13,12 @@ from torch import nn
 from models.config import read_yaml
 from models.yolo import Model
 from train import complete_gradients, optimizer_step
-from train_sparsity import SparsityHook
 from utils.errors import NonFiniteError
-from utils.slimming import Pruner
-from utils.slimming.graph import batch_norms
 from utils.slimming.sparsity import GammaL1, gamma_stats, l1_reach
 from utils.slimming.target_sparsity import TargetSparsity
 from utils.training.optimizer import ModelEMA
 from utils.training.run import Hook
+from utils.training.sparsity import SparsityPlan
 
 
 def norm(values=(0.5, -0.2, 0.0)) -> nn.BatchNorm2d:
@@ -292,12 +290,12 @@ def test_channels_of_a_layer_that_are_coupled_to_others_or_among_themselves():
 @pytest.mark.parametrize("width, share, expected", [
     (0.25, 0.5, 16), (0.25, 0.75, 8), (0.125, 0.6, 8), (0.0625, 0.5, 8)])
 def test_blocks_are_as_large_as_leaves_a_choice(width, share, expected):
-    hook, model = SparsityHook(), Model({**read_yaml("yolov5n.yaml"), "width_multiple": width}, nc=3)
-    hook.pruner = Pruner(model, 64)
-    hook.norms = hook.averaged = batch_norms(model, hook.pruner.graph.prunable_norms())
-    hook.opt, hook.resumed = Namespace(target_sparsity=share, round_to=None, per_flop=False), {}
-    target = hook.build_target()
-    assert hook.round_to == expected and share <= 0.9 * target.most
+    model = Model({**read_yaml("yolov5n.yaml"), "width_multiple": width}, nc=3)
+    opt = Namespace(imgsz=64, sr=0.0, sr_bias=None, epochs=1, target_sparsity=share, target=None, round_to=None,
+                    per_flop=False, shortcuts="skip", keep=[], only=[])
+    plan = SparsityPlan(opt, model, model, {}, set())
+    assert plan.target is not None
+    assert plan.round_to == expected and share <= 0.9 * plan.target.most
 
 
 def test_a_block_of_one_kind_goes_in_the_order_of_its_channels():

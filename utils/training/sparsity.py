@@ -1,0 +1,142 @@
+"""What a sparsity training acts on: which BatchNorms, by which rule, in which blocks of channels."""
+from __future__ import annotations
+
+import math
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from models.pruning import model_pruner
+from models.yolo import Model
+from utils.errors import UserError
+from utils.slimming.graph import Masks, batch_norms, matching
+from utils.slimming.ranking import NothingToCutError
+from utils.slimming.sparsity import GammaL1
+from utils.slimming.target_sparsity import TargetSparsity
+from utils.slimming.targets import TARGETS
+
+# AVX-512 kernels compute 16 channels at a time, AVX2 and GPUs 8; a multiple of 16 suits them all.
+BLOCK_SIZES = (16, 8, 4, 2, 1)
+NO_NORMS = ("sparsity: no BatchNorm is left to act on; give fewer --keep, --only or --freeze, "
+            "or a model with BatchNorms")
+
+
+class SparsityPlan:
+    """Every prunable BatchNorm and no other, the L1 penalty on them, and the target that takes channels to 0.
+
+    The channel graph tells which BatchNorms are prunable: not those whose channels a shortcut's addition couples to
+    others, unless --shortcuts joint takes such channels as one.
+
+    opt: of train_sparsity.py. average: the model that the pruner looks at, `model` or its moving average. resumed: the
+    checkpoint of a run that goes on, or {}. frozen: BatchNorms that do not train.
+    UserError where there is none to act on, or the target can't be reached.
+    """
+
+    def __init__(self, opt: Namespace, model: Model, average: Model, resumed: Mapping[str, Any], frozen: set[str]):
+        self.opt, self.resumed, self.frozen = opt, resumed, frozen
+        try:
+            self.pruner = model_pruner(average, opt.imgsz)
+        except NothingToCutError:
+            raise UserError(NO_NORMS) from None
+        except ValueError as error:
+            raise UserError(f"sparsity: {error}") from None
+        names = self._chosen_norms()
+        self.averaged = {name: self.pruner.norms[name] for name in names}
+        self.norms = batch_norms(model, names)
+        self.penalty = GammaL1(list(self.norms.values()), opt.sr, opt.epochs, opt.sr_bias)
+        self.round_to = 1
+        self.target = self._build_target() if opt.target_sparsity or opt.target else None
+
+    def _chosen_norms(self) -> list[str]:
+        """Names of the BatchNorms to act on, as --shortcuts, --only, --keep and --freeze leave them."""
+        opt, graph = self.opt, self.pruner.graph
+        every = set(graph.norms)
+        try:
+            keep = flag_matches("--keep", every, opt.keep)
+            only = flag_matches("--only", every, opt.only) if opt.only else every
+        except ValueError as error:
+            raise UserError(f"{error}; prune.py's table shows the names") from None
+        names = graph.prunable_norms(opt.shortcuts == "joint", (self.frozen & every) | keep | (every - only))
+        if not names:
+            raise UserError(NO_NORMS)
+        return names
+
+    def _build_target(self) -> TargetSparsity:
+        """The rule of --target-sparsity, in blocks of --round-to.
+
+        Without that flag they are of the largest size that leaves a choice of blocks.
+        """
+        opt, graph = self.opt, self.pruner.graph
+        flops = self.pruner.costs.flops_per_channel()
+        costs = [flops[name] for name in self.norms] if opt.per_flop else None
+        groups = [graph.group[graph.norms[name]] for name in self.norms]
+        # The average of a gamma that is 0 comes near 0 but never there, so it is set to 0 as well.
+        norms, averaged = list(self.norms.values()), list(self.averaged.values())
+        wanted = opt.target_sparsity or 1 - opt.target[1]  # share of the channels, or of the figure, that is to go
+        for size in self._block_sizes():
+            target = TargetSparsity(norms, opt.target_sparsity, averaged, costs, groups, size)
+            most = target.most if opt.target_sparsity else 1 - self.figure_without(target.most_gone)
+            if wanted <= 0.9 * most:
+                break
+        self.round_to = size
+        if wanted > most:
+            asked, of_what, mend = f"--target-sparsity {wanted:g}", "channels", "less"
+            if opt.target:
+                asked, of_what, mend = "--target {}={:g}".format(*opt.target), opt.target[0], "more"
+            end = f" in blocks of {size}; give {mend}, or a smaller --round-to" if size > 1 else (
+                f"; every layer keeps some; give {mend}")
+            raise UserError(f"{asked}: at most {math.floor(1000 * most) / 1000} of the {of_what} can go{end}")
+        return target
+
+    def _block_sizes(self) -> tuple[int, ...]:
+        """The sizes of blocks to try, in order. A resumed run goes on with its own."""
+        if self.opt.round_to:
+            return (self.opt.round_to,)
+        if self.resumed:
+            return (self.resumed.get("sparsity", {}).get("round_to", 1),)  # 1: the run is older than blocks
+        return BLOCK_SIZES
+
+    def figure_without(self, gone: Sequence[np.ndarray]) -> float:
+        """The figure of --target, 0..1 of the start's, without these channels: bool (channels,) per BatchNorm."""
+        return TARGETS[self.opt.target[0]].value(self.pruner, self.kept_without(gone))
+
+    def kept_without(self, gone: Sequence[np.ndarray]) -> np.ndarray:
+        """Channels that go -> what is kept, bool (ids,); a convolution that would be left without any keeps all."""
+        graph = self.pruner.graph
+        keep = np.ones(len(graph.group), bool)
+        for name, flags in zip(self.norms, gone):
+            keep[graph.group[graph.norms[name][flags]]] = False
+        for ids in graph.outputs.values():
+            if not keep[graph.group[ids]].any():
+                keep[graph.group[ids]] = True
+        return keep[graph.group]
+
+    def reached(self, gone: list[np.ndarray]) -> bool:
+        """Is --target reached without these channels?"""
+        return self.figure_without(gone) <= self.opt.target[1]
+
+    def follow(self, model: Model, average: Model, kept: Masks) -> None:
+        """Act on these models from now on: the first ones, of whose channels `kept` are left."""
+        self.norms = batch_norms(model, list(self.norms))
+        self.averaged = {name: self.pruner.norms[name] for name in self.norms}
+        self.penalty = GammaL1(list(self.norms.values()), self.opt.sr, self.opt.epochs, self.opt.sr_bias)
+        if self.target:
+            averaged = list(batch_norms(average, self.norms).values())
+            self.target.follow(list(self.norms.values()), averaged, [kept[name].numpy() for name in self.norms])
+
+
+def frozen_norms(model: Model) -> set[str]:
+    """The BatchNorms that --freeze froze."""
+    norms = {name: norm for name, norm in model.named_modules() if isinstance(norm, _BatchNorm) and norm.affine}
+    return {name for name, norm in norms.items() if not norm.weight.requires_grad}
+
+
+def flag_matches(flag: str, names: set[str], patterns: list[str]) -> set[str]:
+    """The names that a flag's patterns fit. ValueError, with the flag's name, for a pattern that none fits."""
+    try:
+        return matching(names, patterns)
+    except ValueError as error:
+        raise ValueError(f"{flag}: {error}") from None
