@@ -46,7 +46,7 @@ class Additive(Hook):
 
     @property
     def gammas(self) -> list[Tensor]:
-        return self.sparsity.penalty.gammas if self.sparsity else self.all
+        return self.sparsity.plan.penalty.gammas if self.sparsity else self.all
 
     def before_step(self) -> None:
         self.before = [p.grad.clone() for p in self.gammas]
