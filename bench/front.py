@@ -26,7 +26,7 @@ from utils.tables import text_table, write_csv
 
 # Pipeline of bench/equal.py -> title of its model, colour, points from a mark up to its label.
 MODELS = {"dense": ("dense", GREY, -20), "blocks-16": ("slim", BLUE, 11), "narrow": ("narrower", ORANGE, 11),
-          "three-commands": ("L1 training", VERMILION, 11)}
+          "three-commands": ("L1 training", VERMILION, -20)}
 
 
 def frontier(rows: Sequence[Row]) -> list[Row]:
