@@ -139,7 +139,8 @@ def test_all_kinds_of_images_give_the_same_boxes(model, photo, site):
     for image in images:
         assert torch.equal(model(image).xyxy[0], expected)
     results = model(images)
-    assert all(torch.allclose(found, expected, atol=1e-3) for found in results.xyxy)
+    # A batch takes other kernels, whose rounding such random weights enlarge: a hundredth of a pixel.
+    assert all(torch.allclose(found, expected, atol=1e-2) for found in results.xyxy)
     assert results.files[:5] == ["001.jpg", "001_1.jpg", "image2.jpg", "001_3.jpg", "image4.jpg"]
     grey = rgb[..., 1]
     assert torch.equal(model(grey).xyxy[0], model(np.dstack([grey] * 3)).xyxy[0])
