@@ -230,6 +230,28 @@ def test_a_gpus_fp16_run_goes_on_on_a_cpu_without(interrupted, monkeypatch):
 
 
 @pytest.mark.slow
+def test_a_run_with_sync_bn_goes_on_on_a_cpu_without(interrupted, monkeypatch):
+    """There is no flag that takes --sync-bn back."""
+    data = checkpoint.read(interrupted)
+    data["opt"]["sync_bn"] = True
+    monkeypatch.setattr(resume.checkpoint, "read", lambda path: data)
+    assert options(interrupted, "--device", "cpu").sync_bn is False
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert options(interrupted, "--device", "0").sync_bn is True
+    assert options(interrupted, "--device", "cpu", "--sync-bn").sync_bn is True  # and is refused where it starts
+
+
+def test_the_defaults_of_a_data_yaml_may_name_weights_and_their_architecture(tiny, here):
+    """cfg used to be dropped, as if the user had given other weights."""
+    images = f"path: '{tiny.parent}'\ntrain: images/train\nval: images/val\nnames: [square, circle]\n"
+    (here / "my.yaml").write_text(images + "defaults: {weights: w.pt, cfg: c.yaml}\n")
+    opt = resolve(training_parser("").parse_args(["--data", "my.yaml"]))
+    assert (opt.weights, opt.cfg) == ("w.pt", "c.yaml")
+    opt = resolve(training_parser("").parse_args(["--data", "my.yaml", "--weights", "mine.pt"]))
+    assert (opt.weights, opt.cfg) == ("mine.pt", "")
+
+
+@pytest.mark.slow
 def test_resume_across_scalers_and_with_fewer_gpus(interrupted, here, monkeypatch):
     """A file without a scaler's state, and with the RNG states of more GPUs than there are now."""
     data = checkpoint.read(interrupted)

@@ -92,8 +92,8 @@ def resumed_options(opt: Namespace) -> tuple[Namespace, dict[str, Any]]:
     before.device, before.workers, before.resume = opt.device, opt.workers, str(path)
     if before.amp == "fp16" and "amp" not in opt.given:
         before.amp = None  # on a GPU it is the default; the run may go on on a CPU
-    if before.sync_bn and "sync_bn" not in opt.given and not torch.cuda.is_available():
-        before.sync_bn = False  # on a CPU there is none
+    on_cpu = opt.device == "cpu" or not torch.cuda.is_available()
+    before.sync_bn &= not on_cpu or "sync_bn" in opt.given  # a CPU has none; who asks for it is told
     del before.given
     if data["training"]["epoch"] >= before.epochs:
         raise UserError(f"{path}: all {before.epochs} epochs are done; give more, "
