@@ -65,6 +65,11 @@ INT8: Columns = [("images", "split", str), ("runtime", "runtime", str), ("models
 RUNTIMES: Columns = [  # of the rows that runtime_rows() makes
     ("model", "model", str), ("runtime", "runtime", str), ("precision", "precision", str), ("dense", 0, TIMES),
     ("one by one", 1, TIMES), ("blocks of 8", 8, TIMES), ("of 16", 16, TIMES), ("of 32", 32, TIMES)]
+GPU: Columns = [  # of the rows that gpu_rows() makes
+    ("model", "model", str), ("images at once", "batch", str), ("precision", "precision", str),
+    ("eager: dense, ms an image", "eager dense", THREE), ("slim", "eager slim", THREE), ("faster", "eager", TIMES),
+    ("CUDA graph: dense, ms an image", "CUDA graph dense", THREE), ("slim", "CUDA graph slim", THREE),
+    ("faster", "CUDA graph", TIMES)]
 SCALE: Columns = [("images", "images", COUNT), ("by", "by", str), ("first scan, s", "first_seconds", TWO),
                   ("MB", "first_memory", ONE), ("next start, s", "next_seconds", TWO), ("MB", "next_memory", ONE)]
 SPEED_OF_USE: Columns = [("", "what", str), ("", "unit", str), ("here", "ours", "{:.3g}".format),
@@ -165,6 +170,17 @@ def device_pairs(rows: Sequence[Row]) -> list[Row]:
         pair = found.setdefault((row["format"], row["precision"]), {key: row[key] for key in ("format", "precision")})
         pair |= {f"{row['model']} {key}": row[key] for key in ("MB", "mAP50-95", "ms")}
     return [{**pair, "faster": pair["dense ms"] / pair["slim ms"]} for pair in found.values()]
+
+
+def gpu_rows(rows: Sequence[Row]) -> list[Row]:
+    """gpu.csv's times, a row per model, batch and precision: both ways to run it, and how much faster slim is."""
+    keys = ("model", "batch", "precision")
+    found: dict[tuple, Row] = {}
+    for row in rows:
+        line = found.setdefault(tuple(row[key] for key in keys), {key: row[key] for key in keys})
+        way = row["way"]
+        line |= {f"{way} dense": row["dense"], f"{way} slim": row["slim"], way: row["dense"] / row["slim"]}
+    return list(found.values())
 
 
 def int8_rows(rows: Sequence[Row]) -> list[Row]:

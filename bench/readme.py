@@ -106,7 +106,8 @@ def tables(chinese: bool = False) -> dict[str, str]:
              "int8": (columns.int8_rows(read_results("int8")), columns.INT8),
              "runtimes": (columns.runtime_rows(read_results("runtimes")), columns.RUNTIMES),
              "speed": (read_results("speed"), columns.SPEED_OF_USE), "scale": (read_results("scale"), columns.SCALE),
-             "memory": (read_results("memory"), columns.MEMORY)}
+             "memory": (read_results("memory"), columns.MEMORY),
+             "gpu": (columns.gpu_rows(read_results("gpu")), columns.GPU)}
     made = {name: formatted(*table) for name, table in found.items()}
     if chinese:
         made = {name: ([[translated(cell) for cell in row] for row in cells], [translated(title) for title in header])

@@ -9,6 +9,7 @@ model in onnxruntime in fp32.
 """
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -31,7 +32,7 @@ SIZES = {"yolov5s": 640, "yolov5n": 320}
 BLOCKS = (1, 8, 16, 32)
 
 
-def models_of(cfg: str, imgsz: int) -> dict[int, Model]:
+def models_of(cfg: str, imgsz: int, blocks: Sequence[int] = BLOCKS) -> dict[int, Model]:
     """Block size -> the model without half of its FLOPs; 0 is the dense one."""
     torch.manual_seed(0)
     dense = Model(f"{cfg}.yaml", nc=80)
@@ -39,7 +40,7 @@ def models_of(cfg: str, imgsz: int) -> dict[int, Model]:
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.1, 1.5)
     found = {0: dense.eval()}
-    for block in BLOCKS:
+    for block in blocks:
         pruner = model_pruner(dense, imgsz).rank("gamma", Rules(min_share=0.1, round_to=block), per_flop=True)
         found[block] = pruner.cut(target=("flops", 0.5)).slim
     return found

@@ -82,6 +82,13 @@ def test_a_row_of_pairs_compares_the_models_in_one_format(bench):
     assert (pair["format"], pair["dense ms"], pair["slim ms"], pair["faster"]) == ("ncnn", 9.0, 6.0, 1.5)
 
 
+def test_a_row_of_the_gpu_table_has_both_ways_to_run_the_models(bench):
+    row = {"model": "yolov5n", "batch": 1, "precision": "fp16"}
+    rows = [{**row, "way": "eager", "dense": 4.0, "slim": 4.0}, {**row, "way": "CUDA graph", "dense": 3.0, "slim": 2.0}]
+    found, = bench("columns").gpu_rows(rows)
+    assert (found["eager"], found["CUDA graph"], found["CUDA graph slim"]) == (1.0, 1.5, 2.0)
+
+
 def test_no_phrase_of_the_pages_is_left_half_translated(bench):
     """A title that gets a new word must get its phrase in CHINESE."""
     tables = bench("readme").tables(chinese=True)
