@@ -263,9 +263,7 @@ def build_run(opt: Namespace, world: World, hooks: Sequence[Hook], signals: List
         model = synchronised(model, world)
     model = on_device(model, world.device)
     freeze(model, opt.freeze)
-    val_loader = validation_loader(config, "val", opt.imgsz, max(opt.batch_size // world.size, 1) * 2, stride,
-                                   opt.workers, opt.cache, opt.single_cls, rank=world.rank, world_size=world.size,
-                                   shutdown=signals.shutdown, pin_memory=world.device.type == "cuda")
+    val = val_loader(opt, config, stride, world, cache=opt.cache, shutdown=signals.shutdown)
     folder = Path(resumed["folder"]) if resumed else shared_run_folder(opt, world)
     opt.nbs = opt.nbs or suited_nbs(opt.epochs * len(loader), opt.batch_size)
     schedule = Schedule(opt.hyp, opt.epochs, len(loader), opt.batch_size, opt.nbs, opt.cos_lr)
@@ -280,7 +278,7 @@ def build_run(opt: Namespace, world: World, hooks: Sequence[Hook], signals: List
     if len({hook.name for hook in hooks}) < len(hooks):
         raise ValueError("two hooks have the same name, under which a checkpoint keeps their state")
     run = Run(opt, world, folder, config, model, model, optimizer, scaler, schedule,
-              ModelEMA(model, tau=ema_tau(schedule.steps)), loss, loader, val_loader, hooks,
+              ModelEMA(model, tau=ema_tau(schedule.steps)), loss, loader, val, hooks,
               EarlyStopping(opt.patience), signals, resumed=resumed)
     if resumed:
         restore(run, resumed)
@@ -326,6 +324,15 @@ def training_loader(opt: Namespace, config: DataConfig, stride: int, world: Worl
                         world_size=world.size, shutdown=signals.shutdown, pin_memory=world.device.type == "cuda")
 
 
+def val_loader(opt: Namespace, config: DataConfig, stride: int, world: World, every: bool = False,
+               **options: Any) -> DetectionLoader:
+    """Loader of the validation images: this process's share of them, or `every` one."""
+    rank, size = (0, 1) if every else (world.rank, world.size)
+    return validation_loader(config, "val", opt.imgsz, max(opt.batch_size // world.size, 1) * 2, stride, opt.workers,
+                             single_cls=opt.single_cls, rank=rank, world_size=size,
+                             pin_memory=world.device.type == "cuda", **options)
+
+
 def describe(run: Run) -> None:
     """Say what is about to be trained, and write it down."""
     opt, world, schedule = run.opt, run.world, run.schedule
@@ -360,9 +367,7 @@ def finish(run: Run, hours: float) -> Evaluation:
     model: Model = checkpoint.load(file, device)
     loader = run.val_loader
     if run.world.size > 1:  # it has this process's images only
-        loader = validation_loader(run.config, "val", opt.imgsz, max(opt.batch_size // run.world.size, 1) * 2,
-                                   int(model.stride.max()), opt.workers, single_cls=opt.single_cls,
-                                  pin_memory=device.type == "cuda")
+        loader = val_loader(opt, run.config, int(model.stride.max()), run.world, every=True)
     result = evaluate(on_device(model, device), loader, device, confusion=True)
     print(f"\n{run.epoch + 1} epochs in {hours:.3f} hours. {file.name}, epoch {epoch + 1}:")
     print_table(result, run.model.names, per_class=run.config.nc <= 20)
