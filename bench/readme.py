@@ -27,18 +27,20 @@ WAYS = {"l1": ("--sr {sr}", 50), "blocks": ("--target-sparsity 0.55", 55),
 MAIN = ("dense", "blocks-16", "teacher", "narrow", "scratch")  # pipelines of the READMEs: at most ten rows
 
 # Words of headers and cells; the longest one that fits is taken.
-CHINESE = {"ms an image": "每张毫秒", "parameters": "参数量", "precision": "数值精度", "epochs in all": "总轮数",
-           "mean of the last five epochs": "最后五轮平均", "mAP50-95 on val": "验证集 mAP50-95", "on test": "测试集",
-           "FLOPs left": "FLOPs 剩余", "commands": "命令", "runs": "运行次数", " to ": "～",
+CHINESE = {"ms an image": "每张耗时（毫秒）", "parameters": "参数量", "precision": "数值精度",
+           "epochs in all": "总轮数", "mean of the last five epochs": "最后五轮平均",
+           "mAP50-95 on val": "验证集 mAP50-95", "on test": "测试集 mAP50-95", "FLOPs left": "剩余 FLOPs",
+           "commands": "命令", "runs": "运行次数", " to ": "～",
            "slim.py's stages: train.py for a third, the rest with it as teacher":
-               "slim.py 的各阶段：前三分之一轮数用 train.py，其余轮数以该模型为教师",
+               "slim.py 的各阶段：前三分之一轮数用 train.py，其余轮数以该模型为教师模型",
            "the four commands, a third of the epochs each: --target flops=0.5, with teacher":
-               "四条命令，每次训练三分之一轮数：--target flops=0.5，带教师",
+               "四条命令，每次训练三分之一轮数：--target flops=0.5，使用教师模型",
            "train.py, a narrower model from scratch": "train.py，更窄的模型，从头训练",
            "train.py, the slim shape from scratch": "train.py，剪枝后的结构，从头训练",
            "data": "数据集",
            "format": "格式", "faster": "加速比", "model": "模型", ": sparse": "：稀疏训练后",
-           " of its channels cut": " 的通道已剪", "fine-tuned": "微调后", "dense": "稠密", "slim": "剪枝后"}
+           " of its channels cut": " 的通道已剪", "fine-tuned": "微调后", "dense: ": "稠密：", "slim: ": "剪枝后：",
+           "dense": "稠密", "slim": "剪枝后"}
 
 
 def bccd_rows(split: str) -> list[columns.Row]:
@@ -73,9 +75,9 @@ def summary(chinese: bool = False) -> str:
                 f"  FLOPs 减半后 {after}。\n"
                 f"- aquarium，416 px，轮数相同，精度有损失：稠密模型 {before_aquarium}，\n"
                 f"  FLOPs 减半后 {after_aquarium}。\n"
-                f"- BCCD 上用 OpenVINO 逐张推理，两个 CPU 线程：速度是 fp32 稠密模型的 {faster:.2f} 倍，\n"
-                f"  剪枝后用 int8 为 {fastest:.2f} 倍"
-                f"（mAP50-95 {int8['mAP50-95']:.3f}，{int8['runs']} 个模型的平均）。")
+                f"- BCCD 上用 OpenVINO 逐张推理，两个线程：fp32 剪枝模型的速度是 fp32 稠密模型的 {faster:.2f} 倍，\n"
+                f"  int8 剪枝模型是 {fastest:.2f} 倍"
+                f"（mAP50-95 {int8['mAP50-95']:.3f}，{int8['runs']} 个模型的平均值）。")
     return (f"- yolov5n on BCCD, 320 px, 80 epochs in all: mAP50-95 on val {before} dense,\n"
             f"  {after} with half of the FLOPs.\n"
             f"- On aquarium, 416 px, with as many epochs it loses accuracy: {before_aquarium} dense,\n"
