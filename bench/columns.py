@@ -72,8 +72,9 @@ GPU: Columns = [  # of the rows that gpu_rows() makes
     ("faster", "CUDA graph", TIMES)]
 SCALE: Columns = [("images", "images", COUNT), ("by", "by", str), ("first scan, s", "first_seconds", TWO),
                   ("MB", "first_memory", ONE), ("next start, s", "next_seconds", TWO), ("MB", "next_memory", ONE)]
-SPEED_OF_USE: Columns = [("", "what", str), ("", "unit", str), ("here", "ours", "{:.3g}".format),
-                         ("beside", "beside", str), ("takes", "other", "{:.3g}".format), ("times", "ratio", TIMES)]
+SPEED_OF_USE: Columns = [
+    ("", "what", str), ("unit", "unit", str), ("this repository", "ours", "{:.3g}".format),
+    ("compared with", "beside", str), ("it takes", "other", "{:.3g}".format), ("ratio", "ratio", TIMES)]
 MEMORY: Columns = [("", "what", str), ("MB", "MB", "{:.0f}".format), ("threads", "threads", str),
                    ("open files", "files", str), ("child processes", "processes", str)]
 OVERHEAD: Columns = [

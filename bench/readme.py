@@ -7,6 +7,8 @@ A page whose name ends in .zh-CN.md gets them in Chinese.
 from __future__ import annotations
 
 import re
+from argparse import Namespace
+from itertools import product
 from pathlib import Path
 
 import columns
@@ -67,23 +69,26 @@ def summary(chinese: bool = False) -> str:
 
     before, after, before_aquarium, after_aquarium = (
         runs(data, pipeline) for data in ("bccd", "aquarium") for pipeline in ("dense", "blocks-16"))
-    front = {(row["model"], row["precision"]): row for row in read_results("front")}
-    slow, fp32, int8 = front["dense", "fp32"], front["slim", "fp32"], front["slim", "int8"]
-    faster, fastest = slow["ms"] / fp32["ms"], slow["ms"] / int8["ms"]
+    points = {(row["model"], row["precision"]): Namespace(map=row["mAP50-95"], times=row["faster"], runs=row["runs"])
+              for row in read_results("front")}
+    slow, dense8, fp32, int8 = (points[key] for key in product(("dense", "slim"), ("fp32", "int8")))
     if chinese:
         return (f"- yolov5n，BCCD，320 px，总共 80 轮，验证集 mAP50-95：稠密模型 {before}，\n"
                 f"  FLOPs 减半后 {after}。\n"
                 f"- aquarium，416 px，轮数相同，精度有损失：稠密模型 {before_aquarium}，\n"
                 f"  FLOPs 减半后 {after_aquarium}。\n"
-                f"- BCCD 上用 OpenVINO 逐张推理，两个线程：fp32 剪枝模型的速度是 fp32 稠密模型的 {faster:.2f} 倍，\n"
-                f"  int8 剪枝模型是 {fastest:.2f} 倍"
-                f"（mAP50-95 {int8['mAP50-95']:.3f}，{int8['runs']} 个模型的平均值）。")
+                f"- BCCD 上用 OpenVINO 逐张推理正方形图像，两个线程，{slow.runs} 个模型的平均值："
+                f"fp32 稠密模型 mAP50-95 {slow.map:.3f}。\n"
+                f"  速度与之相比：剪枝模型 fp32 为 {fp32.times:.2f} 倍（{fp32.map:.3f}），int8 为 {int8.times:.2f} 倍"
+                f"（{int8.map:.3f}）；稠密模型 int8 为 {dense8.times:.2f} 倍（{dense8.map:.3f}）。")
     return (f"- yolov5n on BCCD, 320 px, 80 epochs in all: mAP50-95 on val {before} dense,\n"
             f"  {after} with half of the FLOPs.\n"
-            f"- On aquarium, 416 px, with as many epochs it loses accuracy: {before_aquarium} dense,\n"
+            f"- On aquarium, 416 px, the same number of epochs, it loses accuracy: {before_aquarium} dense,\n"
             f"  {after_aquarium} with half of the FLOPs.\n"
-            f"- BCCD in OpenVINO, one image at a time, two threads: {faster:.2f} times as fast as dense in fp32;\n"
-            f"  slim in int8 {fastest:.2f} times (mAP50-95 {int8['mAP50-95']:.3f}, mean of {int8['runs']} models).")
+            f"- BCCD in OpenVINO, one square image at a time, two threads, means of {slow.runs} models: mAP50-95 "
+            f"{slow.map:.3f} dense.\n  Slim is {fp32.times:.2f} times as fast in fp32 ({fp32.map:.3f}), "
+            f"{int8.times:.2f} times in int8 ({int8.map:.3f}); dense in int8 {dense8.times:.2f} times "
+            f"({dense8.map:.3f}).")
 
 
 def translated(text: str) -> str:

@@ -414,6 +414,10 @@ def test_a_training_without_data_goes_on_with_that_of_its_weights(parse, tiny, h
     assert parse(["--weights", "mine.pt", "--imgsz", "64"]).imgsz == 64 and "taking" in capsys.readouterr().out
     for flags in (["--weights", "mine.pt", "--data", str(tiny)], ["--weights", "", "--cfg", "yolov5n.yaml"]):
         opt = parse(flags)
-        assert (opt.imgsz, opt.optimizer) != (96, "AdamW") and capsys.readouterr().out == ""
+        assert (opt.imgsz, opt.optimizer) != (96, "AdamW")
+        note = "was trained with --imgsz 96 (now 640), --optimizer AdamW (now SGD)"
+        assert (note in capsys.readouterr().out) == ("--data" in flags)
+    assert parse(["--weights", "mine.pt", "--data", str(tiny), "--imgsz", "64", "--adam"]).imgsz == 64
+    assert capsys.readouterr().out == ""
     checkpoint.save(here / "foreign.pt", model)
     assert parse(["--weights", "foreign.pt"]).data.endswith("shapes.yaml")

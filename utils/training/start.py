@@ -21,13 +21,23 @@ from utils.training.distributed import World
 
 
 def start_options(opt: Namespace) -> Namespace:
-    """resolve(); without --data the run goes on with the data, image size, optimizer and rates of its --weights."""
-    if opt.data or opt.cfg or not opt.weights or not Path(opt.weights).is_file():
+    """resolve(); without --data the run goes on with the data, image size, optimizer and rates of its --weights.
+
+    With --data they are YOLOv5's defaults, as there; a note says where the weights were trained with others.
+    """
+    if opt.cfg or not opt.weights or not Path(opt.weights).is_file():
         return resolve(opt)
     saved = checkpoint.read(opt.weights)
-    if data := (saved.get("opt") or {}).get("data"):
-        print(f"--data not given: taking {data}, on which {opt.weights} was trained")
-    return resolve(opt, saved)
+    earlier = saved.get("opt") or {}
+    resolved = resolve(opt, None if opt.data else saved)
+    if earlier.get("data") and not opt.data:
+        print(f"--data not given: taking {earlier['data']}, on which {opt.weights} was trained")
+    given = {"imgsz": opt.imgsz, "optimizer": opt.optimizer or opt.adam}
+    changed = [key for key in given if not given[key] and earlier.get(key) not in (None, getattr(resolved, key))]
+    if changed:
+        pairs = ", ".join(f"--{key} {earlier[key]} (now {getattr(resolved, key)})" for key in changed)
+        print(f"note: {opt.weights} was trained with {pairs}")
+    return resolved
 
 
 def start_model(opt: Namespace, names: dict[int, str], resumed: dict[str, Any], world: World) -> Model:
