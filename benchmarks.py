@@ -126,7 +126,9 @@ class Calibration:
     def __call__(self) -> CalibrationImages:
         if self.images is None:
             opt = self.opt
-            self.images = CalibrationImages(read_data(opt.data), (opt.imgsz, opt.imgsz), opt.calibration_images)
+            config = read_data(opt.data, needed=("train",))
+            self.images = CalibrationImages(config, (opt.imgsz, opt.imgsz), opt.calibration_images,
+                                            batch=opt.batch_size)
         return self.images
 
 
@@ -178,7 +180,7 @@ def measure_accuracy(entry: Entry, opt: Namespace) -> None:
     def step() -> None:
         assert entry.detector is not None
         loader = dataset_loader(entry.detector, opt, square=True)  # the shape that files of fixed size take
-        entry.accuracy = evaluate(entry.detector, loader, entry.device).ap.map
+        entry.accuracy = evaluate(entry.detector, loader, entry.device, single_cls=opt.single_cls).ap.map
 
     attempt(entry, step, opt.hard_fail)
 

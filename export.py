@@ -16,6 +16,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -61,6 +62,8 @@ def parse(argv: list[str] | None = None) -> Namespace:
     opt.int8 |= opt.int8_sensitivity
     if opt.half and opt.int8:
         raise UserError("--half and --int8: a file has one precision; give one of the two")
+    if opt.int8 and opt.opset < 13:
+        raise UserError(f"--opset {opt.opset}: --int8 needs 13 or more, which scale each channel on its own")
     opt.precision = "int8" if opt.int8 else "fp16" if opt.half else "fp32"
     return opt
 
@@ -100,11 +103,11 @@ def options_of(opt: Namespace, model: Model, trained: dict[str, Any]) -> ExportO
     if not opt.data:
         raise UserError(f"--int8: {opt.weights} does not say what it was trained on; "
                         "give the --data whose train images activations are measured on")
-    config = read_data(opt.data)
+    config = read_data(opt.data, needed=("train",))
     opt.single_cls = bool((trained.get("opt") or {}).get("single_cls"))
     if not opt.single_cls:
         require_same_classes(opt, len(model.names), config.nc)
-    images = CalibrationImages(config, (size[0], size[-1]), opt.calibration_images, opt.seed)
+    images = CalibrationImages(config, (size[0], size[-1]), opt.calibration_images, opt.seed, opt.batch_size)
     return replace(options, calibration=images, keep=tuple(opt.int8_keep))
 
 
@@ -120,7 +123,7 @@ def largest_difference(model: Model, detector: Detector, options: ExportOptions)
         with torch.no_grad():
             expected = reference(images)
             found = detector(images.to(detector.dtype))[0].float()
-        worst = max(worst, float((found - expected).abs().max() / expected.abs().max()))
+        worst = float(np.maximum(worst, float((found - expected).abs().max() / expected.abs().max())))  # NaN stays NaN
     return worst
 
 
@@ -129,7 +132,8 @@ def validation(opt: Namespace, options: ExportOptions, stride: int) -> Detection
     height, width = options.metadata["imgsz"]
     if height != width:
         raise UserError("--int8: mAP is measured on square images; give one --imgsz, or --noval")
-    return validation_loader(read_data(opt.data), "val", height, opt.batch_size, stride, opt.workers, cache="ram",
+    config = read_data(opt.data, needed=("val",))
+    return validation_loader(config, "val", height, opt.batch_size, stride, opt.workers, cache="ram",
                              single_cls=opt.single_cls, rect=False)
 
 

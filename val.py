@@ -125,13 +125,16 @@ def dataset_loader(model: Detector, opt: Namespace, task: str = "val", square: b
     square: all images have the shape that a file of fixed size takes. cache: as DetectionDataset takes it; several
     passes over the images pay for memory. Raises UserError where the data yaml's classes are not the detector's.
     """
-    config = read_data(opt.data)
+    config = read_data(opt.data, needed=(task,))
     if not opt.single_cls:
         require_same_classes(opt, len(model.names), config.nc)
-    return validation_loader(config, task, opt.imgsz, opt.batch_size, largest_stride(model), opt.workers,
-                             cache=cache, single_cls=opt.single_cls,
-                             rect=not square and not model.input_shape[2],
-                             pin_memory=torch.cuda.is_available() and opt.device != "cpu")
+    loader = validation_loader(config, task, opt.imgsz, opt.batch_size, largest_stride(model), opt.workers,
+                               cache=cache, single_cls=opt.single_cls,
+                               rect=not square and not model.input_shape[2],
+                               pin_memory=torch.cuda.is_available() and opt.device != "cpu")
+    if model.input_shape[2] != model.input_shape[3]:  # a file of an oblong shape: it takes no other
+        loader.dataset.batch_shapes = np.tile(model.input_shape[2:], (len(loader), 1))
+    return loader
 
 
 def require_same_classes(opt: Namespace, known: int, named: int) -> None:
@@ -222,11 +225,12 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         print(f"--weights not given: taking the newest, {found}")
     device = select_device(opt.device, half=opt.half)
     model, data = formats.load(opt.weights, device, opt.half, opt.augment)
-    opt.imgsz, opt.batch_size = model.input_shape[2] or opt.imgsz, model.input_shape[0] or opt.batch_size
+    opt.imgsz = max(model.input_shape[2:]) or opt.imgsz
+    opt.batch_size = model.input_shape[0] or opt.batch_size
     opt = resolve(opt, data)
     loader = dataset_loader(model, opt, opt.task, cache=None)
     folder = new_run_folder(opt.project, opt.name, opt.exist_ok)
-    names = {0: "object"} if opt.single_cls else read_data(opt.data).names
+    names = {0: "object"} if opt.single_cls else read_data(opt.data, needed=()).names
     outputs = Outputs(folder, loader.dataset, names, opt)
     result = evaluate(model, loader, device, opt.conf_thres, opt.iou_thres, opt.max_det, confusion=not opt.noplots,
                       on_batch=outputs.add, single_cls=opt.single_cls)
@@ -247,7 +251,7 @@ class Outputs:
 
     def __init__(self, folder: Path, dataset: DetectionDataset, names: dict[int, str], opt: Namespace):
         self.folder, self.dataset, self.names, self.opt = folder, dataset, names, opt
-        self.coco = CocoResults(names, opt.anns) if opt.save_json or opt.anns else None
+        self.coco = CocoResults(names, opt.anns, dataset.images) if opt.save_json or opt.anns else None
 
     def add(self, i: int, batch: Batch, detections: list[Tensor]) -> None:
         """Every batch's detections, in the batch's pixels."""

@@ -32,7 +32,7 @@ for _share, _round_to, _seeds in ((0.3, 1, 3), (0.5, 1, 3), (0.65, 1, 1), (0.8, 
     RUNS |= {f"{_name}-seed{seed}": f"--target-sparsity {_share} --round-to {_round_to} --adam --seed {seed}"
              for seed in range(_seeds)}
 for _name, _flag in (("AdamW", "--adam"), ("SGD", "--optimizer SGD")):
-    RUNS |= {f"{_name}-sr{sr:g}-seed0": f"--sr {sr} {_flag} --seed 0" for sr in (1e-4, 1e-3, 1e-2, 1e-1)}
+    RUNS |= {f"{_name}-sr{sr:g}-seed0": f"--sr {sr} {_flag} --seed 0" for sr in (1e-4, 1e-2, 3e-2, 1e-1)}
 # The zeros of these runs are cut, and what is left is fine-tuned for as many epochs.
 TUNED = ("share0.5-seed0", "share0.5-seed1", "share0.5-seed2", "share0.55-round16-seed0", "share0.55-round16-seed1",
          "share0.55-round16-seed2", "share0.65-seed0", "share0.6-round16-seed0")

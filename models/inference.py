@@ -25,9 +25,9 @@ class Found:
     seconds: tuple[float, float, float]    # letterbox, model, NMS
 
 
-def prepare(images: Sequence[np.ndarray], imgsz: int, stride: int, square: bool, device: torch.device,
+def prepare(images: Sequence[np.ndarray], imgsz: int | tuple[int, int], stride: int, square: bool, device: torch.device,
             dtype: torch.dtype) -> Tensor:
-    """uint8 (h, w, 3) BGR each -> (B, 3, H, W) in 0..1: letterboxed to `imgsz`.
+    """uint8 (h, w, 3) BGR each -> (B, 3, H, W) in 0..1: letterboxed to `imgsz`, or to (H, W).
 
     The shorter side is only as long as the images need it, unless they are to be `square`. Images of several shapes
     get more grey around them, up to the longest sides of the batch, as in YOLOv5's AutoShape.
@@ -47,7 +47,9 @@ def detect(model: Detector, images: Sequence[np.ndarray], imgsz: int, device: to
     """
     start = time.perf_counter()
     stride = int(torch.as_tensor(model.stride).max())
-    x = prepare(images, whole_strides(imgsz, stride), stride, bool(model.input_shape[2]), device, model.dtype)
+    height, width = model.input_shape[2:]
+    size = (height, width) if height != width else whole_strides(imgsz, stride)  # a file of an oblong shape has its own
+    x = prepare(images, size, stride, bool(height), device, model.dtype)
     synchronize(device)
     prepared = time.perf_counter()
     decoded = model(x)[0].float()

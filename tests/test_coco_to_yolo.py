@@ -121,6 +121,19 @@ def convert(root: Path, out: Path, *flags: object) -> tuple[dict[str, str], str]
     return files, report
 
 
+@pytest.mark.parametrize("size, label, words", [
+    ((200, 100), "0 0.2 0.4 0.2 0.4\n", "image scaled after the JSON was written, boxes with it"),
+    ((50, 25), "0 0.2 0.4 0.2 0.4\n", "image scaled after the JSON was written, boxes with it"),
+    ((100, 80), "0 0.2 0.25 0.2 0.25\n", "size wrong in the JSON, taken from the image")])
+def test_boxes_of_images_that_were_scaled_since(tmp_path: Path, size: tuple[int, int], label: str, words: str) -> None:
+    """They used to be divided by the size of the scaled image: every box was in the wrong place."""
+    annotated(tmp_path / "in/train/_annotations.coco.json", ["a.jpg"])
+    Image.new("RGB", size).save(tmp_path / "in/train/a.jpg")
+    files, report = convert(tmp_path / "in", tmp_path / "out")
+    found, = files.values()
+    assert [float(x) for x in found.split()] == pytest.approx([float(x) for x in label.split()]) and words in report
+
+
 def test_roboflow_has_a_json_beside_the_images_of_each_split(tmp_path: Path) -> None:
     groups = [{"id": 0, "name": "animals", "supercategory": "none"},
               {"id": 1, "name": "dog", "supercategory": "animals"},

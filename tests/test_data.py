@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from PIL import Image
 
 from utils.boxes import xywh2xyxy
+from utils.data import config as config_module
 from utils.data import dataset as dataset_module
 from utils.data import loader as loader_module
 from utils.data.config import read_data
@@ -423,6 +425,30 @@ def test_a_set_that_was_moved_is_found_beside_its_yaml(images: Path, tmp_path: P
         read_data(tmp_path / "set.yaml")
     (gone / "images/train").mkdir(parents=True)
     assert read_data(images.parents[1] / "inside.yaml").val == (gone / "images/train",)
+
+
+def test_a_yaml_without_a_path_may_name_folders_of_the_repository(images: Path, tmp_path: Path,
+                                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in YOLOv5. The yaml's own folder always exists, and used to be the only one that was tried."""
+    monkeypatch.setattr(config_module, "ROOT", images.parents[1])
+    (tmp_path / "elsewhere").mkdir()
+    yaml = write_yaml(tmp_path / "elsewhere", "train: images/train\nval: images/train\nnames: [a, b]\n")
+    assert read_data(yaml).train == (images,)
+
+
+def test_who_only_validates_needs_no_training_images(images: Path, tmp_path: Path) -> None:
+    yaml = write_yaml(tmp_path, "path: set\ntrain: images/gone\nval: images/train\nnames: [a, b]\n")
+    assert read_data(yaml, needed=("val",)).val == (images,)
+    with pytest.raises(UserError, match="train: .* does not exist"):
+        read_data(yaml)
+
+
+def test_missing_labels_of_the_val_images_are_said(images: Path, tmp_path: Path, capsys) -> None:
+    """mAP 0.000 without a word is what one saw."""
+    shutil.copytree(images, tmp_path / "JPEGImages")
+    config = read_data(write_yaml(tmp_path, "train: JPEGImages\nval: JPEGImages\nnames: [a, b]\n"))
+    loader_module.validation_loader(config, "val", 64, 2, 32, workers=0)
+    assert "no labels at all: looked for" in capsys.readouterr().out
 
 
 def test_a_linked_folder_keeps_its_labels(images: Path, tmp_path: Path) -> None:

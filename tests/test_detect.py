@@ -85,6 +85,16 @@ def test_files_of_the_same_name_keep_their_own_results(eager, tiny, tmp_path, mo
     assert sorted(path.name for path in (found / "labels").iterdir()) == ["x.txt", "x_2.txt"]
 
 
+def test_a_broken_video_among_others_is_skipped(video, tmp_path, capsys):
+    cv2.imwrite(str(tmp_path / "a.jpg"), np.zeros((8, 8, 3), np.uint8))
+    (tmp_path / "b.mp4").write_bytes(b"unfinished")
+    shutil.copy(video, tmp_path / "c.mp4")
+    assert [frame.path.name for frame in frames(str(tmp_path), every=6)] == ["a.jpg", "c.mp4"]
+    assert "skipped" in capsys.readouterr().out
+    with pytest.raises(UserError, match="can't be opened"):
+        list(frames(str(tmp_path / "b.mp4")))
+
+
 def test_every_stream_of_a_list_has_its_own_name(monkeypatch, tmp_path):
     (tmp_path / "cameras.streams").write_text("rtsp://one\nrtsp://two\n")
     names = []

@@ -13,8 +13,10 @@ import val
 from models import checkpoint, formats
 from models.formats import quantized
 from models.formats.format import FileDetector
+from models.inference import detect as detect_images
 from models.yolo import Model
 from tests.blocks import random_masks, randomised
+from utils.boxes import nms
 from utils.data.calibration import CalibrationImages
 from utils.data.config import read_data
 from utils.data.loader import validation_loader
@@ -201,6 +203,42 @@ def test_sensitivity_quantizes_once_for_every_stage(weights, tiny, monkeypatch, 
     rows = {line.split(",")[1]: line.split(",")[2:] for line in csv.read_text().splitlines()[1:]}
     assert rows["model.2 (C3)"] == ["0.45", "-0.05"] and rows["model.0 (Conv)"] == ["0.4", "-0.1"]
     assert {p.name for p in weights.parent.iterdir() if p.suffix != ".csv"} == before
+
+
+@pytest.mark.slow
+def test_dynamic_files_remember_their_size_and_oblong_ones_are_used_in_it(weights, tiny, tmp_path, monkeypatch):
+    installed("onnx")
+    monkeypatch.chdir(tmp_path)
+    common = ["--data", str(tiny), "--workers", "0", "--noplots"]
+    dynamic, = export.main(["--weights", str(weights), "--include", "onnx", "--dynamic"])
+    assert val.main(["--weights", str(dynamic), *common])["imgsz"] == 64
+    oblong, = export.main(["--weights", str(weights), "--include", "onnx", "--imgsz", "64", "96"])
+    assert val.main(["--weights", str(oblong), *common])["images"] == 6
+    detector, images = formats.load(oblong, CPU)[0], [np.zeros((50, 70, 3), np.uint8)]
+    assert detect_images(detector, images, 64, CPU, nms).shape == (1, 3, 64, 96)
+
+
+@pytest.mark.slow
+def test_int8_with_a_batch_of_several(weights, tiny):
+    installed("onnx", "int8")
+    flags = ["--weights", str(weights), "--include", "onnx", "--int8", "--data", str(tiny), "--noval"]
+    path, = export.main([*flags, "--batch-size", "2", "--calibration-images", "2"])
+    assert formats.load(path, CPU)[0].input_shape[0] == 2
+    with pytest.raises(UserError, match="--int8 needs 13"):
+        export.main([*flags, "--opset", "12"])
+
+
+def test_a_file_that_computes_nan_is_not_equal(weights):
+    """max(0.0, nan) is 0.0: the worst file had the best report."""
+    model = checkpoint.load(weights)
+
+    class Broken:
+        dtype, input_shape = torch.float32, (1, 3, 64, 64)
+
+        def __call__(self, images):
+            return decoded(model, images) * float("nan"), None
+
+    assert np.isnan(export.largest_difference(model, Broken(), formats.export_options(model, [1, 3, 64, 64])))
 
 
 def test_calibration_images_are_those_of_val_py(tiny):

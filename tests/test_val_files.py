@@ -46,10 +46,19 @@ def perfect(dataset: DetectionDataset, i: int) -> torch.Tensor:
 
 
 def collected(dataset: DetectionDataset, names: dict[int, str], anns: Path | None = None) -> CocoResults:
-    results = CocoResults(names, anns)
+    results = CocoResults(names, anns, dataset.images)
     for i, path in enumerate(dataset.images):
         results.add(perfect(dataset, i), path)
     return results
+
+
+@pytest.mark.parametrize("names", [("1.jpg", "cat.jpg"), ("a/1.jpg", "b/1.jpg"), ("1.jpg", "001.jpg")])
+def test_every_image_has_an_id_of_its_own_and_all_are_of_one_kind(names):
+    """pycocotools sorts them: numbers beside texts were a traceback after the whole evaluation."""
+    images = [Path("set") / name for name in names]
+    results = CocoResults(COCO, None, images)
+    ids = [results._image_id(path) for path in images]
+    assert len(set(ids)) == 2 and {type(each) for each in ids} == {str}
 
 
 def test_cocos_classes_get_cocos_ids(dataset: DetectionDataset) -> None:

@@ -323,7 +323,7 @@ def resolve(opt: Namespace, checkpoint: dict[str, Any] | None = None) -> Namespa
         opt.optimizer = opt.optimizer or "AdamW"
     _take_from_training(opt, (checkpoint or {}).get("opt") or {})
     opt.data = str(opt.data or ROOT / BUILT_IN_DATA)
-    suited = read_data(opt.data).defaults
+    suited = read_data(opt.data, needed=()).defaults  # whoever reads images checks that they are there
     _check_defaults(opt.data, suited)
     # The architecture is one setting in two flags: who names one does not want the other's default.
     if getattr(opt, "weights", None) or getattr(opt, "cfg", None):

@@ -64,8 +64,11 @@ def add_split(plan: Plan, split: str, data: Annotations, folder: Path, names: di
         source = find_image(folder, str(image.get("file_name", "")))
         with plan.skipping(source):
             size = layout.displayed_size(source)
-            if (image.get("width", size[0]), image.get("height", size[1])) != size:
-                plan.repaired["size wrong in the JSON, taken from the image"] += 1
+            stated = image.get("width", size[0]), image.get("height", size[1])
+            if stated != size:
+                size, image_size = layout.size_of_boxes(stated, size), size
+                plan.repaired["size wrong in the JSON, taken from the image" if size == image_size else
+                              "image scaled after the JSON was written, boxes with it"] += 1
             boxes = []
             for annotation in annotations.pop(image.get("id"), []):
                 with plan.skipping():

@@ -34,10 +34,24 @@ SPLIT_WORDS = {"train": "train", "training": "train", "val": "val", "valid": "va
                "trainval": "trainval", "test": "test", "testing": "test"}
 MARKER = ".converted.json"     # in the output folder: lists the files that a converter has written
 YAML_TITLE = "# Written by data/scripts/"
+SAME_SHAPE = 0.01              # by how much the aspect of an image that was scaled may differ: rounding
 MOST_NAMED = 10                # files that the report names for each reason to leave them out
 
 Corners = tuple[float, float, float, float]
 Box = tuple[str, Corners]      # class name and x1, y1, x2, y2, normalised
+
+
+def size_of_boxes(stated: Sequence[Any], size: tuple[int, int]) -> tuple[int, int]:
+    """The (width, height) whose pixels boxes count: what the annotation states, where the image was only scaled since.
+
+    Else, and where nothing usable is stated, the `size` of the image.
+    """
+    try:
+        width, height = (float(side) for side in stated)
+    except (TypeError, ValueError):
+        return size
+    scaled = width > 0 and height > 0 and abs(width * size[1] / (height * size[0]) - 1) <= SAME_SHAPE
+    return (int(width), int(height)) if scaled else size
 
 
 class Skipped(Exception):

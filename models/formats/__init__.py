@@ -43,7 +43,8 @@ def load(path: str | Path, device: torch.device, half: bool = False,
         if not path.exists():
             raise UserError(f"{path}: no such file")
         detector = found.load(path, device)
-        return detector, {"imgsz": detector.input_shape[2] or None}
+        imgsz = max(detector.input_shape[2:]) or getattr(detector, "imgsz", 0) or None
+        return detector, {"imgsz": imgsz, "opt": {"imgsz": imgsz}}
     if path.is_file() and path.suffix not in (".pt", ".pth", ""):
         suffixes = ", ".join(sorted({".pt"} | {f.suffix for f in formats().values()}))
         raise UserError(f"{path}: its name tells no format that is known here ({suffixes})")

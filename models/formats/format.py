@@ -134,6 +134,7 @@ class FileDetector:
         self.names = {int(k): str(v) for k, v in dict(names).items()}
         self.stride = int(plain(metadata["stride"]))
         self.precision = str(metadata.get("precision", "fp32"))
+        self.imgsz = int(np.max(plain(metadata.get("imgsz")) or 0))  # of the export; 0 where the file does not say
         self.input_shape = tuple(int(n) for n in shape)
 
     def run(self, images: np.ndarray) -> np.ndarray:

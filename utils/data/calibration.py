@@ -14,12 +14,14 @@ from utils.errors import UserError
 
 
 class CalibrationImages(Sequence[np.ndarray]):
-    """`count` random training images, each (1, 3, h, w) float32 in 0..1, letterboxed to `shape` (h, w) as in val.py.
+    """`count` random training images, each (batch, 3, h, w) float32 in 0..1, letterboxed to `shape` (h, w).
 
-    The same seed gives the same images. UserError where the data set has no training images.
+    As in val.py. A batch is one image, repeated: files of a fixed batch take no other. The same seed gives the same
+    images. UserError where the data set has no training images.
     """
 
-    def __init__(self, config: DataConfig, shape: tuple[int, int], count: int = 100, seed: int = 0):
+    def __init__(self, config: DataConfig, shape: tuple[int, int], count: int = 100, seed: int = 0,
+                 batch: int = 1):
         if not config.train:
             raise UserError(f"{config.file}: has no 'train:' entry, whose images --int8 measures activations on")
         dataset = DetectionDataset(config.train, max(shape), nc=config.nc, prefix="calibration")
@@ -28,6 +30,7 @@ class CalibrationImages(Sequence[np.ndarray]):
         def boxed(index: int) -> np.ndarray:
             return to_tensor_layout(letterbox(dataset.load(index), shape, scale_up=False)[0])[None]
 
+        self.batch = batch
         self.pixels = in_threads(boxed, chosen, "calibration images")  # uint8: a quarter of the memory
 
     def __len__(self) -> int:
@@ -41,4 +44,4 @@ class CalibrationImages(Sequence[np.ndarray]):
     def __getitem__(self, index: int | slice) -> np.ndarray | list[np.ndarray]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        return self.pixels[index].astype(np.float32) / 255
+        return np.repeat(self.pixels[index].astype(np.float32) / 255, self.batch, 0)

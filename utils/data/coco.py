@@ -5,6 +5,7 @@ import contextlib
 import io
 import json
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +36,18 @@ def read_annotations(path: Path, flag: str) -> dict[str, Any]:
 class CocoResults:
     """Detections in COCO's format, .rows, and what pycocotools says of them.
 
-    Without an annotation file an image's id is its name (a number if it is one), a category's the class, or COCO's own
+    Without an annotation file an image's id is its name (a number, where all `images` have one of their own; the path,
+    where names repeat), a category's the class, or COCO's own
     number where the classes are COCO's; the truth is the data set's labels. With one, ids and truth are the file's:
     categories go by name, images by file name. .unknown counts images that it does not list, which are left out.
     UserError where it can't be read or lacks a class.
     """
 
-    def __init__(self, names: dict[int, str], annotations: Path | None = None):
+    def __init__(self, names: dict[int, str], annotations: Path | None = None, images: Iterable[Path] = ()):
         self.names, self.rows, self.unknown = names, list[dict[str, Any]](), 0
+        stems = [path.stem for path in images]
+        self.numbered = all(stem.isdecimal() for stem in stems) and len({int(stem) for stem in stems}) == len(stems)
+        self.repeating = len(set(stems)) < len(stems)
         self.truth = read_annotations(annotations, "--anns") if annotations else None
         self.categories = dict(zip(names, COCO_IDS if _are_cocos(names) else names))
         if self.truth is not None:
@@ -89,7 +94,9 @@ class CocoResults:
     def _image_id(self, path: Path) -> Any:
         """COCO's image id; None where the annotation file does not list the image."""
         if self.truth is None:
-            return int(path.stem) if path.stem.isdecimal() else path.stem
+            if self.numbered and path.stem.isdecimal():
+                return int(path.stem)
+            return path.as_posix() if self.repeating else path.stem
         names = ("/".join(path.parts[i:]) for i in range(len(path.parts)))
         return next((self.images[name] for name in names if name in self.images), None)
 

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,11 +31,11 @@ class DataConfig:
         return len(self.names)
 
 
-def read_data(path: str | Path) -> DataConfig:
+def read_data(path: str | Path, needed: Sequence[str] = ("train", "val")) -> DataConfig:
     """Read a data yaml; draw the built-in set, or download an archive, where the yaml says so and images are missing.
 
     Nothing in the file is ever executed. UserError where the file is missing or contradicts itself, and where the
-    images of train or val are missing. (Many sets lack those of test; whoever uses them checks.)
+    images of a split that is `needed` are missing: who only validates has no training images.
     """
     given = Path(path)
     file = next((p for p in (given, ROOT / given, ROOT / "data" / given) if p.is_file()), given).absolute()
@@ -49,7 +50,7 @@ def read_data(path: str | Path) -> DataConfig:
     _make_builtin(file, content, root)
     _download(file, content, root)
     splits = {split: _find_sources(file, content, root, split) for split in SPLITS}
-    for split in ("train", "val"):
+    for split in needed:
         for source in splits[split]:
             if not source.exists():
                 raise UserError(f"{file}: {split}: {source} does not exist; {_remedy(content)}")
@@ -70,8 +71,9 @@ def _find_root(file: Path, content: dict[str, Any]) -> Path:
     relative_to_repository = file.parent == ROOT / "data" and not content.get("builtin")
     default = candidates[1] if relative_to_repository else candidates[0]
     moved = [file.parent, *(p / tail.name for p in (file.parent, file.parent.parent))] if tail.is_absolute() else []
-    found = [p for p in candidates if p.is_dir()] + [p for p in moved if _holds_images(p, content)]
-    return (found or [default])[0].resolve()
+    there = [p for p in candidates if p.is_dir()]
+    holding = [p for p in (*there, *moved) if _holds_images(p, content)]
+    return (holding or there or [default])[0].resolve()
 
 
 def _holds_images(root: Path, content: dict[str, Any]) -> bool:

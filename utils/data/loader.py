@@ -186,7 +186,7 @@ def validation_loader(config: DataConfig, task: str, imgsz: int, batch_size: int
         raise UserError(f"{config.file}: has no '{task}:' entry")
     dataset = DetectionDataset(sources, imgsz, rect=rect, batch_size=batch_size, pad=0.5 if rect else 0.0,
                                stride=stride, cache=cache, single_cls=single_cls, nc=config.nc, prefix=task)
-    if (dataset.problems or dataset.refused) and rank == 0:
+    if (dataset.problems or dataset.refused or dataset.notes) and rank == 0:
         print(dataset.summary())
     return build_loader(dataset, batch_size, workers, shuffle=False, rank=rank, world_size=world_size,
                         shutdown=shutdown, pin_memory=pin_memory)

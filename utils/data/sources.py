@@ -31,8 +31,8 @@ def frames(source: str, every: int = 1) -> Iterator[Frame]:
     """The images that `source` names; of videos and streams every `every`-th frame.
 
     source: an image, a video, a folder of them, a pattern such as 'photos/*.jpg', a .txt list, a stream's URL, a
-    .streams file of URLs, or a camera's number. UserError where there is nothing; an unreadable image is reported on
-    stdout and skipped.
+    .streams file of URLs, or a camera's number. UserError where there is nothing; among several files an unreadable one
+    is reported on stdout and skipped.
     """
     if source.isnumeric() or source.lower().startswith(STREAMS):
         yield from _video_frames(source, every)
@@ -42,9 +42,15 @@ def frames(source: str, every: int = 1) -> Iterator[Frame]:
         for number, line in enumerate(_lines(path), 1):
             yield from _video_frames(line, every, f"stream{number}.mp4")
         return
-    for file in files(source):
+    found = files(source)
+    for file in found:
         if file.suffix.lower() in VIDEO_SUFFIXES:
-            yield from _video_frames(str(file), every)
+            try:
+                yield from _video_frames(str(file), every)
+            except UserError as error:
+                if len(found) == 1:
+                    raise
+                print(f"skipped: {file} ({error})")
             continue
         try:
             image = decode(file, read_header(file).orientation)

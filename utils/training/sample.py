@@ -29,7 +29,7 @@ class TrainingSample:
         self.opt, self.stride, self.count, self.device = opt, int(model.stride.max()), count, device
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        opt, config = self.opt, read_data(self.opt.data)
+        opt, config = self.opt, read_data(self.opt.data, needed=("train",))
         if not config.train:
             raise UserError(f"{config.file}: has no 'train:' entry, whose images --score taylor, --reconstruct, "
                             "--absorb and --recalibrate look at (--score gamma looks at none)")
