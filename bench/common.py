@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import json
 import shlex
 import subprocess
@@ -10,12 +9,10 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
 import torch
 from columns import ROOT, Row
 
 from models import checkpoint
-from models.speed import runtime_latency
 from models.yolo import Model, fused, on_device
 from utils.data.config import read_data
 from utils.data.loader import validation_loader
@@ -25,7 +22,6 @@ from utils.slimming.cost import profile
 from utils.slimming.timing import latency
 from val import evaluate
 
-SESSIONS = 7  # of onnxruntime, for one figure: two sessions of the same model differ by up to a third in speed
 MAP_KEY = "metrics/mAP_0.5:0.95"  # of mAP50-95 in results.csv and metrics.json
 # A run's checkpoints, under the experiment's folder.
 BEST, SPARSE, CUT = "runs/train/{}/weights/best.pt", "runs/train/{}/weights/last.pt", "runs/prune/{}/pruned_model.pt"
@@ -102,12 +98,6 @@ def last_epoch(path: Path) -> dict[str, str]:
         return list(csv.DictReader(file))[-1]
 
 
-def need_onnxruntime() -> None:
-    """Say at the start what would be missing at the end."""
-    if not all(importlib.util.find_spec(name) for name in ("onnx", "onnxruntime")):
-        raise UserError("onnxruntime is missing; pip install -r requirements-export.txt")
-
-
 def measure(files: Mapping[str, str], folder: Path, flags: str = "", suffix: str = "") -> list[Row]:
     """A row per stage (stage -> checkpoint): accuracy by val.py, cost, milliseconds of one image, measured in turns."""
     rows: list[Row] = []
@@ -131,11 +121,6 @@ def map_on(model: Model, data: Path, split: str = "val", imgsz: int = 320) -> fl
 
 
 def times_faster(models: list[Model]) -> list[Row]:
-    """How many times as fast as the first each model is on one image, in PyTorch and in onnxruntime."""
-    ready = [on_device(fused(model), "cpu") for model in models]
-    sessions = [ms for _ in range(SESSIONS) if (ms := runtime_latency(ready, "onnx", 320, runs=20))]
-    if len(sessions) < SESSIONS:
-        raise UserError("onnxruntime can't run one of the models; the note above says why")
-    onnx_ms = np.median(sessions, 0)
-    torch_ms = latency(ready, 320, runs=50)
-    return [{"torch": torch_ms[0] / a, "onnxruntime": onnx_ms[0] / b} for a, b in zip(torch_ms, onnx_ms)]
+    """How many times as fast as the first each model is on one image, in PyTorch."""
+    ms = latency([on_device(fused(model), "cpu") for model in models], 320, runs=50)
+    return [{"torch": ms[0] / each} for each in ms]
