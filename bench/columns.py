@@ -22,16 +22,16 @@ ONE, TWO, THREE = "{:.1f}".format, "{:.2f}".format, "{:.3f}".format  # digits
 MAP50, MAP, PARAMETERS = ("mAP50", "map50", THREE), ("mAP50-95", "map", THREE), ("parameters", "parameters", COUNT)
 GFLOPS = ("GFLOPs", "flops", lambda flops: f"{flops / 1e9:.3f}")
 CUTS = [("cut by 50%", "cut_0.5", THREE), ("cut by 65%", "cut_0.65", THREE)]
-FASTER = ("faster", "torch", TIMES)
+SPEED = [("faster, torch", "torch", TIMES), ("faster, onnxruntime", "onnxruntime", TIMES)]
 
 STAGES: Columns = [("model", "stage", str), MAP50, MAP, PARAMETERS, GFLOPS, ("MB", "mb", TWO),
                    ("ms an image", "ms", ONE)]
 PRUNING: Columns = [("cut", "cut", str), MAP, ("fine-tuned", "tuned", THREE), ("parameters", "parameters", SHARE),
-                    ("FLOPs", "flops", SHARE), FASTER]
+                    ("FLOPs", "flops", SHARE), *SPEED]
 SPARSITY: Columns = [  # of the rows that share_rows() makes
     ("--target-sparsity", "share", str), ("runs", "runs", str), ("mAP50", "map50", str), ("mAP50-95", "map", str),
     ("fine-tuned", "tuned", str), *CUTS, ("parameters left", "parameters", SHARE), ("FLOPs left", "flops", SHARE),
-    FASTER]
+    *SPEED]
 L1: Columns = [  # of the rows that l1_rows() makes
     ("optimizer", "optimizer", str), ("--sr", "sr", str), ("gammas at 0", "zero", SHARE),
     ("below 0.1", "below_0.1", SHARE), MAP, *CUTS]

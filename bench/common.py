@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import json
 import shlex
 import subprocess
@@ -13,6 +14,7 @@ import torch
 from columns import ROOT, Row
 
 from models import checkpoint
+from models.speed import runtime_latency
 from models.yolo import Model, fused, on_device
 from utils.data.config import read_data
 from utils.data.loader import validation_loader
@@ -98,6 +100,12 @@ def last_epoch(path: Path) -> dict[str, str]:
         return list(csv.DictReader(file))[-1]
 
 
+def need_onnxruntime() -> None:
+    """Say at the start what would be missing at the end."""
+    if not all(importlib.util.find_spec(name) for name in ("onnx", "onnxruntime")):
+        raise UserError("onnxruntime is missing; pip install -r requirements-export.txt")
+
+
 def measure(files: Mapping[str, str], folder: Path, flags: str = "", suffix: str = "") -> list[Row]:
     """A row per stage (stage -> checkpoint): accuracy by val.py, cost, milliseconds of one image, measured in turns."""
     rows: list[Row] = []
@@ -121,6 +129,10 @@ def map_on(model: Model, data: Path, split: str = "val", imgsz: int = 320) -> fl
 
 
 def times_faster(models: list[Model]) -> list[Row]:
-    """How many times as fast as the first each model is on one image, in PyTorch."""
-    ms = latency([on_device(fused(model), "cpu") for model in models], 320, runs=50)
-    return [{"torch": ms[0] / each} for each in ms]
+    """How many times as fast as the first each model is on one image, in PyTorch and in onnxruntime."""
+    ready = [on_device(fused(model), "cpu") for model in models]
+    onnx_ms = runtime_latency(ready, "onnx", 320, runs=50)
+    if onnx_ms is None:
+        raise UserError("onnxruntime can't run one of the models; the note above says why")
+    torch_ms = latency(ready, 320, runs=50)
+    return [{"torch": torch_ms[0] / a, "onnxruntime": onnx_ms[0] / b} for a, b in zip(torch_ms, onnx_ms)]

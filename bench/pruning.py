@@ -69,6 +69,7 @@ def main() -> None:
     parser = common.experiment_parser(__doc__, "sparsity")
     parser.add_argument("--cuts-only", action="store_true", help="start no fine-tuning; the table shows what is done")
     opt = parser.parse_args()
+    common.need_onnxruntime()
     made = {**common.bccd_commands(opt.voc), **commands(opt.weights)}
     common.run_missing({product: command for product, command in made.items()
                         if not (opt.cuts_only and command.startswith("finetune"))}, opt.folder)

@@ -65,7 +65,7 @@ def measure(train: Path, name: str, data: Path) -> tuple[Row, Model]:
            "map50": float(last["metrics/mAP_0.5"]), "map": float(last[common.MAP_KEY]),
            **{f"cut_{share:g}": common.map_on(cut, data) for share, cut in cuts.items()},
            "tuned": float(common.last_epoch(tuned)[common.MAP_KEY]) if tuned.is_file() else "",
-           "parameters": parameters / all_parameters, "flops": flops / all_flops, "torch": ""}
+           "parameters": parameters / all_parameters, "flops": flops / all_flops, "torch": "", "onnxruntime": ""}
     return row, slim(pruner.model, zeros)
 
 
@@ -97,6 +97,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=40, help="epochs per run")
     parser.add_argument("--only", type=int, nargs="+", help="make these runs (numbers) and no table")
     opt = parser.parse_args()
+    common.need_onnxruntime()
     made = common.bccd_commands(opt.voc)
     for number, name in enumerate(RUNS):
         if not opt.only or number in opt.only:

@@ -11,7 +11,7 @@ import torch
 import export
 import val
 from models import checkpoint, formats
-from models.formats import quantized
+from models.formats import onnx, quantized
 from models.formats.format import FileDetector
 from models.inference import detect as detect_images
 from models.yolo import Model
@@ -226,6 +226,11 @@ def test_int8_with_a_batch_of_several(weights, tiny):
     assert formats.load(path, CPU)[0].input_shape[0] == 2
     with pytest.raises(UserError, match="--int8 needs 13"):
         export.main([*flags, "--opset", "12"])
+
+
+def test_threads_of_onnxruntime_have_cores_of_their_own(monkeypatch):
+    monkeypatch.setattr(onnx.os, "sched_getaffinity", lambda process: {7, 2, 5}, raising=False)
+    assert [onnx.cores_of_workers(threads) for threads in (1, 2, 3, 4)] == ["", "6", "6;8", ""]
 
 
 def test_a_file_that_computes_nan_is_not_equal(weights):

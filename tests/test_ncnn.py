@@ -71,7 +71,7 @@ def test_the_folder_holds_the_model_and_nothing_else(written, tmp_path, monkeypa
     said = capfd.readouterr()
     assert said.out == said.err == ""
     detector, about = formats.load("m_ncnn", CPU)
-    assert detector.names == model.names and detector.stride == 32 and about["imgsz"] == 64
+    assert detector.names == model.names and detector.stride == 32 and about["imgsz"] == 96
     images = torch.rand(3, 3, 64, 96)  # the file takes one at a time
     with torch.no_grad():
         assert difference(detector(images)[0], model(images)[0]) < 1e-4

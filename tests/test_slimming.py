@@ -1,6 +1,7 @@
 """The heart: graph, ranking, surgery, the pruning engine. Properties on random masks, exactness in float64."""
 from __future__ import annotations
 
+import os
 from copy import deepcopy
 
 import numpy as np
@@ -19,7 +20,7 @@ from utils.slimming.equivalence import largest_difference
 from utils.slimming.ranking import knee
 from utils.slimming.result import misaligned_channels
 from utils.slimming.surgery import resize_like
-from utils.slimming.timing import latency, medians
+from utils.slimming.timing import latency, medians, on_first_core
 
 
 @pytest.fixture(scope="module")
@@ -185,6 +186,17 @@ def test_medians_take_few_turns_where_they_are_long():
     calls.clear()
     medians([lambda: calls.append("a")], runs=7, seconds=0.0)
     assert len(calls) == 4  # one to warm up, three to measure
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="needs Linux")
+def test_only_the_timed_calls_stay_on_one_core():
+    cores, seen = os.sched_getaffinity(0), []
+    medians([lambda: seen.append(len(os.sched_getaffinity(0)))], runs=3)
+    assert seen == [len(cores)] + [1] * 5  # threads that the first call starts may run anywhere
+    with pytest.raises(ZeroDivisionError):
+        with on_first_core():
+            raise ZeroDivisionError
+    assert os.sched_getaffinity(0) == cores
 
 
 @pytest.mark.parametrize("name", ["model.0.bn", "model.2.m.0.cv1.bn", "model.9.cv1.bn", "model.17.cv3.bn"])

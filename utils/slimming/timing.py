@@ -1,8 +1,10 @@
 """Milliseconds of models, measured in turns so that a busy moment of the machine hits all of them."""
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -32,21 +34,37 @@ def medians(calls: Sequence[Callable[[], object]], runs: int = 20, seconds: floa
 
     Where that would take much more than `seconds` there are fewer turns, three at least.
     """
+    begun = time.perf_counter()
+    for call in calls:  # the first time a runtime starts its threads
+        call()
+    first = time.perf_counter() - begun
+    turns, warm_up = max(min(runs, int(seconds / first)), 3), 2 if first < seconds / 20 else 0
     samples: list[list[float]] = [[] for _ in calls]
-    begun, turns, warm_up = time.perf_counter(), runs, 3
-    for turn in range(runs + warm_up):
-        if turn == 1:
-            first = time.perf_counter() - begun
-            turns = max(min(runs, int(seconds / first)), 3)
-            warm_up = 3 if first < seconds / 20 else 1
-        if turn >= turns + warm_up:
-            break
-        for i, call in enumerate(calls):
-            start = time.perf_counter()
-            call()
-            if turn >= warm_up:
-                samples[i].append((time.perf_counter() - start) * 1000)
+    with on_first_core():
+        for turn in range(turns + warm_up):
+            for i, call in enumerate(calls):
+                start = time.perf_counter()
+                call()
+                if turn >= warm_up:
+                    samples[i].append((time.perf_counter() - start) * 1000)
     return [float(np.median(s)) for s in samples]
+
+
+@contextmanager
+def on_first_core() -> Iterator[None]:
+    """Keep the calling thread on its first core, away from the threads that a runtime has started (Linux only).
+
+    Without, the system puts it on a core with one of them now and then, and all calls take up to twice the time.
+    """
+    if not hasattr(os, "sched_getaffinity"):
+        yield
+        return
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(cores)})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, cores)
 
 
 def synchronize(device: torch.device) -> None:
