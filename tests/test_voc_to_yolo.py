@@ -137,6 +137,18 @@ def test_size_comes_from_the_image(convert_one: Callable[..., tuple[str, str]], 
     assert f"repaired: 1 x {counted} in the XML" in report if counted else "repaired" not in report
 
 
+def test_boxes_of_an_image_that_was_scaled_since(convert_one: Callable[..., tuple[str, str]]) -> None:
+    """They count the pixels that the XML states: the same corners of twice the size are half of it."""
+    text, report = convert_one(size="<size><width>200</width><height>160</height></size>")
+    assert [float(x) for x in text.split()] == pytest.approx([float(x) / 2 for x in ROW.split()])
+    assert "repaired: 1 x image scaled after the XML was written, boxes with it" in report
+
+
+@pytest.mark.parametrize("stated", [("200", "80"), ("", ""), ("0", "0"), ("0.5", "0.4"), ("nan", "nan"), ("inf", "inf")])
+def test_a_size_that_can_not_be_that_of_the_boxes(stated: tuple[str, str]) -> None:
+    assert yolo_layout.size_of_boxes(stated, (100, 80)) == (100, 80)
+
+
 @pytest.mark.parametrize("exif", [3, 6, 8])
 def test_size_is_that_which_is_displayed(convert_one: Callable[..., tuple[str, str]], exif: int) -> None:
     text, report = convert_one(exif=exif)

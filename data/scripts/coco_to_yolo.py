@@ -66,9 +66,10 @@ def add_split(plan: Plan, split: str, data: Annotations, folder: Path, names: di
             size = layout.displayed_size(source)
             stated = image.get("width", size[0]), image.get("height", size[1])
             if stated != size:
-                size, image_size = layout.size_of_boxes(stated, size), size
-                plan.repaired["size wrong in the JSON, taken from the image" if size == image_size else
+                counted = layout.size_of_boxes(stated, size)
+                plan.repaired["size wrong in the JSON, taken from the image" if counted == size else
                               "image scaled after the JSON was written, boxes with it"] += 1
+                size = counted
             boxes = []
             for annotation in annotations.pop(image.get("id"), []):
                 with plan.skipping():

@@ -129,9 +129,10 @@ def _add_image(plan: Plan, folder: VocFolder, split: str, name: str, keep_diffic
     stated = tuple(_text(root, f"size/{key}").removesuffix(".0") for key in ("width", "height"))
     if stated != tuple(map(str, size)):
         missing = not all(text.strip("0") for text in stated)
-        size, image_size = layout.size_of_boxes(stated, size), size
+        counted = layout.size_of_boxes(stated, size)
         plan.repaired[f"size {'missing' if missing else 'wrong'} in the XML, taken from the image"
-                      if size == image_size else "image scaled after the XML was written, boxes with it"] += 1
+                      if counted == size else "image scaled after the XML was written, boxes with it"] += 1
+        size = counted
     boxes = []
     for element in root.findall("object"):
         with plan.skipping():

@@ -41,19 +41,6 @@ Corners = tuple[float, float, float, float]
 Box = tuple[str, Corners]      # class name and x1, y1, x2, y2, normalised
 
 
-def size_of_boxes(stated: Sequence[Any], size: tuple[int, int]) -> tuple[int, int]:
-    """The (width, height) whose pixels boxes count: what the annotation states, where the image was only scaled since.
-
-    Else, and where nothing usable is stated, the `size` of the image.
-    """
-    try:
-        width, height = (float(side) for side in stated)
-    except (TypeError, ValueError):
-        return size
-    scaled = width > 0 and height > 0 and abs(width * size[1] / (height * size[0]) - 1) <= SAME_SHAPE
-    return (int(width), int(height)) if scaled else size
-
-
 class Skipped(Exception):
     """A file or a box can't be used; the message is the reason."""
 
@@ -144,6 +131,19 @@ def displayed_size(path: Path) -> tuple[int, int]:
         return read_header(path).size
     except UNREADABLE:
         raise Skipped("image unreadable") from None
+
+
+def size_of_boxes(stated: Sequence[Any], size: tuple[int, int]) -> tuple[int, int]:
+    """The (width, height) whose pixels boxes count: what the annotation states, where the image was only scaled since.
+
+    Else, and where nothing usable is stated, the `size` of the image.
+    """
+    try:
+        width, height = (float(side) for side in stated)
+    except (TypeError, ValueError):
+        return size
+    scaled = width >= 1 and height >= 1 and abs(width * size[1] / (height * size[0]) - 1) <= SAME_SHAPE
+    return (int(width), int(height)) if scaled else size
 
 
 # Command line ---------------------------------------------------------------------------------------------------------

@@ -149,13 +149,13 @@ def _quiet() -> Iterator[None]:
 
 
 def cores_of_workers(threads: int) -> str:
-    """A core, counted from 1, for each thread but the caller's: "2;3". "" where there are too few, or not on Linux.
+    """A core, counted from 1, for each thread but the caller's, if they take all cores: "2;3". Else, or off Linux, "".
 
-    onnxruntime gives them out itself where it chooses the number of threads. Without, two of them share a core now and
-    then, which takes up to twice the time.
+    Without, two of them share a core now and then, which takes up to twice the time. Where cores are left over, the
+    system finds free ones, and knows which of them are halves of one core.
     """
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    return ";".join(str(core + 1) for core in cores[1:threads]) if 1 < threads <= len(cores) else ""
+    return ";".join(str(core + 1) for core in cores[1:]) if threads == len(cores) else ""
 
 
 class OnnxDetector(FileDetector):

@@ -25,14 +25,15 @@ def start_options(opt: Namespace) -> Namespace:
 
     With --data they are YOLOv5's defaults, as there; a note says where the weights were trained with others.
     """
-    if opt.cfg or not opt.weights or not Path(opt.weights).is_file():
+    given = {"imgsz": opt.imgsz, "optimizer": opt.optimizer or opt.adam}
+    all_given = bool(opt.data) and all(given.values())  # nothing to learn from the file, which takes time to read
+    if opt.cfg or all_given or not opt.weights or not Path(opt.weights).is_file():
         return resolve(opt)
     saved = checkpoint.read(opt.weights)
     earlier = saved.get("opt") or {}
     resolved = resolve(opt, None if opt.data else saved)
     if earlier.get("data") and not opt.data:
         print(f"--data not given: taking {earlier['data']}, on which {opt.weights} was trained")
-    given = {"imgsz": opt.imgsz, "optimizer": opt.optimizer or opt.adam}
     changed = [key for key in given if not given[key] and earlier.get(key) not in (None, getattr(resolved, key))]
     if changed:
         pairs = ", ".join(f"--{key} {earlier[key]} (now {getattr(resolved, key)})" for key in changed)
