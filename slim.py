@@ -28,12 +28,17 @@ import train_sparsity
 import val
 from models import checkpoint
 from models.formats import formats, runtimes
+from models.formats.speed import measured_in, milliseconds, stopwatch
 from models.pruning import model_pruner
-from models.speed import measured_in, milliseconds, stopwatch
 from models.yolo import whole_strides
+from training.distributed import World
+from training.pipeline import PRUNE, STATE, Pipeline, Progress, Stage, known_pipeline
+from training.sparsity import SparsityPlan
+from training.start import start_model
 from utils.data.config import DataConfig, read_data
 from utils.data.dataset import DetectionDataset
 from utils.data.loader import validation_loader
+from utils.device import select_device
 from utils.errors import UserError, run_cli
 from utils.files import ROOT, command_line, new_run_folder, write_json
 from utils.options import BUILT_IN_DATA, DEFAULTS, pipeline_parser
@@ -42,10 +47,6 @@ from utils.plots.slimming import plot_gamma_history, plot_kept, plot_tradeoff
 from utils.slimming import Rules, report
 from utils.slimming.cost import profile
 from utils.slimming.target_sparsity import TargetSparsity
-from utils.training.distributed import World, select_device
-from utils.training.pipeline import PRUNE, STATE, Pipeline, Progress, Stage, known_pipeline
-from utils.training.sparsity import SparsityPlan
-from utils.training.start import start_model
 from val import pictures
 
 OUTPUT = "slim.pt"

@@ -4,7 +4,7 @@
     python train.py --data data/VOC.yaml --weights yolov5s.pt --adam --epochs 100
 
 This file is the only training loop. Sparsity, image weights and whatever you invent are hooks on it: see
-utils/training/run.py.
+training/run.py.
 """
 from __future__ import annotations
 
@@ -25,21 +25,14 @@ from tqdm import tqdm
 
 from models import checkpoint
 from models.yolo import Model, fused, on_device, whole_strides
-from utils.data.config import DataConfig, read_data
-from utils.data.dataset import DetectionDataset
-from utils.data.loader import Batch, DetectionLoader, build_loader, frozen_objects, validation_loader
-from utils.errors import NonFiniteError, UserError, run_cli
-from utils.files import new_run_folder, write_yaml
-from utils.options import training_parser
-from utils.slimming.cost import profile
-from utils.training.distillation import Teacher
-from utils.training.distributed import World, barrier, broadcast, process_group, share_buffers, wrapped
-from utils.training.image_weights import ImageWeights
-from utils.training.interruption import Listener, listen
-from utils.training.loggers import RunLog
-from utils.training.loss import DetectionLoss, scale_gains
-from utils.training.optimizer import EarlyStopping, ModelEMA, Schedule, build_optimizer, ema_tau, suited_nbs
-from utils.training.resume import (
+from training.distillation import Teacher
+from training.distributed import World, barrier, broadcast, process_group, share_buffers, wrapped
+from training.image_weights import ImageWeights
+from training.interruption import Listener, listen
+from training.loggers import RunLog
+from training.loss import DetectionLoss, scale_gains
+from training.optimizer import EarlyStopping, ModelEMA, Schedule, build_optimizer, ema_tau, suited_nbs
+from training.resume import (
     move_away,
     require_finite,
     restore,
@@ -49,8 +42,15 @@ from utils.training.resume import (
     save_epoch,
     whole,
 )
-from utils.training.run import Hook, Run, amp_name
-from utils.training.start import adapt_anchors, freeze, make_deterministic, start_model, start_options, synchronised
+from training.run import Hook, Run, amp_name
+from training.start import adapt_anchors, freeze, make_deterministic, start_model, start_options, synchronised
+from utils.data.config import DataConfig, read_data
+from utils.data.dataset import DetectionDataset
+from utils.data.loader import Batch, DetectionLoader, build_loader, frozen_objects, validation_loader
+from utils.errors import NonFiniteError, UserError, run_cli
+from utils.files import new_run_folder, write_yaml
+from utils.options import training_parser
+from utils.slimming.cost import profile
 from val import Evaluation, evaluate, plot_curves, print_table
 
 LOSSES = ("box_loss", "obj_loss", "cls_loss")

@@ -21,6 +21,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from models.yolo import Model
 from train import train
+from training.narrow import narrow
+from training.run import Hook, Run
+from training.sparsity import SparsityPlan, frozen_norms
+from training.start import start_options
 from utils.errors import UserError, run_cli
 from utils.files import write_array
 from utils.options import add_sparsity_flags, training_parser
@@ -30,10 +34,6 @@ from utils.slimming.graph import Masks, batch_norms
 from utils.slimming.ranking import MIN_SHARE, Rules
 from utils.slimming.sparsity import GammaL1, gamma_stats, l1_reach
 from utils.slimming.surgery import last_masks, masked, slim
-from utils.training.narrow import narrow
-from utils.training.run import Hook, Run
-from utils.training.sparsity import SparsityPlan, frozen_norms
-from utils.training.start import start_options
 from val import evaluate
 
 ENOUGH = 0.1  # of the channels: --shrink cuts when so many more are 0 for good; each cut takes a second or two

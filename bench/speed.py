@@ -30,12 +30,12 @@ from models import checkpoint
 from models.formats import yolov5
 from models.formats.format import export_options
 from models.yolo import Model
+from training.run import Hook, Run
 from utils.data.loader import Batch
 from utils.errors import UserError, run_cli
 from utils.files import scratch
 from utils.options import HelpfulParser
 from utils.tables import text_table, write_csv
-from utils.training.run import Hook, Run
 
 TRAIN = "train.py --data {data} --weights {weights} --imgsz 320 --batch-size 16 --workers {workers} --project {folder}"
 VAL = "val.py --data {coco} --weights {weights} --imgsz 640 --batch-size 16 --workers {workers} --project {folder}"

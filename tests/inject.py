@@ -84,7 +84,7 @@ def out_of_memory() -> None:
 
 def nan_loss() -> None:
     """The loss of a batch is not a number."""
-    from utils.training.loss import DetectionLoss
+    from training.loss import DetectionLoss
 
     call, calls = DetectionLoss.__call__, []
 

@@ -20,11 +20,11 @@ from tests.blocks import NETWORKS, Net, randomised
 from tests.test_commands import rows
 from train import optimizer_step
 from train_sparsity import SparsityHook
+from training.distributed import World
+from training.optimizer import ModelEMA, build_optimizer
+from training.run import Run
 from utils.slimming import slim
 from utils.slimming.target_sparsity import TargetSparsity
-from utils.training.distributed import World
-from utils.training.optimizer import ModelEMA, build_optimizer
-from utils.training.run import Run
 
 STEPS = 8
 

@@ -13,12 +13,12 @@ from torch import nn
 from models.config import read_yaml
 from models.yolo import Model
 from train import complete_gradients, optimizer_step
+from training.optimizer import ModelEMA
+from training.run import Hook
+from training.sparsity import SparsityPlan
 from utils.errors import NonFiniteError
 from utils.slimming.sparsity import GammaL1, gamma_stats, l1_reach
 from utils.slimming.target_sparsity import TargetSparsity
-from utils.training.optimizer import ModelEMA
-from utils.training.run import Hook
-from utils.training.sparsity import SparsityPlan
 
 
 def norm(values=(0.5, -0.2, 0.0)) -> nn.BatchNorm2d:

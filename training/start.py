@@ -13,11 +13,11 @@ from torch import nn
 
 from models import checkpoint
 from models.yolo import Model, set_anchors, with_classes
+from training.autoanchor import fit_anchors
+from training.distributed import World
 from utils.data.dataset import DetectionDataset
 from utils.errors import UserError
 from utils.options import resolve
-from utils.training.autoanchor import fit_anchors
-from utils.training.distributed import World
 
 
 def start_options(opt: Namespace) -> Namespace:

@@ -6,10 +6,10 @@ from copy import deepcopy
 import torch
 from torch import Tensor, nn
 
+from training.run import Run
 from utils.slimming import trace
 from utils.slimming.graph import ChannelGraph, Masks
 from utils.slimming.surgery import slim
-from utils.training.run import Run
 
 
 def narrow(run: Run, masks: Masks) -> None:

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from models import checkpoint
+from training.run import Run
 from utils.errors import NonFiniteError, UserError
 from utils.files import command_line, newest, read_yaml_mapping
-from utils.training.run import Run
 
 
 def require_finite(run: Run) -> None:

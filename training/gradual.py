@@ -5,12 +5,12 @@ from typing import Any
 
 import numpy as np
 
+from training.narrow import narrow
+from training.run import Hook, Run
 from utils.slimming import trace
 from utils.slimming.cost import profile
 from utils.slimming.graph import Masks, batch_norms
 from utils.slimming.target_sparsity import TargetSparsity
-from utils.training.narrow import narrow
-from utils.training.run import Hook, Run
 
 SHARE = 1 / 3  # of the run, in which the channels go
 

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from models.yolo import Model
+from training.distributed import World, wrapped
+from training.interruption import Listener
+from training.loggers import RunLog
+from training.loss import DetectionLoss
+from training.optimizer import EarlyStopping, ModelEMA, Schedule
 from utils.data.config import DataConfig
 from utils.data.loader import Batch, DetectionLoader
 from utils.metrics import APResult
-from utils.training.distributed import World, wrapped
-from utils.training.interruption import Listener
-from utils.training.loggers import RunLog
-from utils.training.loss import DetectionLoss
-from utils.training.optimizer import EarlyStopping, ModelEMA, Schedule
 
 
 class Hook:
@@ -52,7 +52,7 @@ class Hook:
         """Add what results.csv and TensorBoard should carry for this epoch."""
 
     def narrowed(self) -> None:
-        """run.model and run.ema.ema are other objects now, with fewer channels (utils/training/narrow.py)."""
+        """run.model and run.ema.ema are other objects now, with fewer channels (training/narrow.py)."""
 
     def end(self) -> None:
         """The last epoch is over. Called in the main process only: time for pictures."""
