@@ -107,10 +107,10 @@ def require_possible(pipeline: Pipeline, config: DataConfig, names: dict[int, st
     flags = [*start_flags(pipeline), "--epochs", "1", *goal(pipeline, sparse, 1.0)]
     start = Namespace(**vars(train_sparsity.parse(flags)))
     model = start_model(start, names, {}, World(1, 2, torch.device("cpu")))  # not as the main process: it says nothing
-    start.imgsz = whole_strides(start.imgsz, model.stride)
+    imgsz = whole_strides(start.imgsz, model.stride)
     if pipeline.runtime != "torch":  # a model that it can't run would be known in the end only
-        stopwatch(pipeline.runtime, start.imgsz, torch.device("cpu"), precision=pipeline.precision)([model])
-    SparsityPlan(start, model, model, {}, set())
+        stopwatch(pipeline.runtime, imgsz, torch.device("cpu"), precision=pipeline.precision)([model])
+    SparsityPlan(start, imgsz, model, model, {}, set())
 
 
 def start_flags(pipeline: Pipeline) -> list[str]:

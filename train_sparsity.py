@@ -53,11 +53,11 @@ class SparsityHook(Hook):
         if shrunk:
             # What is shown is over the channels of the start: the model as it was, with zeros where channels were.
             wide = slim(Model(run.model.yaml), self.before).to(run.world.device)
-            self.plan = SparsityPlan(run.opt, wide, wide, run.resumed, frozen_norms(run.model))
+            self.plan = SparsityPlan(run.opt, run.imgsz, wide, wide, run.resumed, frozen_norms(run.model))
             self.narrowed()
         else:
             # What is shown is what is saved, the averaged weights: the pruner looks at them.
-            self.plan = SparsityPlan(run.opt, run.model, run.ema.ema, run.resumed, frozen_norms(run.model))
+            self.plan = SparsityPlan(run.opt, run.imgsz, run.model, run.ema.ema, run.resumed, frozen_norms(run.model))
         self.history: list[torch.Tensor] = []  # |gamma| of all channels, an entry an epoch
         if run.world.main:
             print(self.summary())
@@ -119,7 +119,7 @@ class SparsityHook(Hook):
         except ValueError as error:
             raise UserError(f"--shrink: {error}; last.pt is whole, as of the epoch before") from None
         if self.run.world.main:
-            cost = profile(self.run.model, self.run.opt.imgsz)
+            cost = profile(self.run.model, self.run.imgsz)
             print(f"{'':>11}slim from here on: {cost.parameters:,} parameters, {cost.gflops:.2f} GFLOPs; "
                   f"equivalence check: largest relative difference {self.difference:.1e}", flush=True)
 
@@ -179,9 +179,9 @@ class SparsityHook(Hook):
 
     def add_histograms(self) -> None:
         """|gamma| and |beta| of all channels, and |gamma| of every layer, for TensorBoard."""
-        if self.run.log is None:
+        if self.run.logger is None:
             return
-        tb, epoch = self.run.log.tb, self.run.epoch
+        tb, epoch = self.run.logger.tb, self.run.epoch
         gammas = {name: norm.weight.detach().abs() for name, norm in self.plan.averaged.items()}
         betas = [norm.bias.detach().abs() for norm in self.plan.averaged.values()]
         tb.add_histogram("bn_weights/hist", torch.cat(list(gammas.values())), epoch)
@@ -195,9 +195,9 @@ class SparsityHook(Hook):
         if run.opt.noplots:
             return
         picture = plot_gamma_history({run.folder.name: list(history)}, run.folder / "gamma_history.png")
-        if run.log is not None:
+        if run.logger is not None:
             pixels = np.asarray(Image.open(picture).convert("RGB"))
-            run.log.tb.add_image("bn_weights/over_epochs", pixels, run.epoch, dataformats="HWC")
+            run.logger.tb.add_image("bn_weights/over_epochs", pixels, run.epoch, dataformats="HWC")
         plot_gammas(history[-1], run.folder / "gammas.png", title="BatchNorm scales after the last epoch")
 
     def may_be_best(self) -> bool:
@@ -228,7 +228,7 @@ def l1_note(run: Run, penalty: GammaL1) -> str:
     every = schedule.accumulate(schedule.warmup)
     # One entry per step: its rate is that of its first batch, its penalty the share of a nominal batch that it sees.
     epochs = [i // batches for i in range(0, run.opt.epochs * batches, every)]
-    batch_fraction = every * run.opt.batch_size / run.opt.nbs
+    batch_fraction = every * run.opt.batch_size / run.nbs
     rates = [hyp["lr0"] * schedule.factor(epoch) for epoch in epochs]
     coefficients = [penalty.coefficient(epoch) * batch_fraction for epoch in epochs]
     adam = run.opt.optimizer != "SGD"

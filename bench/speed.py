@@ -46,7 +46,7 @@ EPOCHS, LONG = 6, 10
 ALONE = 8  # steps of forward and backward after each epoch
 # What a training step calls -> its name in the table.
 PARTS = {(train, "forward"): "forward and loss", (Tensor, "backward"): "backward",
-         (train, "complete_gradients"): "clipping and checks", (train, "optimizer_step"): "optimizer, EMA and hooks"}
+         (train, "optimizer_step"): "clipping, checks, optimizer, EMA and hooks"}
 REST = "waiting for images, progress"
 
 

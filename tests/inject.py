@@ -102,10 +102,11 @@ def after_steps(harm: Any) -> None:
 
     step = train.optimizer_step
 
-    def harmful(run: Any, skipped: bool) -> None:
-        step(run, skipped)
+    def harmful(run: Any, *args: Any) -> Any:
+        shown = step(run, *args)
         if run.epoch == EPOCH:
             harm(run)
+        return shown
 
     train.optimizer_step = harmful
 

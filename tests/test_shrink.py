@@ -22,7 +22,7 @@ from train import optimizer_step
 from train_sparsity import SparsityHook
 from training.distributed import World
 from training.optimizer import ModelEMA, build_optimizer
-from training.run import Run
+from training.run import Run, Step
 from utils.slimming import slim
 from utils.slimming.target_sparsity import TargetSparsity
 
@@ -34,11 +34,11 @@ def prepared(model: nn.Module, optimizer: str, **flags: object) -> tuple[Run, Sp
     if not isinstance(model, Model):  # what a Run asks of a detector
         model.masks, model.detect, model.yaml, model.stride = {}, None, {"ch": 3}, torch.tensor([32])
     model = model.double().train()
-    known = {"imgsz": 64, "sr": 0.0, "sr_bias": None, "epochs": 1, "target_sparsity": 0.5, "target": None,
+    known = {"sr": 0.0, "sr_bias": None, "epochs": 1, "target_sparsity": 0.5, "target": None,
              "percent": 0.5, "round_to": 1, "per_flop": True, "shortcuts": "joint", "keep": [], "only": [],
-             "shrink": True, "nbs": 1}
+             "shrink": True}
     hook = SparsityHook()
-    run = Run(Namespace(**{**known, **flags}), World(0, 1, torch.device("cpu")), Path(), None, model, model,
+    run = Run(Namespace(**{**known, **flags}), 64, 1, World(0, 1, torch.device("cpu")), Path(), None, model, model,
               build_optimizer(model, optimizer, 0.01, 0.9, 0.001), torch.amp.GradScaler("cpu", enabled=False), None,
               ModelEMA(model), Namespace(detect=None), range(STEPS), None, [hook], None, None)
     hook.start(run)
@@ -49,8 +49,9 @@ def go(run: Run, step: int, images: torch.Tensor) -> None:
     """One step of train.py's loop, with a loss that knows no detector."""
     run.iteration = step
     outputs = run.model(images)
-    sum(y.square().mean() for y in ([outputs] if torch.is_tensor(outputs) else outputs)).backward()
-    optimizer_step(run, False)
+    loss = sum(y.square().mean() for y in ([outputs] if torch.is_tensor(outputs) else outputs))
+    loss.backward()
+    optimizer_step(run, Step(1, 1, loss.detach().view(1)), torch.zeros(3))
 
 
 def outputs(model: nn.Module, images: torch.Tensor) -> torch.Tensor:

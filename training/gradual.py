@@ -54,7 +54,7 @@ class GradualCut(Hook):
         masks, self.masks = self.masks, {}
         narrow(self.run, masks)
         if self.run.world.main:
-            cost = profile(self.run.model, self.run.opt.imgsz)
+            cost = profile(self.run.model, self.run.imgsz)
             print(f"{'':>11}slim from here on: {cost.parameters:,} parameters, {cost.gflops:.2f} GFLOPs")
 
     def may_be_best(self) -> bool:

@@ -22,10 +22,10 @@ def require_finite(run: Run) -> None:
         for key, value in model.state_dict().items():
             if value.is_floating_point() and not bool(torch.isfinite(value).all()):
                 epoch = run.iteration // len(run.loader) + 1
-                raise NonFiniteError(f"{key} is not finite after epoch {epoch}; nothing of it was saved, {whole(run)}")
+                raise NonFiniteError(f"{key} is not finite after epoch {epoch}; nothing of it was saved, {mend(run)}")
 
 
-def whole(run: Run) -> str:
+def mend(run: Run) -> str:
     """The second half of a NonFiniteError's message."""
     last = run.folder / "weights" / "last.pt"
     return f"{last} is whole; try a smaller lr0 in --hyp, --amp off, or a smaller --sr"
@@ -61,8 +61,8 @@ def save_epoch(run: Run, best: bool) -> None:
 def record(run: Run) -> dict[str, Any]:
     """What every checkpoint tells about where it came from."""
     from_hooks = {key: value for hook in run.hooks for key, value in hook.record().items()}
-    return {"opt": vars(run.opt), "folder": str(run.folder.resolve()), "data": run.opt.data, "imgsz": run.opt.imgsz,
-            "hyp": run.opt.hyp, "epochs_done": run.epoch, "command": command_line(), "metrics": dict(run.results),
+    return {"opt": run.settings, "folder": str(run.folder.resolve()), "data": run.opt.data, "imgsz": run.imgsz,
+            "hyp": run.opt.hyp, "epochs_done": run.epoch, "command": command_line(), "metrics": dict(run.metrics),
             **from_hooks}
 
 

@@ -30,15 +30,16 @@ class SparsityPlan:
     The channel graph tells which BatchNorms are prunable: not those whose channels a shortcut's addition couples to
     others, unless --shortcuts joint takes such channels as one.
 
-    opt: of train_sparsity.py. average: the model that the pruner looks at, `model` or its moving average. resumed: the
-    checkpoint of a run that goes on, or {}. frozen: BatchNorms that do not train.
+    opt: of train_sparsity.py. imgsz: of the images, in pixels. average: the model that the pruner looks at, `model` or
+    its moving average. resumed: the checkpoint of a run that goes on, or {}. frozen: BatchNorms that do not train.
     UserError where there is none to act on, or the target can't be reached.
     """
 
-    def __init__(self, opt: Namespace, model: Model, average: Model, resumed: Mapping[str, Any], frozen: set[str]):
+    def __init__(self, opt: Namespace, imgsz: int, model: Model, average: Model, resumed: Mapping[str, Any],
+                 frozen: set[str]):
         self.opt, self.resumed, self.frozen = opt, resumed, frozen
         try:
-            self.pruner = model_pruner(average, opt.imgsz)
+            self.pruner = model_pruner(average, imgsz)
         except NothingToCutError:
             raise UserError(NO_NORMS) from None
         except ValueError as error:

@@ -65,15 +65,15 @@ def start_model(opt: Namespace, names: dict[int, str], resumed: dict[str, Any], 
     return model
 
 
-def adapt_anchors(opt: Namespace, model: Model, dataset: DetectionDataset, world: World) -> None:
+def adapt_anchors(opt: Namespace, imgsz: int, model: Model, dataset: DetectionDataset, world: World) -> None:
     """Autoanchor: fit the anchors to the data set's boxes unless they fit already."""
     if opt.noautoanchor:
         return
     largest = dataset.shapes.max(1, keepdims=True)
-    sizes = dataset.shapes / largest * opt.imgsz
+    sizes = dataset.shapes / largest * imgsz
     wh = dataset.labels.flat()[:, 3:5] * np.repeat(sizes, dataset.labels.counts, 0)
     pixels = (model.detect.anchors * model.stride.view(-1, 1, 1)).cpu().numpy()
-    better, message = fit_anchors(wh, pixels, opt.imgsz, opt.hyp["anchor_t"], opt.seed)
+    better, message = fit_anchors(wh, pixels, imgsz, opt.hyp["anchor_t"], opt.seed)
     if world.main:
         print(message)
     if better is not None:
