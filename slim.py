@@ -110,7 +110,7 @@ def require_possible(pipeline: Pipeline, config: DataConfig, names: dict[int, st
     imgsz = whole_strides(start.imgsz, model.stride)
     if pipeline.runtime != "torch":  # a model that it can't run would be known in the end only
         stopwatch(pipeline.runtime, imgsz, torch.device("cpu"), precision=pipeline.precision)([model])
-    SparsityPlan(start, imgsz, model, model, {}, set())
+    SparsityPlan(start, imgsz, model, set())
 
 
 def start_flags(pipeline: Pipeline) -> list[str]:

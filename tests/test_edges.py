@@ -144,15 +144,16 @@ def test_importance_does_not_see_the_penalty():
 
 def test_the_reach_of_a_batch_above_the_nominal_one_counts_in_full():
     from training.optimizer import Schedule
+    from training.sparsity_report import l1_note
 
     hyp = {"lr0": 0.01, "lrf": 1.0, "momentum": 0.9, "warmup_epochs": 0.0}
     norm = torch.nn.BatchNorm2d(4)
 
     def reach(batch_size):
         schedule = Schedule(hyp, 10, 100, batch_size, 64)
-        opt = Namespace(hyp=hyp, epochs=10, batch_size=batch_size, nbs=64, optimizer="SGD")
-        run = SimpleNamespace(opt=opt, schedule=schedule, loader=range(100))
-        text = train_sparsity.l1_note(run, GammaL1([norm], 0.001, 10))
+        opt = Namespace(hyp=hyp, epochs=10, batch_size=batch_size, optimizer="SGD")
+        run = SimpleNamespace(opt=opt, nbs=64, schedule=schedule, loader=range(100))
+        text = l1_note(run, GammaL1([norm], 0.001, 10))
         return float(text.split("holds by ")[1].split()[0])
 
     assert reach(128) == pytest.approx(2 * reach(64), rel=0.05)

@@ -88,7 +88,7 @@ def check(first: nn.Module, optimizer: str, monkeypatch: pytest.MonkeyPatch, **f
         assert hook.plan.target.dead.equal(shrinking.plan.target.dead)
         if cuts:  # the step after a cut, and those after it
             for mine, theirs in ((narrow.model, wide.model), (narrow.ema.ema, wide.ema.ema)):
-                expected = slim(theirs, shrinking.kept, hook.plan.pruner.graph).state_dict()
+                expected = slim(theirs, shrinking.remaining.left, hook.plan.pruner.graph).state_dict()
                 assert all(torch.allclose(value, expected[key], rtol=1e-9, atol=1e-10)
                            for key, value in mine.state_dict().items()), step
         if step in (4, 6, STEPS - 1):
@@ -97,12 +97,13 @@ def check(first: nn.Module, optimizer: str, monkeypatch: pytest.MonkeyPatch, **f
             cuts += model is not narrow.model
             after = [outputs(m, images) for m in (narrow.model, narrow.ema.ema)]
             assert all((a - b).abs().max() <= 1e-9 * a.abs().max() for a, b in zip(before, after))
-    assert shrinking.done and hook.plan.target.settled
-    gone = sum(int((~mask).sum()) for mask in shrinking.kept.values())
+    assert shrinking.settled and hook.plan.target.settled
+    gone = sum(int((~mask).sum()) for mask in shrinking.remaining.left.values())
     assert cuts > 1 and gone == sum(int(flags.sum()) for flags in hook.plan.target.gone)
-    shown = shrinking.plan.averaged
-    shrinking.look()
-    assert all(torch.equal(shown[name].weight == 0, norm.weight == 0) for name, norm in hook.plan.averaged.items())
+    for run, one in ((wide, hook), (narrow, shrinking)):
+        one.plan.look(run.ema.ema, one.remaining)
+    shown = shrinking.plan.shown
+    assert all(torch.equal(shown[name].weight == 0, norm.weight == 0) for name, norm in hook.plan.shown.items())
 
 
 @pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
@@ -121,7 +122,7 @@ def test_synchronised_batch_norms_are_cut(cfg):
     hook.plan.target.shrink(1.0)
     before = outputs(run.model, images)
     hook.shrink()
-    assert hook.done and isinstance(run.model.model[0].bn, nn.SyncBatchNorm) and run.model.masks
+    assert hook.settled and isinstance(run.model.model[0].bn, nn.SyncBatchNorm) and run.model.masks
     assert torch.allclose(outputs(run.model, images), before, rtol=1e-9, atol=1e-9)
 
 

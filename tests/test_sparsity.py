@@ -293,7 +293,7 @@ def test_blocks_are_as_large_as_leaves_a_choice(width, share, expected):
     model = Model({**read_yaml("yolov5n.yaml"), "width_multiple": width}, nc=3)
     opt = Namespace(sr=0.0, sr_bias=None, epochs=1, target_sparsity=share, target=None, round_to=None,
                     per_flop=False, shortcuts="skip", keep=[], only=[])
-    plan = SparsityPlan(opt, 64, model, model, {}, set())
+    plan = SparsityPlan(opt, 64, model, set())
     assert plan.target is not None
     assert plan.round_to == expected and share <= 0.9 * plan.target.most
 
