@@ -128,7 +128,7 @@ def _is_junk(name: str) -> bool:
 
 def _files(folder: Path, suffixes: Collection[str]) -> Iterator[Path]:
     """The files below a folder with one of these suffixes, in no order."""
-    found = (Path(where, name) for where, names in walk(folder, _is_junk) for name in names if not _is_junk(name))
+    found = (Path(where, name) for where, names in walk(folder, skip=_is_junk) for name in names if not _is_junk(name))
     return (path for path in found if path.suffix.lower() in suffixes and path.is_file())
 
 

@@ -48,16 +48,17 @@ class Record(NamedTuple):
     refused: str = ""              # why the image can't be used
 
 
-def walk(root: str | Path, skip: Callable[[str], bool] = lambda name: False) -> Iterator[tuple[str, list[str]]]:
-    """(folder, names of what is in it and no folder) of `root` and the folders below it, in no order.
+def walk(*roots: str | Path, skip: Callable[[str], bool] = lambda name: False) -> Iterator[tuple[str, list[str]]]:
+    """(folder, names of what is in it and no folder) of some folders and those below them, in no order.
 
-    Links are followed, but a folder comes once, however many lead to it, and under its own path where that is below
-    `root`. skip: whether to leave out the folders of a name.
+    Links are followed, but a folder comes once, however many lead to it: under its own path where that is below one of
+    `roots`, else under the shortest. skip: whether to leave out the folders of a name.
     """
     seen: set[tuple[int, int]] = set()
-    folders, linked = [os.fspath(root)], list[str]()
+    folders = [os.fspath(root) for root in roots if not os.path.islink(root)]
+    linked = sorted((len(os.fspath(root)), os.fspath(root)) for root in roots if os.path.islink(root))
     while folders or linked:
-        folder = folders.pop() if folders else heappop(linked)
+        folder = folders.pop() if folders else heappop(linked)[1]
         names = []
         try:
             place = os.stat(folder)
@@ -68,8 +69,10 @@ def walk(root: str | Path, skip: Callable[[str], bool] = lambda name: False) -> 
                 for entry in entries:
                     if not (os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()):
                         names.append(entry.name)
+                    elif entry.is_symlink() and not skip(entry.name):
+                        heappush(linked, (len(entry.path), entry.path))
                     elif not skip(entry.name):
-                        heappush(linked, entry.path) if entry.is_symlink() else folders.append(entry.path)
+                        folders.append(entry.path)
         except OSError:
             continue  # as os.walk() does
         yield folder, names

@@ -89,9 +89,9 @@ def _matches(pattern: str) -> Iterator[str]:
         yield from glob.iglob(pattern)
         return
     at = parts.index("**")
-    for top in glob.iglob(os.path.join(*parts[:at])) if at else [os.curdir]:
-        for folder, _ in walk(top, skip=lambda name: name.startswith(".")):
-            yield from _matches(os.path.join(glob.escape(folder), *(parts[at + 1:] or "*")))
+    tops = glob.iglob(os.path.join(*parts[:at])) if at else [os.curdir]
+    for folder, _ in walk(*tops, skip=lambda name: name.startswith(".")):
+        yield from _matches(os.path.join(glob.escape(folder), *(parts[at + 1:] or "*")))
 
 
 def _lines(path: Path) -> list[str]:
