@@ -100,9 +100,12 @@ def require_possible(pipeline: Pipeline, config: DataConfig, names: dict[int, st
     if not config.train or not config.val:
         raise UserError(f"{config.file}: slim.py needs images under train: and val:")
     single = "--single-cls" in pipeline.flags
-    if len(DetectionDataset(config.train, 32, single_cls=single, nc=config.nc, prefix="train")) < LEAST_IMAGES:
-        raise UserError(f"{config.file}: train: has a single image that can be used, from which no model learns; "
-                        "give more")
+    for split, sources in (("train", config.train), ("val", config.val)):
+        images = DetectionDataset(sources, 32, single_cls=single, nc=config.nc, prefix=split)
+        images.require_labels()
+        if split == "train" and len(images) < LEAST_IMAGES:
+            raise UserError(f"{config.file}: train: has a single image that can be used, from which no model learns; "
+                            "give more")
     sparse = next(stage for stage in pipeline.stages if stage.script == "train_sparsity.py")
     flags = [*start_flags(pipeline), "--epochs", "1", *goal(pipeline, sparse, 1.0)]
     start = Namespace(**vars(train_sparsity.parse(flags)))
