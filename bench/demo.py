@@ -9,11 +9,11 @@ import time
 
 from columns import ROOT, STAGES, formatted
 from common import measure, run
+from pictures import plot_stages
 
 from utils.errors import run_cli
 from utils.files import new_run_folder
 from utils.options import HelpfulParser
-from utils.plots.slimming import plot_stages
 from utils.tables import text_table, write_csv
 
 FILES = {"dense": "runs/train/dense/weights/best.pt", "sparse": "runs/train/sparse/weights/last.pt",

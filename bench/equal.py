@@ -18,7 +18,7 @@ from typing import Any
 
 import common
 import torch
-from columns import EQUAL, PIPELINES, RESULTS, ROOT, Row, equal_rows, formatted, with_earlier
+from columns import PIPELINES, ROOT, Row, publish
 from common import CUT, MAP_KEY, SPARSE
 from torch import nn
 
@@ -30,7 +30,6 @@ from utils.data.config import read_data
 from utils.errors import UserError, run_cli
 from utils.files import read_yaml_mapping, write_yaml
 from utils.slimming.cost import profile
-from utils.tables import text_table, write_csv
 
 SIZES = {"bccd": 320, "aquarium": 416, "coco128": 320}
 BUDGETS = {"bccd": (30, 80), "aquarium": (30, 80), "coco128": (120,)}  # epochs in all
@@ -162,9 +161,7 @@ def main() -> None:
                 common.run_missing(todo, opt.folder)
             if all(common.is_done(opt.folder / made, command) for made, command in todo.items()):
                 rows.append(measure(opt.folder, data, pipeline, epochs, seed))
-    rows = sorted(with_earlier("equal", rows, *keys), key=lambda row: [row[key] for key in keys])
-    write_csv(RESULTS / "equal.csv", rows)
-    print(text_table(*formatted(equal_rows(rows), EQUAL)))
+    publish("equal", rows, *keys, order=lambda row: [row[key] for key in keys])
 
 
 if __name__ == "__main__":

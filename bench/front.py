@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import fmean
 
 import common
-from columns import DEVICE, RESULTS, ROOT, Row, formatted, read_results
+from columns import ROOT, Row, publish, read_results
 from equal import SIZES, run_name
 
 import benchmarks
@@ -22,7 +22,6 @@ from utils.errors import UserError, run_cli
 from utils.files import copy_file
 from utils.options import HelpfulParser
 from utils.plots.style import BLUE, GREY, INK, ORANGE, VERMILION, new_chart, save_figure
-from utils.tables import text_table, write_csv
 
 # Pipeline of bench/equal.py -> title of its model, colour, points from a mark up to its label.
 MODELS = {"dense": ("dense", GREY, -20), "blocks-16": ("slim", BLUE, 11), "narrow": ("narrower", ORANGE, 11),
@@ -91,10 +90,9 @@ def main() -> None:
     if failed := [row["reason"] for row in measured if row["ms"] == "" or row["mAP50-95"] == ""]:
         raise UserError(f"{made}: not all could be measured, the first: {failed[0]}")
     rows = averages(measured, {file.stem: title for file, title in titles.items()})
-    write_csv(RESULTS / "front.csv", rows)
+    publish("front", rows)
     picture(rows, f"{opt.data.upper()}, yolov5n at {SIZES[opt.data]} px, {opt.epochs} epochs in all; OpenVINO, "
             "2 threads", ROOT / "img" / "front.png")
-    print(text_table(*formatted(rows, DEVICE)))
 
 
 if __name__ == "__main__":
