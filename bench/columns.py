@@ -19,10 +19,12 @@ from utils.tables import text_table, write_csv  # noqa: E402
 
 Row = dict[Any, Any]
 Words = str | tuple[str, str]  # English, and Chinese where a page in Chinese shows it
-Columns = Sequence[tuple[Words, Any, Callable[[Any], Words]]]  # header, key of the row, format
+# Header, key of the row, format; or a name that is the first two, whose values are shown as they are.
+Columns = Sequence[str | tuple[Words, str, Callable[[Any], str]]]
 
 COUNT, SHARE, TIMES = "{:,}".format, "{:.0%}".format, "{:.2f}x".format
 ONE, TWO, THREE = "{:.1f}".format, "{:.2f}".format, "{:.3f}".format  # digits
+PERCENT = "{:.2%}".format
 SPREAD = ("{:.3f} ({:.3f} to {:.3f})", "{:.3f} ({:.3f}～{:.3f})")
 
 PIPELINES: dict[str, Words] = {  # of bench/equal.py -> title
@@ -39,11 +41,6 @@ MAIN = ("dense", "blocks-16", "teacher", "narrow", "scratch")  # pipelines of th
 # Name of a run of bench/bccd.py's stages -> the flags that made it sparse, and the percent of prune.py.
 WAYS = {"l1": ("--sr {sr}", 50), "blocks": ("--target-sparsity 0.55", 55),
         "target": ("--target-sparsity 0.5 --round-to 1", 50)}
-
-
-def words(text: Words) -> Words:
-    """The format of a cell that is in words already."""
-    return text
 
 
 def spread(runs: Sequence[Row], key: str, texts: tuple[str, str] = SPREAD) -> tuple[str, str]:
@@ -109,34 +106,31 @@ def main_rows(rows: Sequence[Row]) -> list[Row]:
     return equal_rows([row for row in rows if row["epochs"] == 80 and row["pipeline"] in MAIN])
 
 
+def side_by_side(rows: Sequence[Row], name: str, *keys: str) -> list[Row]:
+    """A row per values of `keys`, whose figures have the names of their rows in front: "dense ms", "slim ms"."""
+    return [{**group[0], **{f"{row[name]} {key}": row[key] for row in group for key in row}}
+            for group in grouped(rows, *keys).values()]
+
+
 def runtime_rows(rows: Sequence[Row]) -> list[Row]:
     """runtimes.csv's times, a row per runtime and precision: how many times faster than dense in onnxruntime fp32."""
     first = {row["model"]: row["ms"] for row in rows
              if (row["runtime"], row["precision"], row["block"]) == ("onnxruntime", "fp32", 0)}
-    return [{**times[0], "model": f"{times[0]['model']}, {times[0]['imgsz']} px",
-             **{row["block"]: first[row["model"]] / row["ms"] for row in times}}
-            for times in grouped(rows, "model", "runtime", "precision").values()]
+    times = [{**row, "model": f"{row['model']}, {row['imgsz']} px", "faster": first[row["model"]] / row["ms"]}
+             for row in rows]
+    return side_by_side(times, "block", "model", "runtime", "precision")
 
 
 def device_pairs(rows: Sequence[Row]) -> list[Row]:
     """benchmarks.csv's rows, the dense and the slim model side by side: how much faster slim is in each format."""
-    made = []
-    for pair in grouped(rows, "format", "precision").values():
-        figures = {f"{row['model']} {key}": row[key] for row in pair for key in ("MB", "mAP50-95", "ms")}
-        made.append({**pair[0], **figures, "faster": figures["dense ms"] / figures["slim ms"]})
-    return made
+    return [{**pair, "faster": pair["dense ms"] / pair["slim ms"]}
+            for pair in side_by_side(rows, "model", "format", "precision")]
 
 
 def gpu_rows(rows: Sequence[Row]) -> list[Row]:
     """gpu.csv's times, a row per model, batch and precision: both ways to run it, and how much faster slim is."""
-    made = []
-    for times in grouped(rows, "model", "batch", "precision").values():
-        line = dict(times[0])
-        for row in times:
-            way, dense, slim = row["way"], row["dense"], row["slim"]
-            line |= {f"{way} dense": dense, f"{way} slim": slim, way: dense / slim}
-        made.append(line)
-    return made
+    return side_by_side([{**row, "faster": row["dense"] / row["slim"]} for row in rows],
+                        "way", "model", "batch", "precision")
 
 
 def int8_rows(rows: Sequence[Row]) -> list[Row]:
@@ -154,20 +148,17 @@ class Table(NamedTuple):
     rows: Callable[[list[Row]], list[Row]] = list
 
 
-MAP, PARAMETERS = ("mAP50-95", "map", THREE), ("parameters", "parameters", COUNT)
+MAP = ("mAP50-95", "map", THREE)
 CUTS = [("cut by 50%", "cut_0.5", THREE), ("cut by 65%", "cut_0.65", THREE)]
 FASTER = [("faster, torch", "torch", TIMES), ("faster, onnxruntime", "onnxruntime", TIMES)]
-STAGES: Columns = [("model", "stage", str), ("mAP50", "map50", THREE), MAP, PARAMETERS,
-                   ("GFLOPs", "flops", lambda flops: f"{flops / 1e9:.3f}"), ("MB", "mb", TWO),
-                   ("ms an image", "ms", ONE)]
-DEVICE: Columns = [("model", "model", str), ("format", "format", str), ("precision", "precision", str),
-                   ("MB", "MB", TWO), ("mAP50-95", "mAP50-95", THREE), ("ms an image", "ms", ONE),
+MS = (("ms an image", "每张耗时（毫秒）"), "ms", ONE)
+STAGES: Columns = [("model", "stage", str), ("mAP50", "map50", THREE), MAP, ("parameters", "parameters", COUNT),
+                   ("GFLOPs", "flops", lambda flops: f"{flops / 1e9:.3f}"), ("MB", "mb", TWO), MS]
+DEVICE: Columns = ["model", "format", "precision", ("MB", "MB", TWO), ("mAP50-95", "mAP50-95", THREE), MS,
                    ("faster", "faster", TIMES)]
-MS: Words = ("ms an image", "每张耗时（毫秒）")
-EQUAL: Columns = [
-    (("data", "数据集"), "data", str), ("epochs in all", "epochs", str), (("commands", "命令"), "pipeline", words),
-    (("runs", "运行次数"), "runs", str), (("mAP50-95 on val", "验证集 mAP50-95"), "map", words),
-    ("mean of the last five epochs", "mean5", words), (("on test", "测试集 mAP50-95"), "test", words),
+EQUAL_MAIN: Columns = [
+    (("data", "数据集"), "data", str), (("commands", "命令"), "pipeline", str), (("runs", "运行次数"), "runs", str),
+    (("mAP50-95 on val", "验证集 mAP50-95"), "map", str), (("on test", "测试集 mAP50-95"), "test", str),
     (("FLOPs left", "剩余 FLOPs"), "flops", SHARE)]
 
 TABLES: dict[str, Table] = {  # name of a mark in the pages -> table
@@ -175,65 +166,61 @@ TABLES: dict[str, Table] = {  # name of a mark in the pages -> table
     "bccd val": Table("bccd", STAGES, partial(stage_rows, "val")),
     "bccd test": Table("bccd", STAGES, partial(stage_rows, "test")),
     "sparsity": Table("sparsity", [
-        ("--target-sparsity", "share", str), ("runs", "runs", str), ("mAP50", "map50", words),
-        ("mAP50-95", "map", words), ("fine-tuned", "tuned", words), *CUTS, ("parameters left", "parameters", SHARE),
-        ("FLOPs left", "flops", SHARE), *FASTER], share_rows),
-    "l1": Table("sparsity", [
-        ("optimizer", "optimizer", str), ("--sr", "sr", str), ("gammas at 0", "zero", SHARE),
-        ("below 0.1", "below_0.1", SHARE), MAP, *CUTS], l1_rows),
-    "pruning": Table("pruning", [
-        ("cut", "cut", str), MAP, ("fine-tuned", "tuned", THREE), ("parameters", "parameters", SHARE),
-        ("FLOPs", "flops", SHARE), *FASTER]),
+        ("--target-sparsity", "share", str), "runs", ("mAP50", "map50", str), ("mAP50-95", "map", str),
+        ("fine-tuned", "tuned", str), *CUTS, ("parameters left", "parameters", SHARE), ("FLOPs left", "flops", SHARE),
+        *FASTER], share_rows),
+    "l1": Table("sparsity", ["optimizer", ("--sr", "sr", str), ("gammas at 0", "zero", SHARE),
+                             ("below 0.1", "below_0.1", SHARE), MAP, *CUTS], l1_rows),
+    "pruning": Table("pruning", ["cut", MAP, ("fine-tuned", "tuned", THREE), ("parameters", "parameters", SHARE),
+                                 ("FLOPs", "flops", SHARE), *FASTER]),
     "absorb": Table("absorb", [
         ("channels cut", "share", SHARE), ("largest gamma", "threshold", "{:.1g}".format), ("before", "before", THREE),
         ("after", "slim", THREE), ("with --absorb", "absorbed", THREE)]),
-    "equal": Table("equal", EQUAL, equal_rows),
-    "equal main": Table("equal", [column for column in EQUAL if column[1] not in ("epochs", "mean5")], main_rows),
+    "equal": Table("equal", [
+        "data", ("epochs in all", "epochs", str), *EQUAL_MAIN[1:4], ("mean of the last five epochs", "mean5", str),
+        *EQUAL_MAIN[4:]], equal_rows),
+    "equal main": Table("equal", EQUAL_MAIN, main_rows),
     "device": Table("benchmarks", DEVICE),
     "device pairs": Table("benchmarks", [
         (("format", "格式"), "format", str), (("precision", "数值精度"), "precision", str),
-        (("dense: MB", "稠密：MB"), "dense MB", TWO), ("mAP50-95", "dense mAP50-95", THREE), (MS, "dense ms", ONE),
-        (("slim: MB", "剪枝后：MB"), "slim MB", TWO), ("mAP50-95", "slim mAP50-95", THREE), (MS, "slim ms", ONE),
+        (("dense: MB", "稠密：MB"), "dense MB", TWO), ("mAP50-95", "dense mAP50-95", THREE), (MS[0], "dense ms", ONE),
+        (("slim: MB", "剪枝后：MB"), "slim MB", TWO), ("mAP50-95", "slim mAP50-95", THREE), (MS[0], "slim ms", ONE),
         (("faster", "加速比"), "faster", TIMES)], device_pairs),
-    "engine": Table("engine", [
-        ("model", "model", str), ("by", "method", str), ("seconds", "seconds", TWO),
-        ("memory, times the weights", "memory", ONE), ("parameters left", "left", SHARE)]),
-    "int8": Table("int8", [
-        ("images", "split", str), ("runtime", "runtime", str), ("models", "models", str), MAP,
-        ("against fp32", "loss", "{:+.4f}".format)], int8_rows),
+    "engine": Table("engine", ["model", ("by", "method", str), ("seconds", "seconds", TWO),
+                               ("memory, times the weights", "memory", ONE), ("parameters left", "left", SHARE)]),
+    "int8": Table("int8", [("images", "split", str), "runtime", "models", MAP,
+                           ("against fp32", "loss", "{:+.4f}".format)], int8_rows),
     "runtimes": Table("runtimes", [
-        ("model", "model", str), ("runtime", "runtime", str), ("precision", "precision", str), ("dense", 0, TIMES),
-        ("one by one", 1, TIMES), ("blocks of 8", 8, TIMES), ("of 16", 16, TIMES), ("of 32", 32, TIMES)],
+        "model", "runtime", "precision", ("dense", "0 faster", TIMES), ("one by one", "1 faster", TIMES),
+        ("blocks of 8", "8 faster", TIMES), ("of 16", "16 faster", TIMES), ("of 32", "32 faster", TIMES)],
         runtime_rows),
     "gpu": Table("gpu", [
-        ("model", "model", str), ("images at once", "batch", str), ("precision", "precision", str),
-        ("eager: dense, ms an image", "eager dense", THREE), ("slim", "eager slim", THREE), ("faster", "eager", TIMES),
+        "model", ("images at once", "batch", str), "precision", ("eager: dense, ms an image", "eager dense", THREE),
+        ("slim", "eager slim", THREE), ("faster", "eager faster", TIMES),
         ("CUDA graph: dense, ms an image", "CUDA graph dense", THREE), ("slim", "CUDA graph slim", THREE),
-        ("faster", "CUDA graph", TIMES)], gpu_rows),
+        ("faster", "CUDA graph faster", TIMES)], gpu_rows),
     "speed": Table("speed", [
-        ("", "what", str), ("unit", "unit", str), ("this repository", "ours", "{:.3g}".format),
-        ("compared with", "beside", str), ("it takes", "other", "{:.3g}".format), ("ratio", "ratio", TIMES)]),
+        ("", "what", str), "unit", ("this repository", "ours", "{:.3g}".format), ("compared with", "beside", str),
+        ("it takes", "other", "{:.3g}".format), ("ratio", "ratio", TIMES)]),
     "scale": Table("scale", [
-        ("images", "images", COUNT), ("by", "by", str), ("first scan, s", "first_seconds", TWO),
-        ("MB", "first_memory", ONE), ("next start, s", "next_seconds", TWO), ("MB", "next_memory", ONE)]),
-    "memory": Table("memory", [
-        ("", "what", str), ("MB", "MB", "{:.0f}".format), ("threads", "threads", str), ("open files", "files", str),
-        ("child processes", "processes", str)])}
+        ("images", "images", COUNT), "by", ("first scan, s", "first_seconds", TWO), ("MB", "first_memory", ONE),
+        ("next start, s", "next_seconds", TWO), ("MB", "next_memory", ONE)]),
+    "memory": Table("memory", [("", "what", str), ("MB", "MB", "{:.0f}".format), "threads",
+                               ("open files", "files", str), ("child processes", "processes", str)])}
 UNSHOWN = {  # tables that no page shows
     "front": Table("front", DEVICE),
     "overhead": Table("overhead", [
-        ("model", "model", str), ("step, ms", "step", "{:.0f}".format), ("--sr, ms", "l1", TWO),
-        ("of a step", "l1_share", "{:.2%}".format), ("--target-sparsity, ms", "target", TWO),
-        ("of a step", "target_share", "{:.2%}".format)])}
+        "model", ("step, ms", "step", "{:.0f}".format), ("--sr, ms", "l1", TWO), ("of a step", "l1_share", PERCENT),
+        ("--target-sparsity, ms", "target", TWO), ("of a step", "target_share", PERCENT)])}
 
 
 def formatted(rows: Sequence[Row], columns: Columns, chinese: bool = False) -> tuple[list[list[str]], list[str]]:
     """(cells, header) for text_table and markdown_table. A figure that a row does not have, '', is an empty cell."""
-    def said(text: Words) -> str:
-        return text if isinstance(text, str) else text[chinese]
+    def said(text: Any, show: Callable[[Any], str] = str) -> str:
+        return text[chinese] if isinstance(text, tuple) else "" if text == "" else show(text)
 
-    cells = [[said("" if row[key] == "" else show(row[key])) for _, key, show in columns] for row in rows]
-    return cells, [said(header) for header, _, _ in columns]
+    whole = [(column, column, str) if isinstance(column, str) else column for column in columns]
+    return [[said(row[key], show) for _, key, show in whole] for row in rows], [said(header) for header, *_ in whole]
 
 
 def read_results(name: str) -> list[Row]:

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from columns import Row
@@ -60,7 +61,7 @@ def draw_stages(ax: Axes, stages: Sequence[str], values: np.ndarray, groups: Seq
 
 def plot_two_gammas(gammas: dict[str, np.ndarray], title: str, path: Path) -> None:
     """Histograms of the |gamma| (channels,) of two models, with their names; the second one is an outline."""
-    styles = {"color": SKY}, {"histtype": "step", "color": INK, "linewidth": 1.5}
+    styles: tuple[dict[str, Any], ...] = {"color": SKY}, {"histtype": "step", "color": INK, "linewidth": 1.5}
     save_figure(gamma_chart([(values, {**style, "label": f"{readable(name)}: {len(values):,} channels"})
                              for (name, values), style in zip(gammas.items(), styles)], title), path)
 

@@ -120,14 +120,15 @@ def timed(command: list[str]) -> tuple[float, str]:
     return time.perf_counter() - start, done.stdout
 
 
-def in_turns(commands: dict[str, list[str]], runs: int) -> dict[str, tuple[float, list[str]]]:
-    """Every command `runs` times: its median seconds, and what it printed each time."""
-    found: dict[str, list[tuple[float, str]]] = {name: [] for name in commands}
+def in_turns(commands: dict[str, list[str]], runs: int) -> tuple[dict[str, float], dict[str, float]]:
+    """Medians over `runs` turns: every command's seconds, and the milliseconds an image that val.py prints."""
+    samples: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
     for _ in range(runs):
         for name, command in commands.items():
-            found[name].append(timed(command))
-    return {name: (float(np.median([seconds for seconds, _ in samples])), [text for _, text in samples])
-            for name, samples in found.items()}
+            seconds, text = timed(command)
+            samples[name].append((seconds, sum(map(float, STAGE_MS.findall(text)))))
+    medians = {name: np.median(found, 0).tolist() for name, found in samples.items()}
+    return {name: s for name, (s, _) in medians.items()}, {name: ms for name, (_, ms) in medians.items()}
 
 
 def sampled(sample: str, argument: str, runs: int) -> list[float]:
@@ -136,73 +137,65 @@ def sampled(sample: str, argument: str, runs: int) -> list[float]:
     return np.median([json.loads(timed(command)[1].splitlines()[-1]) for _ in range(runs)], 0).tolist()
 
 
-def row(what: str, unit: str, ours: float, beside: str = "", other: float | None = None) -> Row:
-    """A line of the table. `beside`: what `other` is the time of."""
-    compared = {"other": "", "ratio": ""} if other is None else {"other": other, "ratio": other / ours}
-    return {"group": "", "what": what, "unit": unit, "ours": ours, "beside": beside, **compared}
+def row(what: str, unit: str, times: dict[str, float]) -> Row:
+    """A line of the table. times: ours is the one without a name; another one is what it is compared with."""
+    found = {"what": what, "unit": unit, "ours": times[""], "beside": "", "other": "", "ratio": ""}
+    for beside, other in times.items():
+        found |= {"beside": beside, "other": other, "ratio": other / times[""]} if beside else {}
+    return found
 
 
-def commands(command: str, opt: Namespace) -> dict[str, list[str]]:
-    """The same command in both repositories."""
+def both(command: str, opt: Namespace) -> tuple[dict[str, float], dict[str, float]]:
+    """in_turns() of the same command in both repositories."""
     script, *flags = shlex.split(command)
     found = {"": [sys.executable, str(ROOT / script), *flags]}
-    return found | {"YOLOv5": [opt.stock_python, str(opt.stock / script), *flags]} if opt.stock else found
-
-
-def whole(what: str, command: str, opt: Namespace, per_image: str = "") -> list[Row]:
-    """Seconds of a command; with `per_image`, the milliseconds of an image that it prints as well."""
-    found = in_turns(commands(command, opt), opt.runs)
-    rows = [row(what, "s", *pair({by: seconds for by, (seconds, _) in found.items()}))]
-    if per_image:
-        rows.append(row(per_image, "ms", *pair({
-            by: float(np.median([sum(map(float, STAGE_MS.findall(text))) for text in texts]))
-            for by, (_, texts) in found.items()})))
-    return rows
+    if opt.stock:
+        found["YOLOv5"] = [opt.stock_python, str(opt.stock / script), *flags]
+    return in_turns(found, opt.runs)
 
 
 def epochs_with_validation(command: str, opt: Namespace) -> list[Row]:
     """Seconds of a training, and of an epoch of it: what EPOCHS epochs take beyond two."""
-    found = {n: whole(f"train.py, {n} epochs with validation", f"{command} --epochs {n}", opt)[0] for n in (2, EPOCHS)}
-    few, many = found.values()
-    per_epoch = {key: (many[key] - few[key]) / (EPOCHS - 2) for key in ("ours", "other") if many[key]}
-    return [many, row("an epoch with validation", "s", per_epoch["ours"], many["beside"], per_epoch.get("other"))]
-
-
-def slimming(command: str, opt: Namespace, folder: Path) -> list[Row]:
-    """Seconds of trainings that end with half of the FLOPs, with and without a teacher, beside dense training."""
-    shrink = f"{command.replace('train.py', 'train_sparsity.py')} --epochs {LONG} --target flops=0.5 --shrink --name"
-    found = in_turns({name: commands(each, opt)[""] for name, each in {
-        "dense": f"{command} --epochs {LONG} --name dense --exist-ok", "slim": f"{shrink} slim",
-        "taught": f"{shrink} taught --teacher {folder / 'dense/weights/last.pt'}"}.items()}, opt.runs)
-    dense, slim, taught = (seconds for seconds, _ in found.values())
-    title = f"train_sparsity.py --target flops=0.5 --shrink, {LONG} epochs"
-    return [row(title, "s", slim, "train.py", dense), row("the same with --teacher", "s", taught, "train.py", dense)]
-
-
-def pair(values: dict[str, float]) -> tuple[float, str, float | None]:
-    """Ours, and whose is the other one."""
-    return values[""], *next(((by, value) for by, value in values.items() if by), ("", None))
-
-
-def starting(opt: Namespace, large: Path) -> list[Row]:
-    """--help of every script beside an import of torch, and loading yolov5x."""
-    pairs: dict[str, list[float]] = {}
-    for name in SCRIPTS:  # each next to an import of torch, for the machine's speed changes over so many processes
-        found = in_turns({"torch": [sys.executable, "-c", "import torch"],
-                          "help": [sys.executable, str(ROOT / f"{name}.py"), "--help"]}, 2 * opt.runs - 1)
-        pairs[name] = [seconds for seconds, _ in found.values()]
-    slowest = max(SCRIPTS, key=lambda name: pairs[name][1] - pairs[name][0])
-    torch_alone, seconds = pairs[slowest]
-    return [row(f"{slowest}.py --help, the slowest one", "s", seconds, "import torch", torch_alone),
-            row("loading a checkpoint of yolov5x", "s", *sampled("load", str(large), opt.runs))]
+    few, many = (both(f"{command} --epochs {n}", opt)[0] for n in (2, EPOCHS))
+    return [row(f"train.py, {EPOCHS} epochs with validation", "s", many),
+            row("an epoch with validation", "s", {by: (many[by] - few[by]) / (EPOCHS - 2) for by in many})]
 
 
 def efficiency(command: str, opt: Namespace) -> list[Row]:
     """What a training takes beyond forward and backward, and what each of its parts takes."""
     alone, training, *parts = sampled("train", command, opt.runs)
     named = {**dict(zip(PARTS.values(), parts)), REST: training - sum(parts)}
-    return [row("training, an image", "ms", training, "forward and backward alone", alone),
-            *(row(f"of this: {name}", "ms", ms) for name, ms in named.items())]
+    return [row("training, an image", "ms", {"": training, "forward and backward alone": alone}),
+            *(row(f"of this: {name}", "ms", {"": ms}) for name, ms in named.items())]
+
+
+def slimming(command: str, opt: Namespace, folder: Path) -> list[Row]:
+    """Seconds of trainings that end with half of the FLOPs, with and without a teacher, beside dense training."""
+    shrink = f"{command.replace('train.py', 'train_sparsity.py')} --epochs {LONG} --target flops=0.5 --shrink --name"
+    seconds, _ = in_turns({name: [sys.executable, str(ROOT / script), *flags] for name, (script, *flags) in {
+        "train.py": shlex.split(f"{command} --epochs {LONG} --name dense --exist-ok"),
+        "slim": shlex.split(f"{shrink} slim"),
+        "taught": shlex.split(f"{shrink} taught --teacher {folder / 'dense/weights/last.pt'}")}.items()}, opt.runs)
+    dense = {"train.py": seconds["train.py"]}
+    return [row(f"train_sparsity.py --target flops=0.5 --shrink, {LONG} epochs", "s", {"": seconds["slim"], **dense}),
+            row("the same with --teacher", "s", {"": seconds["taught"], **dense})]
+
+
+def validation(command: str, opt: Namespace) -> list[Row]:
+    """Seconds of val.py, and what it prints of an image."""
+    seconds, ms = both(command, opt)
+    return [row("val.py", "s", seconds), row("val.py, an image", "ms", ms)]
+
+
+def starting(opt: Namespace, large: Path) -> list[Row]:
+    """--help of every script beside an import of torch, and loading yolov5x."""
+    pairs = {}
+    for name in SCRIPTS:  # each next to an import of torch, for the machine's speed changes over so many processes
+        pairs[name], _ = in_turns({"import torch": [sys.executable, "-c", "import torch"],
+                                   "": [sys.executable, str(ROOT / f"{name}.py"), "--help"]}, 2 * opt.runs - 1)
+    slowest = max(SCRIPTS, key=lambda name: pairs[name][""] - pairs[name]["import torch"])
+    return [row(f"{slowest}.py --help, the slowest one", "s", pairs[slowest]),
+            row("loading a checkpoint of yolov5x", "s", {"": sampled("load", str(large), opt.runs)[0]})]
 
 
 def overhead(name: str, imgsz: int = 320, batch: int = 16, steps: int = 15) -> Row:
@@ -263,18 +256,18 @@ def measure(opt: Namespace, groups: list[str]) -> list[Row]:
     if missing:
         raise UserError(f"{', '.join(missing)}: needed; see the two lines above the flags of --help")
     with scratch(ROOT / "runs" / "speed") as folder:
-        untrained, large = make_weights(folder, checkpoint.load(opt.weights).names)
+        everywhere, large = make_weights(folder, checkpoint.load(opt.weights).names)
         values = {"data": opt.data.resolve(), "coco": opt.coco.resolve(), "weights": opt.weights.resolve(),
                   "workers": opt.workers, "folder": folder}
-        training, val = TRAIN.format(**values), VAL.format(**values)
-        quick, everywhere = f"{training} --epochs {EPOCHS} --noval --nosave --noplots", {**values, "weights": untrained}
+        training, untrained = TRAIN.format(**values), VAL.format(**{**values, "weights": everywhere})
+        quick = f"{training} --epochs {EPOCHS} --noval --nosave --noplots"
         found = {"epochs": lambda: epochs_with_validation(training, opt),
                  "steps": lambda: efficiency(quick, opt),
                  "slimming": lambda: slimming(training, opt, folder),
-                 "validation": lambda: whole("val.py", val, opt, per_image="val.py, an image"),
-                 "untrained": lambda: whole("val.py of an untrained model", VAL.format(**everywhere), opt),
+                 "validation": lambda: validation(VAL.format(**values), opt),
+                 "untrained": lambda: [row("val.py of an untrained model", "s", both(untrained, opt)[0])],
                  "starting": lambda: starting(opt, large)}
-        return [{**row, "group": group} for group in groups for row in found[group]()]
+        return [{"group": group, **row} for group in groups for row in found[group]()]
 
 
 def main() -> None:
