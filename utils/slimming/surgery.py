@@ -1,17 +1,14 @@
 """From masks to a slim model, to a masked one, and from a slim model's weights back to its shape."""
 from __future__ import annotations
 
-from collections.abc import Iterable
 from copy import deepcopy
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from utils.slimming.graph import ChannelGraph, Convolution, Masks, batch_norms, convolutions
-from utils.slimming.tracing import trace
+from utils.slimming.tracing import M, copy_sharing, trace
 
-M = TypeVar("M", bound=nn.Module)
 REPLACED = ("weight", "bias", "running_mean", "running_var")  # tensors of a layer that is cut
 
 
@@ -53,19 +50,14 @@ def masked(model: M, masks: Masks) -> M:
 
 
 def masked_view(model: M, masks: Masks) -> M:
-    """masked() that shares all tensors but these gammas and betas with `model`: to look at, not to train."""
+    """masked() that shares all parameters but these gammas and betas with `model`: to look at, not to train."""
     own = {id(tensor) for norm in batch_norms(model, masks).values() for tensor in (norm.weight, norm.bias)}
-    new = copy_sharing(model, (t for t in (*model.parameters(), *model.buffers()) if id(t) not in own))
+    new = copy_sharing(model, (p for p in model.parameters() if id(p) not in own))
     with torch.no_grad():
         for name, norm in batch_norms(new, masks).items():
             norm.weight[~masks[name]] = 0.0
             norm.bias[~masks[name]] = 0.0
     return new
-
-
-def copy_sharing(model: M, tensors: Iterable[Tensor | None]) -> M:
-    """A deep copy of `model`, except for these parameters and buffers, which both hold."""
-    return deepcopy(model, {id(tensor): tensor for tensor in tensors if tensor is not None})
 
 
 def compose_masks(old: Masks, new: Masks) -> Masks:

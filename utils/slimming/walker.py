@@ -6,10 +6,11 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from typing import Any, TypeGuard
 
 import numpy as np
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -102,7 +103,7 @@ class Walker:
                  (ops.CHUNKS | ops.SPLITS, self.split), (ops.SPATIAL_MEANS, self.spatial_mean),
                  (ops.PERMUTES | ops.TRANSPOSES, self.turn), (ops.GATES, self.gate),
                  (ops.UNSHUFFLES | ops.SHUFFLES | ops.CHANNEL_SHUFFLES, self.shuffle),
-                 (ops.SHAPE_QUERIES, self.shape_query))
+                 (ops.SHAPE_QUERIES, self.shape_query), ({F.batch_norm}, self.functional_norm))
         self.rules = {target: rule for targets, rule in rules for target in targets}
 
     # --- ids ---
@@ -144,8 +145,8 @@ class Walker:
 
     def freeze(self, value: Any) -> None:
         """Freeze every channel in a value, however nested."""
-        if isinstance(value, (list, tuple)):
-            for part in value:
+        if isinstance(value, (list, tuple, dict)):
+            for part in value.values() if isinstance(value, dict) else value:
                 self.freeze(part)
         elif isinstance(value, _Ids):
             self.frozen.update(value.ids.tolist())
@@ -164,7 +165,9 @@ class Walker:
             elif node.op in ("call_function", "call_method"):
                 values[node] = self.function(node, list(args), kwargs)
             elif node.op == "get_attr":
-                values[node] = operator.attrgetter(str(node.target))(self.model)
+                value = operator.attrgetter(str(node.target))(self.model)
+                # A copy, for what follows may work in place.
+                values[node] = value.detach().clone() if isinstance(value, Tensor) else value
             else:
                 values[node] = None
                 if node.op == "output":
@@ -174,8 +177,9 @@ class Walker:
     def finish(self) -> ChannelGraph:
         graph, count = self.graph, len(self.parent)
         with_norm = {self.root(i) for norms in (graph.norms, graph.unscaled) for ids in norms.values() for i in ids}
-        # Other notes hold back nothing that is prunable.
-        graph.notes = [text for text, ids in self.notes if not with_norm.isdisjoint(map(self.root, ids))]
+        # Other notes hold back nothing that is prunable; where nothing is, they say why.
+        graph.notes = [text for text, ids in self.notes
+                       if not with_norm or not with_norm.isdisjoint(map(self.root, ids))]
         graph.group = np.array([self.root(i) for i in range(count)], int)
         graph.frozen, graph.coupled = self.whole_groups(self.frozen), self.whole_groups(self.coupled)
         return graph
@@ -203,12 +207,12 @@ class Walker:
     def module(self, name: str, args: tuple, kwargs: dict) -> Any:
         module = self.modules[name]
         x = args[0] if args else kwargs.get("input")
-        if isinstance(module, Convolution):
+        if isinstance(module, Convolution) and ops.is_plain(module):
             return self.convolution(name, module, x)
         if _is_one_of(module, ops.PASSTHROUGH):
             return x
         if _is_channels(x):
-            if isinstance(module, _BatchNorm):
+            if isinstance(module, _BatchNorm) and ops.is_plain(module):
                 return self.batch_norm(name, module, x)
             if _is_one_of(module, ops.GATES):
                 return _Channels(x.ids, np.ones(len(x.ids), bool))
@@ -255,6 +259,8 @@ class Walker:
             return function(*args, **kwargs)
         if target in ops.PASSTHROUGH:
             return x
+        if is_dataclass(target) or hasattr(target, "_fields"):  # a container for outputs, named tuple or dataclass
+            return [*args, *kwargs.values()]
         rule = self.rules.get(target, self.strange)
         return rule(node, args, kwargs)
 
@@ -262,6 +268,20 @@ class Walker:
         """An operation without a rule, or on what its rule does not cover."""
         name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
         return self.unknown(args, kwargs, f"operation '{name}'{self.place}")
+
+    def functional_norm(self, node: fx.Node, args: list, kwargs: dict) -> Any:
+        """F.batch_norm() in the forward of a BatchNorm that does more than PyTorch's, with that layer's own tensors."""
+        x, *tensors = (_argument(node.args, node.kwargs, i, key) for i, key in enumerate(
+            ("input", "running_mean", "running_var", "weight", "bias")))
+        x, names = _argument(args, kwargs, 0, "input"), [str(t.target) for t in tensors if isinstance(t, fx.Node)]
+        path = next((name.rpartition(".")[0] for name in names), "")
+        norm = self.modules.get(path)
+        if isinstance(norm, _BatchNorm) and _is_channels(x):
+            own = [f"{path}.{key}" for key in ("running_mean", "running_var", "weight", "bias")
+                   if getattr(norm, key) is not None]
+            if names == own:
+                return self.batch_norm(path, norm, x)
+        return self.strange(node, args, kwargs)
 
     def gate(self, node: fx.Node, args: list, kwargs: dict) -> Any:
         x = _argument(args, kwargs, 0, "input")

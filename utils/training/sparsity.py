@@ -13,7 +13,6 @@ from models.pruning import model_pruner
 from models.yolo import Model
 from utils.errors import UserError
 from utils.slimming.graph import Masks, batch_norms, matching
-from utils.slimming.ranking import NothingToCutError
 from utils.slimming.sparsity import GammaL1
 from utils.slimming.target_sparsity import TargetSparsity
 from utils.slimming.targets import TARGETS
@@ -39,8 +38,6 @@ class SparsityPlan:
         self.opt, self.resumed, self.frozen = opt, resumed, frozen
         try:
             self.pruner = model_pruner(average, opt.imgsz)
-        except NothingToCutError:
-            raise UserError(NO_NORMS) from None
         except ValueError as error:
             raise UserError(f"sparsity: {error}") from None
         names = self._chosen_norms()
@@ -61,7 +58,7 @@ class SparsityPlan:
             raise UserError(f"{error}; prune.py's table shows the names") from None
         names = graph.prunable_norms(opt.shortcuts == "joint", (self.frozen & every) | keep | (every - only))
         if not names:
-            raise UserError(NO_NORMS)
+            raise UserError("; ".join([NO_NORMS, *graph.notes[:3]]))
         return names
 
     def _build_target(self) -> TargetSparsity:
