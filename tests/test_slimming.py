@@ -100,7 +100,7 @@ def test_channels_are_ranked_by_order_when_all_scores_are_equal(model):
 def test_the_smallest_go_first_and_the_safe_threshold_leaves_every_layer_a_channel(model):
     pruner = Pruner(model, 64).rank()
     prunable = pruner.graph.prunable()
-    safe = pruner.safe_threshold(prunable)
+    safe = pruner.safe_threshold()
     masks = pruner.preview(safe.percent)[0]
     cut = torch.cat([pruner.norms[n].weight.detach()[~m] for n, m in masks.items()])
     kept = torch.cat([pruner.norms[n].weight.detach()[m & prunable[n]] for n, m in masks.items()])
@@ -286,8 +286,7 @@ def test_a_sweep_shows_the_cuts_that_auto_would_make(net):
         norm.weight.data[::4] = 0.05
     assert [row["score"] for row in pruner.rank("auto").sweep([0.0, 0.2, 0.6])] == ["gamma", "gamma", "taylor"]
     assert [pruner.rank("auto").cut(percent).score for percent in (0.2, 0.6)] == ["gamma", "taylor"]
-    pruner.rank("auto").sensitivity(0.6)
-    assert pruner.score == "taylor"
+    assert [pruner.score_for(percent) for percent in (0.6, 0.2)] == ["taylor", "gamma"]
     assert {row["score"] for row in pruner.rank("gamma").sweep([0.0, 0.6])} == {"gamma"}
 
 
