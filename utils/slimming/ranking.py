@@ -116,10 +116,11 @@ class TracedModel(Generic[M]):
 def _refuse_unfit(model: nn.Module) -> None:
     """ValueError for weights that are not finite, and for a model that is not called with images alone."""
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if tensor.is_floating_point() and not tensor.detach().sum(dtype=torch.float32).isfinite():
-            if bool(tensor.isnan().any()) or (isinstance(tensor, nn.Parameter) and bool(tensor.isinf().any())):
-                raise ValueError(f"{name} holds values that are not finite, so nothing can be ranked or checked; "
-                                 "take weights from before the training diverged")
+        if not tensor.is_floating_point() or tensor.detach().sum(dtype=torch.float32).isfinite():
+            continue
+        if tensor.isnan().any() or (isinstance(tensor, nn.Parameter) and tensor.isinf().any()):  # a buffer may mean it
+            raise ValueError(f"{name} holds values that are not finite, so nothing can be ranked or checked; "
+                             "take weights from before the training diverged")
     inputs = [p.name for p in signature(model.forward).parameters.values()
               if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     if len(inputs) > 1:
@@ -243,7 +244,7 @@ class Ranking:
         if any(removable[:len(graph.norms)]):
             why.append(f"all that could go is to be kept whole ({', '.join(self.rules.keep)})")
         elif any(removable):
-            why.append("shortcuts couple all that could go (Rules(coupled=True), --shortcuts joint let such channels go)")
+            why.append("shortcuts couple all that could go (Rules(coupled=True), --shortcuts joint let them go)")
         return why or ["all of them are outputs of the model"]
 
     def leading_share(self, chosen: np.ndarray) -> float:

@@ -70,8 +70,8 @@ def refuse_made_weights(model: nn.Module) -> None:
             makers += ["its own code"] * (not {"weight", "bias"} <= module._parameters.keys())
         for maker in makers:
             if maker in MENDS:
-                raise ValueError(f"{name or type(model).__name__}: {maker} makes its weight anew in every call, so there "
-                                 f"is none to cut; {MENDS[maker]} first")
+                raise ValueError(f"{name or type(model).__name__}: {maker} makes its weight anew in every call, so "
+                                 f"there is none to cut; {MENDS[maker]} first")
 
 
 def _defaults(model: nn.Module) -> dict[str, Any]:
