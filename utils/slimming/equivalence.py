@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
-from utils.errors import first_line
-from utils.slimming.tracing import copy_sharing
+from utils.slimming.tracing import copy_sharing, reason
 
 EQUIVALENCE_BOUND = 1e-9  # float64 rounding stays below it
 Sizes = Sequence[tuple[int, int, int]]  # images, height, width
@@ -22,7 +21,7 @@ class UnfitImagesError(ValueError):
 
     def __init__(self, model: nn.Module, shape: Sequence[int], error: Exception):
         super().__init__(
-            f"{type(model).__name__} does not compute images of the shape {tuple(shape)} ({first_line(error)}); it is "
+            f"{type(model).__name__} does not compute images of the shape {tuple(shape)} ({reason(error)}); it is "
             "called as model(images), with one tensor: give the imgsz= and channels= that it takes, or wrap it in a "
             "module that makes its other inputs of the images")
 

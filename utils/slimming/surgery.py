@@ -50,9 +50,9 @@ def masked(model: M, masks: Masks) -> M:
 
 
 def masked_view(model: M, masks: Masks) -> M:
-    """masked() that shares all parameters but these gammas and betas with `model`: to look at, not to train."""
+    """masked() that shares all tensors but these gammas and betas with `model`: to look at, not to train."""
     own = {id(tensor) for norm in batch_norms(model, masks).values() for tensor in (norm.weight, norm.bias)}
-    new = copy_sharing(model, (p for p in model.parameters() if id(p) not in own))
+    new = copy_sharing(model, (t for t in (*model.parameters(), *model.buffers()) if id(t) not in own))
     with torch.no_grad():
         for name, norm in batch_norms(new, masks).items():
             norm.weight[~masks[name]] = 0.0

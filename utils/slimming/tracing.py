@@ -17,7 +17,6 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrize import is_parametrized
 
-from utils.errors import first_line
 from utils.slimming.graph import ChannelGraph, Convolution
 from utils.slimming.operations import CHUNKS, PASSTHROUGH, SPLITS, is_plain
 from utils.slimming.walker import Walker
@@ -43,14 +42,19 @@ def trace(model: nn.Module) -> ChannelGraph:
     new = copy_sharing(model, model.parameters()).train()
     tracer = _Tracer()
     for layer in (m for m in new.modules() if isinstance(m, (Convolution, _BatchNorm)) and not is_plain(m)):
-        layer._check_input_dim = lambda x: None  # of BatchNorm: a branch on the input
+        vars(layer)["_check_input_dim"] = lambda x: None  # of BatchNorm: a branch on the input
         if not _can_be_traced(layer):
             tracer.opaque.add(layer)
     try:
         nodes = tracer.trace(new, _defaults(new))
     except Exception as error:  # fx raises many kinds
-        raise ValueError(f"torch.fx can't trace {type(model).__name__}: {first_line(error)}") from error
+        raise ValueError(f"torch.fx can't trace {type(model).__name__}: {reason(error)}") from error
     return Walker(new).walk(nodes)
+
+
+def reason(error: Exception) -> str:
+    """The first line of an error's message; its type where there is none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def copy_sharing(model: M, tensors: Iterable[Tensor | None]) -> M:
