@@ -336,6 +336,7 @@ def test_every_share_is_one_of_the_channels_that_may_go(rules, score, empty):
     assert len(first.gammas) == total == pruner.ranking.total
     assert first.achieved == gone / total and gone <= round(0.4 * total)
     unused, below = pruner.cut(first.unused), pruner.rank("gamma", rules).cut(first.safe.percent)
+    assert Pruner(net, 32).rank(score, rules, per_flop=True).safe_threshold() == first.safe
     for name, norm in pruner.norms.items():
         cut = ~unused.masks[name]
         assert bool((norm.weight[cut] == 0).all() and (norm.bias[cut] == 0).all())

@@ -278,7 +278,7 @@ def pruning_parser(description: str | None, runtimes: Collection[str]) -> Helpfu
     add = parser.add_argument
     add("--weights", help="checkpoint to cut (not given: last.pt of the newest sparsity run)")
     add("--percent", type=fraction(one=False, hint="0.5 cuts half of the prunable channels"), default=0.5,
-        help="share of the prunable channels to cut, 0..1")
+        help="share of the prunable channels (those that --keep and --shortcuts let go) to cut, 0..1")
     add("--cfg", help="model yaml to check the checkpoint against; never needed")
     add_common(parser, "runs/prune")
     add("--target", type=named_fraction(TARGETS, "params=0.5, flops=0.5, latency=0.6 or map-drop=0.01"),

@@ -40,8 +40,8 @@ class Pruner(TracedModel[M]):
         Raises NothingToCutError where no channel may go, and UnknownNormError for a pattern in rules.keep that no
         BatchNorm fits; both are ValueErrors.
         """
-        self.score = score
-        self.ranked_by = cache(lambda by: Ranking(self, rules, by, per_flop))
+        self.score, self.per_flop = score, per_flop
+        self.ranked_by = cache(lambda by, per_flop: Ranking(self, rules, by, per_flop))
         if not self.ranking.total:
             raise NothingToCutError(self.ranking.why_empty())
         return self
@@ -49,7 +49,7 @@ class Pruner(TracedModel[M]):
     @property
     def ranking(self) -> Ranking:
         """The ranking by the score that rank() was given; by gamma where that is "auto"."""
-        return self.ranked_by("gamma" if self.score == "auto" else self.score)
+        return self.ranked_by("gamma" if self.score == "auto" else self.score, self.per_flop)
 
     def cut(self, percent: float | None = None, target: tuple[str, float] | None = None) -> PruneResult[M]:
         """Cut a share (0..1) of the prunable channels, or as many as a target (a name of TARGETS, number) takes.
@@ -68,7 +68,8 @@ class Pruner(TracedModel[M]):
             self.model, narrow, masks, prunable=prunable, gammas=torch.cat(list(self.gammas(prunable).values())),
             safe=self.safe_threshold(), unused=ranking.leading_share(self.largest("weight", "bias") == 0),
             threshold=float(gone.max()) if len(gone) else 0.0, achieved=len(gone) / ranking.total,
-            difference=difference, target=outcome, graph_notes=self.graph.notes, score=ranking.score)
+            difference=difference, target=outcome, graph_notes=self.graph.notes, score=ranking.score,
+            per_flop=self.per_flop)
 
     def _choose(self, percent: float | None, target: tuple[str, float] | None = None,
                 ) -> tuple[Ranking, np.ndarray, TargetOutcome | None]:
@@ -80,7 +81,7 @@ class Pruner(TracedModel[M]):
 
         choice = choose(self.ranking)
         if self.score == "auto" and not self._gammas_tell(*choice[:2]):
-            return choose(self.ranked_by("taylor"))
+            return choose(self.ranked_by("taylor", self.per_flop))
         return choice
 
     def _gammas_tell(self, ranking: Ranking, keep: np.ndarray) -> bool:
@@ -93,8 +94,8 @@ class Pruner(TracedModel[M]):
         return self._choose(percent)[0].score
 
     def safe_threshold(self) -> SafeThreshold:
-        """The largest safe gamma, and the percent up to which a cut by gamma stays below it."""
-        ranking = self.ranked_by("gamma")
+        """The largest safe gamma, and the percent up to which a cut by gamma alone stays below it."""
+        ranking = self.ranked_by("gamma", False)
         safe = min(float(gammas.max()) for gammas in self.gammas(ranking.prunable).values())
         return SafeThreshold(safe, ranking.leading_share(self.largest("weight") < safe))
 

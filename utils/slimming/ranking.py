@@ -57,7 +57,7 @@ class SafeThreshold:
     """The threshold rule: above the smallest of the layers' largest gammas, some layer would lose every channel."""
 
     gamma: float    # the largest threshold that leaves every layer a channel
-    percent: float  # the largest share of the prunable channels, 0..1, of which a cut by gamma takes only such below it
+    percent: float  # the largest share of the prunable channels, 0..1, whose cut by gamma alone takes only smaller ones
 
 
 class TracedModel(Generic[M]):

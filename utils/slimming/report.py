@@ -86,7 +86,8 @@ def describe(result: PruneResult, asked: float, requested: str, floors: str) -> 
     asked: share of the prunable channels, 0..1. floors: what every layer keeps, in words.
     """
     safe = result.safe
-    lines = [f"largest safe gamma: {safe.gamma:.4g}; cutting below it is --percent {_floor(safe.percent)} "
+    otherwise = "by gamma alone, " if result.per_flop or result.score != "gamma" else ""
+    lines = [f"largest safe gamma: {safe.gamma:.4g}; {otherwise}cutting below it is --percent {_floor(safe.percent)} "
              "(the smallest of the layers' largest gammas: beyond it some layer would lose every channel)"]
     if asked > safe.percent:
         lines.append(f"warning: {asked:.3f} is above that limit; every layer keeps {floors}. "

@@ -49,6 +49,7 @@ class PruneResult(Generic[M]):
     target: TargetOutcome | None
     graph_notes: list[str]
     score: str                   # one of SCORES, by which the channels were ranked
+    per_flop: bool               # ... per FLOP
 
     @cached_property
     def masked(self) -> M:
