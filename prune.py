@@ -35,7 +35,7 @@ from utils.plots.slimming import plot_gammas, plot_kept, plot_sensitivity, plot_
 from utils.slimming import TARGETS, Pruner, PruneResult, Rules, report
 from utils.slimming.cost import profile
 from utils.slimming.graph import UnknownNormError
-from utils.slimming.ranking import NothingToCutError, knee
+from utils.slimming.ranking import knee
 from utils.tables import write_csv
 from val import accuracy, dataset_loader, pictures
 
@@ -56,8 +56,6 @@ def rank(model: Model, opt: Namespace, device: torch.device) -> Pruner[Model]:
                               stopwatch(opt.runtime, opt.imgsz, device, opt.latency_batch,
                                         "int8" if opt.int8 else "fp32"))
         return pruner.rank(opt.score, rules, opt.per_flop)
-    except NothingToCutError as error:
-        raise UserError(f"{error} (a fused or exported model? give the file from before fusing)") from None
     except UnknownNormError as error:
         raise UserError(f"--keep: {error}; the names are in the table that prune.py prints") from None
     except ValueError as error:
@@ -93,7 +91,7 @@ def explore(pruner: Pruner[Model], opt: Namespace) -> Path:
     """--sweep and --sensitivity: what cuts would give, as a table, a csv and a picture. No model is written."""
     rows = pruner.sweep([0.0, *opt.sweep]) if opt.sweep else pruner.sensitivity(opt.percent)
     if opt.score == "auto":
-        print(report.score_note(pruner.score, IMAGES))
+        print(report.score_note(rows[-1]["score"] if opt.sweep else pruner.score_for(opt.percent), IMAGES))
     folder = new_run_folder(opt.project, opt.name, opt.exist_ok)
     if opt.sweep:
         best = knee([row["percent"] for row in rows], [row["mAP50-95"] for row in rows])

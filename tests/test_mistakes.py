@@ -379,6 +379,15 @@ CASES: dict[str, tuple[Callable[[Path], object], str, str, int]] = {
     "sweep of one number": (
         nothing, f"{PRUNE} --sweep 0.5",
         "--sweep 0.5: give first:last:step", 2),
+    "sweep of too many": (
+        nothing, f"{PRUNE} --sweep 0.1:0.9:1e-9",
+        "--sweep 0.1:0.9:1e-9: give a larger step; at most 1000", 2),
+    "sweep of steps of almost nothing": (
+        nothing, f"{PRUNE} --sweep 0.1:0.9:5e-324",
+        "--sweep 0.1:0.9:5e-324: give a larger step", 2),
+    "sweep of no step": (
+        nothing, f"{PRUNE} --sweep 0.1:0.9:nan",
+        "--sweep 0.1:0.9:nan: give first:last:step", 2),
     "negative sr": (
         nothing, f"{SPARSITY} --sr -1",
         "--sr -1: must be at least 0", 2),

@@ -26,6 +26,7 @@ from utils.slimming.ranking import MIN_SHARE, SCORES
 from utils.slimming.targets import TARGETS
 
 BUILT_IN_DATA = "data/shapes.yaml"
+MOST_FRACTIONS = 1000
 # What holds when neither a flag nor the data yaml says otherwise: YOLOv5's defaults.
 DEFAULTS: dict[str, Any] = {"weights": "yolov5s.pt", "cfg": "", "imgsz": 640, "epochs": 100, "batch_size": 16,
                             "nbs": None, "optimizer": "SGD", "cache": "auto", "hyp": None}
@@ -109,8 +110,10 @@ def fractions(text: str) -> list[float]:
         first, last, step = map(float, text.split(":"))
     except ValueError:
         first = last = step = 0.0
-    if not 0 < first <= last < 1 or step <= 0:
+    if not 0 < first <= last < 1 or not step > 0:
         raise ArgumentTypeError(f"{text}: give first:last:step between 0 and 1, such as 0.1:0.8:0.1")
+    if (last - first) / step > MOST_FRACTIONS:
+        raise ArgumentTypeError(f"{text}: give a larger step; at most {MOST_FRACTIONS} values are shown")
     return [round(first + i * step, 6) for i in range(int((last - first) / step + 1e-6) + 1)]
 
 
@@ -275,7 +278,7 @@ def pruning_parser(description: str | None, runtimes: Collection[str]) -> Helpfu
     add = parser.add_argument
     add("--weights", help="checkpoint to cut (not given: last.pt of the newest sparsity run)")
     add("--percent", type=fraction(one=False, hint="0.5 cuts half of the prunable channels"), default=0.5,
-        help="share of the prunable channels to cut, 0..1")
+        help="share of the prunable channels (those that --keep and --shortcuts let go) to cut, 0..1")
     add("--cfg", help="model yaml to check the checkpoint against; never needed")
     add_common(parser, "runs/prune")
     add("--target", type=named_fraction(TARGETS, "params=0.5, flops=0.5, latency=0.6 or map-drop=0.01"),
