@@ -4,6 +4,7 @@ from __future__ import annotations
 import glob
 import json
 import os
+import re
 import shutil
 import sys
 import threading
@@ -26,6 +27,8 @@ except ImportError:  # Windows
 
 ROOT = Path(__file__).resolve().parents[1]
 STALE = 3600  # seconds; a scratch folder older than this belongs to a killed process
+LONGEST = 240  # bytes of a result's name: file systems take 255, and _frame_crop.jpg may follow
+RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # devices on Windows, whatever the ending
 
 
 def new_run_folder(project: str | Path, name: str = "exp", exist_ok: bool = False) -> Path:
@@ -49,13 +52,54 @@ def new_run_folder(project: str | Path, name: str = "exp", exist_ok: bool = Fals
     raise UserError(f"{base}: too many runs; choose another --name")
 
 
+def clipped(name: str, most: int) -> str:
+    """The beginning of a file name, in whole letters and at most `most` bytes."""
+    name = name[:most]
+    while len(name.encode("utf-8", "replace")) > most:
+        name = name[:-1]
+    return name
+
+
+def safe_name(text: str) -> str:
+    """A text that comes from data, such as a class name, as the name of one file or folder on any system.
+
+    What would lead elsewhere or can't be in a name becomes _. Two texts may get the same name: see UniqueNames.
+    """
+    known = text.encode("utf-8", "replace").decode()  # a half of a letter (surrogate) is none
+    name = clipped(re.sub(r'[\x00-\x1f\x7f/\\<>:"|?*]', "_", known), LONGEST).strip().rstrip(". ")
+    return f"_{name}" if not name or RESERVED.fullmatch(name) else name
+
+
+class UniqueNames:
+    """File names, of at most LONGEST bytes, one for each key: of keys with equal names the later ones get a number."""
+
+    def __init__(self) -> None:
+        self.names: dict[Any, str] = {}
+        self.taken: set[str] = set()
+
+    def __call__(self, key: Any, name: str, number: int = 2) -> str:
+        """The key's name: `name`, or name_2, name_3 ... where that is taken; `number`: the first one to try."""
+        if key not in self.names:
+            found = clipped(name, LONGEST)
+            while os.path.normcase(found) in self.taken:
+                found, number = f"{clipped(name, LONGEST - 8)}_{number}", number + 1
+            self.names[key] = found
+            self.taken.add(os.path.normcase(found))
+        return self.names[key]
+
+
+def beside(path: Path, ending: str) -> Path:
+    """The hidden path beside `path` whose name is that of `path` and `ending`, which may be longer than its own."""
+    return path.with_name(f".{clipped(path.name, 180)}.{ending}")
+
+
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
     """A temporary path beside `path`, for the block to write. It becomes `path` when the block ends well.
 
     Whatever happens, `path` is the old file or the new one, whole. UserError where the disk refuses.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
+    temporary = beside(path, f"{os.getpid()}-{threading.get_ident()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
@@ -75,7 +119,7 @@ def exclusive(path: Path) -> Iterator[None]:
     The system lets go of the lock when its holder dies. Where there are no locks (Windows, some network drives, a
     folder that can't be written) nobody waits.
     """
-    file = path.with_name(f".{path.name}.lock")
+    file = beside(path, "lock")
     descriptor = _lock(file)
     try:
         yield
@@ -114,11 +158,11 @@ def scratch(path: Path) -> Iterator[Path]:
     Folders that killed processes have left go, too.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+    for leftover in path.parent.glob(f"{glob.escape(beside(path, '').name)}*.tmp"):
         with suppress(FileNotFoundError):  # another process may have removed it
             if time.time() - leftover.stat().st_mtime > STALE:
                 shutil.rmtree(leftover, ignore_errors=True)
-    folder = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    folder = beside(path, f"{uuid.uuid4().hex}.tmp")
     try:
         folder.mkdir()
         yield folder
