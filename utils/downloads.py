@@ -102,7 +102,7 @@ def fetch_folder(url: str, folder: Path, mend: str) -> None:
 def _refuse_imported(folder: Path, mend: str) -> None:
     """UserError for a folder that Python imports from, or that holds such a one or is in a package."""
     folder = folder.resolve()
-    places = [Path(entry).resolve() for entry in (ROOT, *sys.path, site.getusersitepackages())]
+    places = [Path(entry).resolve() for entry in (str(ROOT), *sys.path, site.getusersitepackages())]
     packages = [p for p in folder.parents if p.name in ("site-packages", "dist-packages")
                 or (p.is_relative_to(ROOT) and (p / "__init__.py").exists())]
     if packages or any(place.is_relative_to(folder) for place in places):

@@ -27,7 +27,7 @@ except ImportError:  # Windows
 
 ROOT = Path(__file__).resolve().parents[1]
 STALE = 3600  # seconds; a scratch folder older than this belongs to a killed process
-LONGEST = 240  # bytes of a result's name: file systems take 255, and _frame_crop.jpg may follow
+MOST_BYTES = 240  # of a result's name: file systems take 255, and _frame_crop.jpg may follow
 RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # devices on Windows, whatever the ending
 
 
@@ -60,18 +60,25 @@ def clipped(name: str, most: int) -> str:
     return name
 
 
+def printable(text: str) -> str:
+    """A text that can be shown and drawn: bytes of a file name that are no UTF-8 (surrogates) become ?.
+
+    OpenCV crashes on them.
+    """
+    return text.encode("utf-8", "replace").decode()
+
+
 def safe_name(text: str) -> str:
     """A text that comes from data, such as a class name, as the name of one file or folder on any system.
 
     What would lead elsewhere or can't be in a name becomes _. Two texts may get the same name: see UniqueNames.
     """
-    known = text.encode("utf-8", "replace").decode()  # a half of a letter (surrogate) is none
-    name = clipped(re.sub(r'[\x00-\x1f\x7f/\\<>:"|?*]', "_", known), LONGEST).strip().rstrip(". ")
+    name = clipped(re.sub(r'[\x00-\x1f\x7f/\\<>:"|?*]', "_", printable(text)), MOST_BYTES).strip().rstrip(". ")
     return f"_{name}" if not name or RESERVED.fullmatch(name) else name
 
 
 class UniqueNames:
-    """File names, of at most LONGEST bytes, one for each key: of keys with equal names the later ones get a number."""
+    """File names of at most MOST_BYTES, one for each key: of keys with equal names the later ones get a number."""
 
     def __init__(self) -> None:
         self.names: dict[Any, str] = {}
@@ -80,17 +87,12 @@ class UniqueNames:
     def __call__(self, key: Any, name: str, number: int = 2) -> str:
         """The key's name: `name`, or name_2, name_3 ... where that is taken; `number`: the first one to try."""
         if key not in self.names:
-            found = clipped(name, LONGEST)
+            found = clipped(name, MOST_BYTES)
             while os.path.normcase(found) in self.taken:
-                found, number = f"{clipped(name, LONGEST - 8)}_{number}", number + 1
+                found, number = f"{clipped(name, MOST_BYTES - 8)}_{number}", number + 1
             self.names[key] = found
             self.taken.add(os.path.normcase(found))
         return self.names[key]
-
-
-def beside(path: Path, ending: str) -> Path:
-    """The hidden path beside `path` whose name is that of `path` and `ending`, which may be longer than its own."""
-    return path.with_name(f".{clipped(path.name, 180)}.{ending}")
 
 
 @contextmanager
@@ -99,7 +101,7 @@ def atomic(path: Path) -> Iterator[Path]:
 
     Whatever happens, `path` is the old file or the new one, whole. UserError where the disk refuses.
     """
-    temporary = beside(path, f"{os.getpid()}-{threading.get_ident()}.tmp")
+    temporary = path.with_name(f".{clipped(path.name, 150)}.{os.getpid()}-{threading.get_ident()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
@@ -119,7 +121,7 @@ def exclusive(path: Path) -> Iterator[None]:
     The system lets go of the lock when its holder dies. Where there are no locks (Windows, some network drives, a
     folder that can't be written) nobody waits.
     """
-    file = beside(path, "lock")
+    file = path.with_name(f".{path.name}.lock")
     descriptor = _lock(file)
     try:
         yield
@@ -158,11 +160,11 @@ def scratch(path: Path) -> Iterator[Path]:
     Folders that killed processes have left go, too.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in path.parent.glob(f"{glob.escape(beside(path, '').name)}*.tmp"):
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         with suppress(FileNotFoundError):  # another process may have removed it
             if time.time() - leftover.stat().st_mtime > STALE:
                 shutil.rmtree(leftover, ignore_errors=True)
-    folder = beside(path, f"{uuid.uuid4().hex}.tmp")
+    folder = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         folder.mkdir()
         yield folder
