@@ -213,7 +213,10 @@ def parse(argv: list[str] | None = None) -> Namespace:
     add("--save-conf", action="store_true", help="with --save-txt: a sixth column, the confidence")
     add("--noplots", action="store_true", help="make no pictures")
     add("--verbose", action="store_true", help="show every class even if there are many")
-    return parser.parse_args(argv)
+    opt = parser.parse_args(argv)
+    if opt.save_conf and not opt.save_txt:
+        raise UserError("--save-conf: is a column in the files of --save-txt; add that, or leave it out")
+    return opt
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:

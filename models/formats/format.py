@@ -53,6 +53,7 @@ class Format:
     write: Callable[[Model, Path, ExportOptions], None]               # gets the model with its BatchNorms, in fp32
     load: Callable[[Path, torch.device], Detector] | None = None      # None: the file is a checkpoint
     precisions: tuple[str, ...] = ("fp32",)                           # those that it can be written in
+    dynamic: bool = False                                             # its size may be left open
     packages: tuple[str, ...] = ()                                    # to install for it
     int8_packages: tuple[str, ...] = ()                               # ... and for writing int8
     content: str = ""                                                 # a folder: pattern of the file that tells it
