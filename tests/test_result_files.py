@@ -96,6 +96,16 @@ def test_long_and_equal_names_of_images(tmp_path):
     assert len(files_below(tmp_path)) == 18
 
 
+@pytest.mark.parametrize("order", [["clip.mp4", "clip_1.jpg"], ["clip_1.jpg", "clip.mp4"]])
+def test_an_image_that_is_called_like_a_frame_keeps_its_own_labels(tmp_path, order):
+    written = output(tmp_path, {0: "x"}, "--save-txt", "--nosave")
+    (tmp_path / "clip.mp4").touch()
+    for name in order:
+        for number in range(3) if name == "clip.mp4" else [None]:
+            written.add(Frame(IMAGE, tmp_path / name, number), BOX)
+    assert len(files_below(tmp_path / "exp/labels")) == 4
+
+
 def test_val_writes_a_label_file_for_each_image(tmp_path):
     for folder in ("b", "a"):
         (tmp_path / "images" / folder).mkdir(parents=True)
@@ -113,7 +123,8 @@ def test_val_writes_a_label_file_for_each_image(tmp_path):
 
 
 @pytest.mark.parametrize("names, files", [(["a_2", "a", "a"], ["a_2", "a", "a_3"]),
-                                          (["a", "a", "a_1"], ["a", "a_1", "a_1_2"]), (["..", "%00/x\0y", "con"], ["_", "x_y", "_con"])])
+                                          (["a", "a", "a_1"], ["a", "a_1", "a_1_2"]),
+                                          (["..", "%00/x\0y", "con"], ["_", "x_y", "_con"])])
 def test_autoshape_names_a_picture_for_each_image(names, files, monkeypatch):
     from models import autoshape
 
