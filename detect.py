@@ -109,7 +109,7 @@ class Output:
         """One frame and its (n, 6) detections in its pixels: x1, y1, x2, y2, confidence, class."""
         own = self.stems(frame.path, frame.path.stem)
         stem = own if frame.number is None else f"{own}_{frame.number}"
-        if frame.number is not None and frame.path.is_file():  # beside a video there may be an image called like a frame
+        if frame.number is not None and frame.path.is_file():  # an image beside it may be called like a frame
             stem = self.stems((frame.path, frame.number), stem)
         if self.opt.save_txt:
             rows = label_rows(found, frame.image.shape, self.opt.save_conf)
