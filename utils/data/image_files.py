@@ -14,7 +14,6 @@ from PIL import Image, UnidentifiedImageError
 
 from utils.boxes import xywh2xyxy, xyxy2xywh
 from utils.errors import UserError
-from utils.files import printable
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".mpo", ".png", ".tif", ".tiff", ".webp"})
 LEAST_SIDE = 10          # pixels; smaller images are left out
@@ -104,7 +103,7 @@ def read_header(path: Path) -> Header:
             image.verify()  # checksums
         elif kind == "JPEG" and not _ends_with(file, b"\xff\xd9"):
             image.load()    # truncated, or data follows the image: only decoding tells which
-        elif kind != "JPEG" and printable(str(path)) == str(path) and not cv2.haveImageReader(str(path)):
+        elif kind != "JPEG" and not cv2.haveImageReader(str(path)):
             raise ValueError(f"OpenCV reads no {kind}")
     orientation = orientation if 1 <= orientation <= 8 else 1
     return Header(size[::-1] if orientation >= 5 else size, orientation, kind)
