@@ -114,6 +114,9 @@ def options_of(opt: Namespace, model: Model, trained: dict[str, Any]) -> ExportO
         require_same_classes(opt, len(model.names), config.nc)
     images = CalibrationImages(config, (size[0], size[-1]), opt.calibration_images, opt.seed, opt.batch_size,
                                opt.single_cls)
+    if not len(images):
+        raise UserError(f"--data {opt.data}: none of {opt.calibration_images} train images can be decoded to measure "
+                        "activations on; replace them")
     return replace(options, calibration=images, keep=tuple(opt.int8_keep))
 
 

@@ -544,6 +544,13 @@ def test_a_full_disk_under_openvinos_own_files_is_one_line(cfg, tmp_path, monkey
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_calibration_on_nothing_is_refused(teacher, tiny, monkeypatch):
+    monkeypatch.setattr(export, "CalibrationImages", lambda *_: [])
+    opt = export.parse(["--weights", str(teacher), "--int8", "--data", str(tiny), "--imgsz", "64"])
+    with pytest.raises(UserError, match="none of 100 train images can be decoded"):
+        export.options_of(opt, checkpoint.load(teacher), {})
+
+
 def test_calibration_images_of_a_single_class_may_have_any_labels(tiny, tmp_path):
     shutil.copytree(tiny.parent, tmp_path / "set")
     (tmp_path / "set/labels/train/001.txt").write_text("7 .5 .5 .2 .2\n")
