@@ -128,7 +128,7 @@ class Calibration:
             opt = self.opt
             config = read_data(opt.data, needed=("train",))
             self.images = CalibrationImages(config, (opt.imgsz, opt.imgsz), opt.calibration_images,
-                                            batch=opt.batch_size)
+                                            batch=opt.batch_size, single_cls=opt.single_cls)
         return self.images
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 from typing import Any
 
 import numpy as np
@@ -60,6 +60,9 @@ def parse(argv: list[str] | None = None) -> Namespace:
     add("--workers", type=at_least(0), default=8, help="most loader processes")
     opt = parser.parse_args(argv)
     opt.int8 |= opt.int8_sensitivity
+    for name in ("data", "calibration_images", "seed", "int8_keep", "noval"):
+        if name in opt.given and not opt.int8:
+            raise UserError(f"--{name.replace('_', '-')}: has an effect with --int8 only; add that, or leave it out")
     if opt.half and opt.int8:
         raise UserError("--half and --int8: a file has one precision; give one of the two")
     if opt.int8 and opt.opset < 13:
@@ -78,6 +81,8 @@ def chosen_formats(opt: Namespace) -> list[Format]:
             if opt.precision not in fmt.precisions:
                 has = [f.name for f in known.values() if opt.precision in f.precisions]
                 raise UserError(f"--include {fmt.name}: has no {opt.precision} here; {', '.join(has)} have")
+            if opt.dynamic and not fmt.dynamic:
+                print(f"{fmt.name}: is of a fixed size; --dynamic has no effect on it")
         return wanted
     found = []
     for fmt in known.values():
@@ -107,7 +112,11 @@ def options_of(opt: Namespace, model: Model, trained: dict[str, Any]) -> ExportO
     opt.single_cls = bool((trained.get("opt") or {}).get("single_cls"))
     if not opt.single_cls:
         require_same_classes(opt, len(model.names), config.nc)
-    images = CalibrationImages(config, (size[0], size[-1]), opt.calibration_images, opt.seed, opt.batch_size)
+    images = CalibrationImages(config, (size[0], size[-1]), opt.calibration_images, opt.seed, opt.batch_size,
+                               opt.single_cls)
+    if not len(images):
+        raise UserError(f"--data {opt.data}: none of {opt.calibration_images} train images can be decoded to measure "
+                        "activations on; replace them")
     return replace(options, calibration=images, keep=tuple(opt.int8_keep))
 
 
@@ -190,7 +199,11 @@ def main(argv: list[str] | None = None) -> list[Path]:
     written = {}
     for fmt in chosen:
         path = written[fmt.name] = fmt.path(weights, opt.precision)
-        fmt.write(model, path, options)
+        try:
+            fmt.write(model, path, options)
+        except OSError as error:  # of what is written on the way
+            raise UserError(f"{path}: can't be written ({error.strerror}); free some space there and in {gettempdir()}"
+                            ) from None
         print(f"{fmt.name}: {path} ({megabytes(path):.2f} MB)")
         if fmt.load is not None and not opt.int8:
             worst = largest_difference(model, fmt.load(path, CPU), options)

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from models import formats
 from models.detector import Detector
+from models.inference import image_size
 from models.yolo import Model, fused, on_device
 from training.distributed import gather, main_process
 from utils.boxes import label_rows, nms, scale_boxes, xywh2xyxy
@@ -27,7 +28,7 @@ from utils.data.dataset import DetectionDataset
 from utils.data.loader import Batch, DetectionLoader, validation_loader
 from utils.device import select_device
 from utils.errors import UserError, run_cli
-from utils.files import new_run_folder, newest, write_json, write_text
+from utils.files import UniqueNames, new_run_folder, newest, write_json, write_text
 from utils.metrics import APResult, ConfusionMatrix, ap_per_class, fitness, match
 from utils.options import HelpfulParser, add_common, add_detection_flags, resolve
 from utils.slimming.timing import synchronize
@@ -212,7 +213,10 @@ def parse(argv: list[str] | None = None) -> Namespace:
     add("--save-conf", action="store_true", help="with --save-txt: a sixth column, the confidence")
     add("--noplots", action="store_true", help="make no pictures")
     add("--verbose", action="store_true", help="show every class even if there are many")
-    return parser.parse_args(argv)
+    opt = parser.parse_args(argv)
+    if opt.save_conf and not opt.save_txt:
+        raise UserError("--save-conf: is a column in the files of --save-txt; add that, or leave it out")
+    return opt
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
@@ -226,7 +230,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         print(f"--weights not given: taking the newest, {found}")
     device = select_device(opt.device, half=opt.half)
     model, data = formats.load(opt.weights, device, opt.half, opt.augment)
-    opt.imgsz = max(model.input_shape[2:]) or opt.imgsz
+    opt.imgsz = image_size(model, opt.imgsz, None) if any(model.input_shape[2:]) else opt.imgsz
     opt.batch_size = model.input_shape[0] or opt.batch_size
     opt = resolve(opt, data)
     # Without labels predictions may be what is wanted: of COCO's test images, or where --anns has the labels.
@@ -254,6 +258,9 @@ class Outputs:
 
     def __init__(self, folder: Path, dataset: DetectionDataset, names: dict[int, str], opt: Namespace):
         self.folder, self.dataset, self.names, self.opt = folder, dataset, names, opt
+        self.stems = UniqueNames()
+        for path in dataset.images if opt.save_txt else ():  # in their order: a second run gives the same names
+            self.stems(path, path.stem)
         self.coco = CocoResults(names, opt.anns, dataset.images) if opt.save_json or opt.anns else None
 
     def add(self, i: int, batch: Batch, detections: list[Tensor]) -> None:
@@ -263,7 +270,7 @@ class Outputs:
             native, path = scale_boxes(size, found, *geometry), Path(file)
             if self.opt.save_txt:
                 rows = label_rows(native, geometry[0], self.opt.save_conf)
-                write_text(self.folder / "labels" / f"{path.stem}.txt", rows)
+                write_text(self.folder / "labels" / f"{self.stems(path, path.stem)}.txt", rows)
             if self.coco is not None:
                 self.coco.add(native, path)
         if i < 3 and not self.opt.noplots:

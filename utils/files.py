@@ -4,6 +4,7 @@ from __future__ import annotations
 import glob
 import json
 import os
+import re
 import shutil
 import sys
 import threading
@@ -26,6 +27,8 @@ except ImportError:  # Windows
 
 ROOT = Path(__file__).resolve().parents[1]
 STALE = 3600  # seconds; a scratch folder older than this belongs to a killed process
+MOST_BYTES = 240  # of a result's name: file systems take 255, and _frame_crop.jpg may follow
+RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # devices on Windows, whatever the ending
 
 
 def new_run_folder(project: str | Path, name: str = "exp", exist_ok: bool = False) -> Path:
@@ -49,13 +52,56 @@ def new_run_folder(project: str | Path, name: str = "exp", exist_ok: bool = Fals
     raise UserError(f"{base}: too many runs; choose another --name")
 
 
+def clipped(name: str, most: int) -> str:
+    """The beginning of a file name, in whole letters and at most `most` bytes."""
+    name = name[:most]
+    while len(name.encode("utf-8", "replace")) > most:
+        name = name[:-1]
+    return name
+
+
+def printable(text: str) -> str:
+    """A text that can be shown and drawn: bytes of a file name that are no UTF-8 (surrogates) become ?.
+
+    OpenCV crashes on them.
+    """
+    return text.encode("utf-8", "replace").decode()
+
+
+def safe_name(text: str) -> str:
+    """A text that comes from data, such as a class name, as the name of one file or folder on any system.
+
+    What would lead elsewhere or can't be in a name becomes _. Two texts may get the same name: see UniqueNames.
+    """
+    name = clipped(re.sub(r'[\x00-\x1f\x7f/\\<>:"|?*]', "_", printable(text)), MOST_BYTES).strip().rstrip(". ")
+    return f"_{name}" if not name or RESERVED.fullmatch(name) else name
+
+
+class UniqueNames:
+    """File names of at most MOST_BYTES, one for each key: of keys with equal names the later ones get a number."""
+
+    def __init__(self) -> None:
+        self.names: dict[Any, str] = {}
+        self.taken: set[str] = set()
+
+    def __call__(self, key: Any, name: str, number: int = 2) -> str:
+        """The key's name: `name`, or name_2, name_3 ... where that is taken; `number`: the first one to try."""
+        if key not in self.names:
+            found = clipped(name, MOST_BYTES)
+            while os.path.normcase(found) in self.taken:
+                found, number = f"{clipped(name, MOST_BYTES - 8)}_{number}", number + 1
+            self.names[key] = found
+            self.taken.add(os.path.normcase(found))
+        return self.names[key]
+
+
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
     """A temporary path beside `path`, for the block to write. It becomes `path` when the block ends well.
 
     Whatever happens, `path` is the old file or the new one, whole. UserError where the disk refuses.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
+    temporary = path.with_name(f".{clipped(path.name, 150)}.{os.getpid()}-{threading.get_ident()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary

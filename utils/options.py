@@ -353,6 +353,9 @@ def _check_defaults(data: str, suited: dict[str, Any]) -> None:
     if unknown := suited.keys() - DEFAULTS.keys():
         raise UserError(f"{data}: defaults has unknown keys {', '.join(sorted(unknown))}; "
                         f"known are {', '.join(DEFAULTS)}")
+    weights = str(suited.get("weights") or "")
+    if Path(weights).name != weights and not Path(weights).is_file():
+        raise UserError(f"{data}: defaults: weights: there is no {weights}; give its name alone to fetch it")
     for key, least in LEAST.items():
         if key in suited and not (isinstance(suited[key], int) and suited[key] >= least):
             raise UserError(f"{data}: defaults: {key} must be a whole number from {least} on, not {suited[key]}")

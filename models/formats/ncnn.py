@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from models.formats.format import Decoded, ExportOptions, FileDetector, Format
-from models.formats.torchscript import without_warnings
+from models.formats.torchscript import packed, without_warnings
 from models.yolo import Detect, Model, fused
 from utils.errors import UserError, first_line
 from utils.files import atomic_folder, read_yaml_mapping, write_yaml
@@ -80,7 +80,7 @@ def _convert(traced: torch.jit.ScriptModule, folder: Path, shape: list[int], pre
     """Write PARAM and BIN into `folder`, among other files that pnnx makes."""
     import pnnx
 
-    traced.save(str(folder / "model.pt"))
+    (folder / "model.pt").write_bytes(packed(traced))
     size, half = ",".join(map(str, shape)), int(precision == "fp16")
     done = subprocess.run([pnnx.EXEC_PATH, "model.pt", f"inputshape=[{size}]", f"fp16={half}"], cwd=folder, text=True,
                           errors="replace", stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
@@ -134,7 +134,7 @@ class NcnnDetector(FileDetector):
         metadata = read_yaml_mapping(folder / METADATA, "ncnn's metadata")
         try:
             super().__init__(metadata, (1, *metadata["shape"][1:]))
-        except (KeyError, TypeError, ValueError, SyntaxError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{folder / METADATA}: not that of a detector that export.py wrote "
                             f"({type(error).__name__}: {first_line(error, 100)})") from None
         self.net = ncnn.Net()

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -119,6 +120,8 @@ def _download(file: Path, content: dict[str, Any], root: Path) -> None:
     if url and not root.exists():
         from utils.downloads import fetch_folder
 
+        if any(re.match(r"\.+[^.]", part) for part in Path(str(content.get("path") or ".")).parts):
+            raise UserError(f"{file}: 'path: {content['path']}' is hidden; give a visible folder to unpack into")
         fetch_folder(url, root, f"fetch it elsewhere and unpack it into {root.parent}, or correct 'path:' in {file}")
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from utils.boxes import xywh2xyxy, xyxy2xywh
-from utils.files import atomic
+from utils.files import atomic, printable
 from utils.plots.style import BLUE, GREY, INK, PALETTE, class_colour, new_chart, note_empty, readable, save_figure
 
 MIN_CONFIDENCE = 0.25  # weaker detections would cover the image
@@ -72,7 +72,7 @@ def _drawable(text: str, cls: int) -> str:
 
     OpenCV 5 can draw all letters. For older versions accents are removed and other scripts become #class.
     """
-    line = " ".join(text.split())
+    line = "".join(c for c in " ".join(printable(text).split()) if c.isprintable())
     if int(cv2.__version__.split(".")[0]) >= 5:
         return line
     folded = "".join(c for c in unicodedata.normalize("NFKD", line) if not unicodedata.combining(c))
