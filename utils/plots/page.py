@@ -35,8 +35,8 @@ figure { margin: 0 0 1.5rem } figcaption { font-size: .9rem; opacity: .8; overfl
         background-repeat: no-repeat }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; white-space: nowrap; font-size: .9rem }
 th, td { padding: .3rem .6rem; border-bottom: 1px solid var(--line); text-align: right }
-th:first-child, td:first-child { text-align: left; padding-left: 0; position: sticky; left: 0;
-                                 background: var(--paper) }
+th:first-child, td:first-child { text-align: left; padding-left: 0; position: sticky; left: 0; min-width: 5rem;
+                                 white-space: normal; background: var(--paper) }
 pre { background: var(--soft); padding: .8rem; border-radius: 4px; font-size: .85rem; white-space: pre-wrap;
       overflow-wrap: anywhere }
 .pair { display: grid; grid-template-columns: 1fr 1fr; gap: .5rem } .pair div { font-weight: 600; font-size: .9rem }

@@ -202,7 +202,7 @@ def plot_sweep(rows: Sequence[Mapping[str, float]], path: str | Path, knee: int)
 def plot_tradeoff(rows: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
     """mAP50-95 (y) against milliseconds an image (x), a point per model. Each row has model (its name), ms and map."""
     figure, ax = new_chart(6.6, 3.8, "Accuracy and time", "ms an image", "mAP50-95")
-    for row, colour, marker in zip(rows, cycle(STAGES), cycle("oosD^vP")):
+    for row, colour, marker in zip(rows, cycle(STAGES), cycle("osD^vPX")):
         ax.plot(row["ms"], row["map"], color=colour, marker=marker, markersize=9, linestyle="",
                 label=readable(row["model"]))
     figure.legend(loc="outside right upper", frameon=False, fontsize=9)  # beside the axes, however close the points are
