@@ -38,9 +38,9 @@ def draw_boxes(image: np.ndarray, boxes: np.ndarray, labels: Sequence[str], clas
     for box, label, cls in zip(boxes, labels, classes, strict=True):
         if not np.isfinite(box).all():
             continue
-        corners = np.clip(box, 0, (width - 1, height - 1) * 2).round().astype(int).tolist()
-        cv2.rectangle(canvas, corners[:2], corners[2:], class_colour(cls), line)
-        captions.append((_drawable(label, cls), corners, class_colour(cls)))
+        x1, y1, x2, y2 = np.clip(box, 0, (width - 1, height - 1) * 2).round().astype(int).tolist()
+        cv2.rectangle(canvas, (x1, y1), (x2, y2), class_colour(cls), line)
+        captions.append((_drawable(label, cls), (x1, y1, x2, y2), class_colour(cls)))
     taken: list[Rectangle] = []
     for text, corners, colour in captions:  # after all boxes, so that no line crosses a caption
         if text:
