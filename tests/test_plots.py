@@ -19,7 +19,7 @@ from matplotlib.text import Text
 
 import val
 from utils.metrics import AXIS, APResult
-from utils.plots import detections, slimming, training
+from utils.plots import detections, slimming, style, training
 from utils.plots.detections import (
     MAX_SIDE,
     detections_to_targets,
@@ -37,7 +37,7 @@ from utils.plots.slimming import (
     plot_stages,
     plot_sweep,
 )
-from utils.plots.style import DPI, class_colour, narrow_form, readable, short_number
+from utils.plots.style import DPI, class_colour, readable, short_number
 from utils.plots.training import plot_labels, plot_results
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -286,7 +286,7 @@ def test_kept_grows_with_the_layers(tmp_path: Path, rng: np.random.Generator, la
             for n, a, b, p in zip(names, original.tolist(), kept.tolist(), prunable)]
     image = check(plot_kept(rows, tmp_path / "k.png"), 4000)
     assert image.shape[0] >= 20 * layers
-    assert check(narrow_form(tmp_path / "k.png"), 4000).shape[1] < image.shape[1] / 2
+    assert check(style.narrow_form(tmp_path / "k.png"), 4000).shape[1] < image.shape[1] / 2
 
 
 def test_sweep_and_sensitivity(tmp_path: Path) -> None:
@@ -320,7 +320,7 @@ def test_no_global_state(tmp_path: Path) -> None:
     code = f"""
 import sys, numpy as np
 from pathlib import Path
-from utils.plots import detections, slimming, training
+from utils.plots import detections, slimming, style, training
 assert not any(m.split(".")[0] == "matplotlib" for m in sys.modules), "the import loads matplotlib"
 import matplotlib
 def settings():  # asking for the backend would import pyplot
