@@ -14,6 +14,7 @@ import os
 import shlex
 from argparse import Namespace
 from collections.abc import Mapping
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ from utils.device import select_device
 from utils.errors import UserError, run_cli
 from utils.files import ROOT, command_line, new_run_folder, write_json
 from utils.options import BUILT_IN_DATA, DEFAULTS, pipeline_parser
-from utils.plots.page import Page
+from utils.plots.page import Page, headline
 from utils.plots.slimming import plot_gamma_history, plot_kept, plot_tradeoff
 from utils.slimming import Rules, report
 from utils.slimming.cost import profile
@@ -289,10 +290,15 @@ def write_page(pipeline: Pipeline, rows: list[dict[str, Any]], timed: str) -> No
         drawn["BatchNorm scales over the epochs"] = plot_gamma_history(histories, folder / "gamma_history.png")
     commands = [pipeline.command, *(pipeline.done[stage.name]["command"] for stage in pipeline.stages)]
     title = f"Slimmed to {pipeline.target[0]}={pipeline.target[1]:g}"
-    facts = [reached(pipeline, rows), f"{pipeline.epochs} epochs in all.", f"ms: the median of an image; {timed}."]
+    known = {**DEFAULTS, **config.defaults}
+    model = (known["weights"] if pipeline.weights is None else pipeline.weights) or pipeline.cfg or known["cfg"]
+    threads = f"{torch.get_num_threads()} threads" if device.type == "cpu" else str(device)
+    facts = [f"{Path(model).stem} on {config.file.stem}, {imgsz} px, {date.today()}", reached(pipeline, rows),
+             f"{pipeline.epochs} epochs in all", f"ms: the median of an image; {timed}"]
     tables = {"Models": rows, "Stages": stage_rows(pipeline)}
     pairs = pictures([before, after], loader, device)
-    Page(title, facts, tables, drawn, pairs, commands).write(folder / "report.html")
+    head = headline(rows[0], rows[1], f"{timed.removesuffix(', batch 1').replace('torch', 'PyTorch')}, {threads}")
+    Page(title, facts, tables, drawn, pairs, commands, head).write(folder / "report.html")
 
 
 def largest_difference(pipeline: Pipeline) -> float:

@@ -162,7 +162,7 @@ def pictures(models: Sequence[Model], loader: DetectionLoader, device: torch.dev
              count: int = 10) -> list[tuple[str, list[np.ndarray]]]:
     """The first `count` images of a loader with what each model finds in them: (name, [(H, W, 3) uint8 RGB]).
 
-    Small ones are enlarged, so that captions are readable.
+    They are cut to the picture, without the grey around it. Small ones are enlarged, so that captions are readable.
     """
     from utils.plots.detections import MIN_CONFIDENCE, draw_boxes
 
@@ -171,11 +171,15 @@ def pictures(models: Sequence[Model], loader: DetectionLoader, device: torch.dev
         x = batch.images.to(device, torch.float32, memory_format=torch.channels_last) / 255
         found = [nms(model(x)[0].float(), MIN_CONFIDENCE, 0.45) for model in ready]
         for i, file in enumerate(batch.paths):
-            image, drawn = batch.images[i].permute(1, 2, 0).numpy(), []
-            times = max(480 // image.shape[1], 1)
+            (h0, w0), (ratios, pad) = batch.shapes[i]
+            left, top = (round(side - 0.1) for side in pad)  # as letterbox() pads
+            height, width = (round(side * ratio) for side, ratio in zip((h0, w0), ratios))
+            image = batch.images[i, :, top:top + height, left:left + width].permute(1, 2, 0).numpy()
+            times, drawn = max(480 // width, 1), []
             image = image.repeat(times, 0).repeat(times, 1)
             for model, detections in zip(ready, found):
-                boxes, classes = times * detections[i][:, :4].cpu().numpy(), detections[i][:, 5].int().tolist()
+                native = scale_boxes(x.shape[2:], detections[i], image.shape, ((1 / times, 1 / times), (left, top)))
+                boxes, classes = native[:, :4].cpu().numpy(), native[:, 5].int().tolist()
                 labels = [f"{model.names[c]} {score:.2f}" for score, c in zip(detections[i][:, 4].tolist(), classes)]
                 drawn.append(draw_boxes(image, boxes, labels, classes))
             shown.append((Path(file).name, drawn))
@@ -302,8 +306,8 @@ def plot_curves(result: Evaluation, names: dict[int, str], folder: Path) -> None
     ap = result.ap
     listed = [names.get(int(c), str(c)) for c in ap.classes]
     plot_pr_curve(np.linspace(0, 1, 1000), ap.precision_at_recall, ap.ap50, listed, folder / "PR_curve.png")
-    for name, curve in (("F1", ap.f1_curve), ("P", ap.p_curve), ("R", ap.r_curve)):
-        plot_metric_curve(ap.px, curve, listed, folder / f"{name}_curve.png", ylabel=name)
+    for name, curve, label in (("F1", ap.f1_curve, "F1"), ("P", ap.p_curve, "precision"), ("R", ap.r_curve, "recall")):
+        plot_metric_curve(ap.px, curve, listed, folder / f"{name}_curve.png", ylabel=label)
     if result.confusion is not None:
         plot_confusion(result.confusion.matrix, names, folder / "confusion_matrix.png")
 
