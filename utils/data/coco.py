@@ -13,7 +13,8 @@ from torch import Tensor
 
 from utils.data.dataset import DetectionDataset
 from utils.errors import UserError
-from utils.files import ROOT, read_yaml_mapping
+from utils.files import ROOT
+from utils.text import read_yaml_mapping
 
 # COCO numbers its 80 classes 1 to 90: ten of those that it was planned with have no boxes.
 COCO_IDS = tuple(i for i in range(1, 91) if i not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83))
