@@ -15,6 +15,7 @@ from utils.errors import UserError, first_line
 # Byte order marks and the encoding that each tells. UTF-32's begins like UTF-16's, so it comes first.
 MARKS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF32_LE, "utf-32-le"), (codecs.BOM_UTF32_BE, "utf-32-be"),
          (codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be"))
+NO_FILES = ("idna", "punycode")  # encodings of names; decoding a file takes minutes
 LARGEST_YAML = 2**20     # bytes; ImageNet's 21,841 names take half of it
 MOST_VALUES = 50_000     # in a yaml, counting what an alias stands for wherever it stands
 TOO_MANY = f"holds more than {MOST_VALUES:,} values"
@@ -32,9 +33,15 @@ def decoded(data: bytes, path: str | Path, declared: str = "utf-8") -> str:
     mark, encoding = next(((mark, name) for mark, name in MARKS if data.startswith(mark)), (b"", ""))
     body = data[len(mark):]
     if not encoding and b"\0" in data:
-        encoding = "utf-16-le" if data[1::2].count(0) >= data[::2].count(0) else "utf-16-be"
+        first, second = data[::2].count(0), data[1::2].count(0)
+        # In UTF-16 it is nearly always the same one of two bytes.
+        encoding = "utf-16-le" if second > 4 * first else "utf-16-be" if first > 4 * second else ""
+        if not encoding:
+            raise UserError(f"{path}: is not a text file")
     encoding = encoding or declared
     try:
+        if codecs.lookup(encoding).name in NO_FILES:
+            raise LookupError
         text = body.decode(encoding)
     except UnicodeDecodeError as error:
         line = body[:error.start].count(b"\n") + 1
@@ -43,7 +50,7 @@ def decoded(data: bytes, path: str | Path, declared: str = "utf-8") -> str:
     except (LookupError, ValueError):
         raise UserError(f"{path}: says that it is {encoding[:40]!r}, which is no encoding; save it as UTF-8") from None
     if "\0" in text:
-        raise UserError(f"{path}: is not a text file; save it as UTF-8")
+        raise UserError(f"{path}: is not a text file")
     return text
 
 
