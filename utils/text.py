@@ -121,12 +121,12 @@ def read_yaml_mapping(path: Path, what: str, texts: Collection[str] = ()) -> dic
 
 def _keep_text(node: yaml.Node) -> None:
     """Make every key and value below a node a text, but for an empty value and `~`."""
-    if isinstance(node, yaml.ScalarNode):
-        if node.tag != f"{TAG}merge" and not (node.tag == f"{TAG}null" and node.value in ("", "~")):
-            node.tag = f"{TAG}str"
-    else:
+    if not isinstance(node, yaml.ScalarNode):
         for child in _children(node):
-            _keep_text(child)
+            if child.tag != f"{TAG}merge" or isinstance(node, yaml.SequenceNode):
+                _keep_text(child)
+    elif node.tag != f"{TAG}null" or node.value not in ("", "~"):
+        node.tag = f"{TAG}str"
 
 
 def _children(node: yaml.Node) -> list[yaml.Node]:

@@ -12,6 +12,7 @@ import numpy as np
 
 from utils.data.image_files import IMAGE_SUFFIXES, UNREADABLE, decode, listed_path, read_header, reason_of, walk
 from utils.errors import UserError
+from utils.text import read_lines
 
 VIDEO_SUFFIXES = frozenset({".asf", ".avi", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm",
                             ".wmv"})
@@ -95,9 +96,11 @@ def _matches(pattern: str) -> Iterator[str]:
 
 
 def _lines(path: Path) -> list[str]:
-    if not path.is_file():
-        raise UserError(f"--source {path}: no such file")
-    return [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    """The lines of a list that hold something. UserError if there are none."""
+    lines = read_lines(path, "--source")
+    if not lines:
+        raise UserError(f"--source {path}: is empty; give it a line for each image, video or stream")
+    return lines
 
 
 def _video_frames(source: str, every: int, stream: str = "stream.mp4") -> Iterator[Frame]:
