@@ -28,8 +28,9 @@ from models.pruning import model_pruner
 from models.yolo import Model
 from utils.data.config import read_data
 from utils.errors import UserError, run_cli
-from utils.files import read_yaml_mapping, write_yaml
+from utils.files import write_yaml
 from utils.slimming.cost import profile
+from utils.text import read_yaml_mapping
 
 SIZES = {"bccd": 320, "aquarium": 416, "coco128": 320}
 BUDGETS = {"bccd": (30, 80), "aquarium": (30, 80), "coco128": (120,)}  # epochs in all

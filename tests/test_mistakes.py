@@ -250,9 +250,12 @@ CASES: dict[str, tuple[Callable[[Path], object], str, str, int]] = {
         "has no 'test:' entry", 2),
     "path is a number": (
         data_yaml("path: 3\nval: images/val\nnames: [a, b]\n"), VAL,
-        "'path:' must be a folder", 2),
+        "3/images/val does not exist; correct 'path:'", 2),
     "split is a number": (
         data_yaml("path: my\nval: 3\nnames: [a, b]\n"), VAL,
+        "my/3 does not exist; correct 'path:'", 2),
+    "split is a mapping": (
+        data_yaml("path: my\nval: {a: b}\nnames: [a, b]\n"), VAL,
         "'val:' must be a folder", 2),
     "unknown defaults": (
         data_yaml("path: my\nval: images/val\nnames: [a, b]\ndefaults: {lr: 3}\n"), VAL,

@@ -10,7 +10,8 @@ import torch
 from models import checkpoint
 from training.run import Run
 from utils.errors import NonFiniteError, UserError
-from utils.files import command_line, newest, read_yaml_mapping
+from utils.files import command_line, newest
+from utils.text import read_yaml_mapping
 
 
 def require_finite(run: Run) -> None:

@@ -195,9 +195,12 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically."""
+    """Write a text file atomically. What UTF-8 has no form for, in the names of some files, is written as \\udcff.
+
+    In JSON that is what it means.
+    """
     with atomic(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -208,19 +211,6 @@ def write_json(path: Path, data: Any) -> None:
 def write_yaml(path: Path, data: dict) -> None:
     """Write plain data as yaml in its own order, atomically."""
     write_text(path, yaml.safe_dump(data, sort_keys=False, allow_unicode=True))
-
-
-def read_yaml_mapping(path: Path, what: str) -> dict:
-    """A yaml file that must be a mapping, such as hyper-parameters; `what` names the flag for the error."""
-    if not path.is_file():
-        raise UserError(f"{what} {path}: no such file")
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8", errors="replace"))
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not a readable yaml ({str(error).splitlines()[0]})") from None
-    if not isinstance(data, dict):
-        raise UserError(f"{path}: must be a mapping 'key: value'")
-    return data
 
 
 def newest(pattern: str, folder: Path = Path()) -> Path | None:

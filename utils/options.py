@@ -21,9 +21,10 @@ from typing import Any
 
 from utils.data.config import read_data
 from utils.errors import OneLineParser, UserError
-from utils.files import ROOT, read_yaml_mapping
+from utils.files import ROOT
 from utils.slimming.ranking import MIN_SHARE, SCORES
 from utils.slimming.targets import TARGETS
+from utils.text import read_yaml_mapping
 
 BUILT_IN_DATA = "data/shapes.yaml"
 MOST_FRACTIONS = 1000

@@ -16,7 +16,7 @@ import numpy as np
 from utils.data.image_files import IMAGE_SUFFIXES, UNREADABLE, decode, listed_path, read_header, reason_of, walk
 from utils.errors import UserError
 from utils.files import printable
-from utils.text import read_text
+from utils.text import read_lines
 
 VIDEO_SUFFIXES = frozenset({".asf", ".avi", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm",
                             ".wmv"})
@@ -110,7 +110,7 @@ def _matches(pattern: str) -> Iterator[str]:
 
 def _lines(path: Path) -> list[str]:
     """The lines of a list that hold something. UserError if there are none."""
-    lines = [line.strip() for line in read_text(path, "--source").splitlines() if line.strip()]
+    lines = read_lines(path, "--source")
     if not lines:
         raise UserError(f"--source {path}: is empty; give it a line for each image, video or stream")
     return lines

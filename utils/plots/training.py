@@ -1,7 +1,6 @@
 """Plots of a training run: the labels that it starts from and the results of its epochs."""
 from __future__ import annotations
 
-import csv
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from utils.plots.style import BLUE, INK, PALETTE, class_colour, new_figure, readable, save_figure, style_axes
+from utils.tables import read_results
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -83,8 +83,7 @@ def plot_results(csv_path: str | Path, path: str | Path) -> Path:
     The epochs count from 1, as on the screen. A loss that is nothing but zeros (that of the classes, where there is
     one class) has no chart.
     """
-    with open(csv_path, newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_results(Path(csv_path))
     columns = {name: np.array([float(row[name] or "nan") for row in rows]) for name in rows[0]}
     epochs = columns.pop("epoch") + 1
     charts: dict[str, list[tuple[str, np.ndarray]]] = {}
