@@ -50,6 +50,7 @@ def parse(argv: list[str] | None = None) -> Namespace:
     add("--hide-labels", action="store_true", help="draw boxes without captions")
     add("--hide-conf", action="store_true", help="captions without confidences")
     add_run_flags(parser, "runs/detect")
+    parser.needs(["--save-conf"], "--save-txt")
     return parser.parse_args(argv)
 
 

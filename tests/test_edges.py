@@ -162,7 +162,7 @@ def test_the_preview_speaks_of_the_target():
     train_sparsity.add_sparsity_flags(parse)
 
     def percent(*flags):
-        return train_sparsity.check(parse.parse_args(list(flags))).percent
+        return train_sparsity.settle(parse.parse_args(list(flags))).percent
 
     assert percent("--target-sparsity", "0.55") == 0.55
     assert percent("--target-sparsity", "0.55", "--percent", "0.3") == 0.3 and percent("--sr", "0.1") == 0.5
@@ -207,7 +207,7 @@ def interrupted(tiny, cfg, tmp_path_factory):
 def options(interrupted, *flags):
     opt = training_parser("").parse_args(["--resume", str(interrupted), "--epochs", "2", *map(str, flags)])
     opt.script = "train.py"
-    return resume.resumed_options(opt)[0]
+    return resume.resumed_options(opt, interrupted)[0]
 
 
 @pytest.mark.slow
@@ -273,7 +273,7 @@ def test_resume_with_data_of_other_classes_is_refused(interrupted, tiny, tmp_pat
     other = tmp_path / "other.yaml"
     text = tiny.read_text().replace("path: .", f"path: {tiny.parent}")
     other.write_text(text.replace("[square, circle]", "[a, b, c]"))
-    with pytest.raises(UserError, match="names 3 classes, the run that goes on has 2"):
+    with pytest.raises(UserError, match="names 3 classes, not 2 as the run that goes on does; --data may name"):
         train.main(["--resume", str(interrupted), "--epochs", "2", "--data", str(other), "--device", "cpu"])
 
 

@@ -166,7 +166,7 @@ def test_weights_that_find_nothing_teach_nothing(tiny, teacher):
 
 @pytest.mark.usefixtures("quick")
 def test_a_pipeline_keeps_what_it_was_started_with(tmp_path):
-    pipeline = Pipeline(tmp_path / "runs/slim/exp", "", [], None, None, None, None, ("flops", 0.5), 9, 1, True)
+    pipeline = Pipeline(tmp_path / "runs/slim/exp", "", [], None, None, "", 64, False, ("flops", 0.5), 9, 1, True)
     pipeline.save()
     assert known_pipeline(True, "runs/slim") == pipeline
     with pytest.raises(UserError, match="a pipeline is there already; --resume goes on"):
