@@ -405,7 +405,7 @@ def test_scores_leave_the_gpu_before_they_become_float64():
     train_sparsity.parse, lambda argv: start_options(training_parser("").parse_args(argv))])
 def test_a_training_without_data_goes_on_with_that_of_its_weights(parse, tiny, here, capsys):
     """It used to take the built-in set: whoever left --data out trained his model on drawn shapes."""
-    model = Model("yolov5n.yaml", nc=2)
+    model = Model("yolov5n.yaml", nc=2, names={0: "square", 1: "circle"})
     earlier = {"data": str(tiny), "imgsz": 96, "optimizer": "AdamW", "hyp": {"lr0": 0.002}}
     checkpoint.save(here / "mine.pt", model, imgsz=96, opt=earlier)
     opt = parse(["--weights", "mine.pt", "--epochs", "3"])
