@@ -24,6 +24,7 @@ from models.formats import PRECISIONS, Detector, Format, export_options
 from models.yolo import Model, fused, on_device, whole_strides
 from utils.data.calibration import CalibrationImages
 from utils.data.config import read_data
+from utils.device import select_device
 from utils.errors import UserError, first_line, run_cli
 from utils.files import new_run_folder
 from utils.options import HelpfulParser, add_common, at_least, resolve
@@ -31,7 +32,6 @@ from utils.plots.slimming import plot_latencies
 from utils.slimming.cost import profile
 from utils.slimming.timing import medians, synchronize
 from utils.tables import text_table, write_csv
-from utils.training.distributed import select_device
 from val import dataset_loader, evaluate
 
 TORCH = "torch"

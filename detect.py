@@ -23,11 +23,11 @@ from models.inference import detect
 from models.yolo import whole_strides
 from utils.boxes import cut_out, label_rows, nms
 from utils.data.sources import Frame, frames
+from utils.device import select_device
 from utils.errors import UserError, run_cli
 from utils.files import new_run_folder, write_text
 from utils.options import HelpfulParser, add_detection_flags, add_imgsz_flag, add_run_flags, at_least
 from utils.plots.detections import draw_boxes
-from utils.training.distributed import select_device
 
 
 def parse(argv: list[str] | None = None) -> Namespace:

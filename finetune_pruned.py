@@ -19,13 +19,13 @@ from typing import Any
 from models import checkpoint
 from models.yolo import Model
 from train import train
+from training.gradual import GradualCut
+from training.run import Hook, Run
 from utils.errors import UserError, run_cli
 from utils.options import resolve, training_parser
 from utils.slimming import slim
 from utils.slimming.graph import Masks
 from utils.slimming.surgery import last_masks
-from utils.training.gradual import GradualCut
-from utils.training.run import Hook, Run
 
 
 def known_teacher(data: dict[str, Any]) -> str | None:

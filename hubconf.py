@@ -15,7 +15,7 @@ import torch
 from models import autoshape as shaping
 from models import checkpoint, formats
 from models import yolo as building
-from utils.training import distributed
+from utils import device as devices
 
 dependencies = ["torch", "torchvision", "numpy", "cv2", "PIL", "yaml", "tqdm"]
 
@@ -31,7 +31,7 @@ def custom(path: str = "path/to/model.pt", autoshape: bool = True, _verbose: boo
     itself, which takes (B, 3, H, W) in 0..1: of a .pt the Model with its BatchNorms, for training. device: "cpu", 0,
     "cuda:1", a torch.device; None: the first GPU, if there is one. UserError in one line for what can't be loaded.
     """
-    chosen = distributed.select_device("" if device is None else str(device))
+    chosen = devices.select_device("" if device is None else str(device))
     detector, data = formats.load(path, chosen)
     if not autoshape:
         return checkpoint.build(data, chosen, path) if isinstance(detector, building.Model) else detector
@@ -53,7 +53,7 @@ def _official(name: str) -> typing.Callable[..., Loaded]:
         """
         if pretrained and channels == 3 and classes == 80:
             return custom(f"{name}.pt", autoshape, _verbose, device)
-        chosen = distributed.select_device("" if device is None else str(device))
+        chosen = devices.select_device("" if device is None else str(device))
         model = building.Model(f"{name}.yaml", ch=channels, nc=classes).eval()
         if pretrained:
             checkpoint.load_fitting(model, f"{name}.pt")

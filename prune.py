@@ -20,9 +20,13 @@ import torch
 from models import checkpoint
 from models.config import check_cfg
 from models.formats import runtimes
+from models.formats.speed import milliseconds, stopwatch
 from models.pruning import model_pruner
-from models.speed import milliseconds, stopwatch
 from models.yolo import Model, whole_strides
+from training.repair import repair
+from training.resume import newest_run
+from training.sample import IMAGES, TrainingSample
+from utils.device import select_device
 from utils.errors import UserError, run_cli
 from utils.files import command_line, copy_file, new_run_folder, write_json
 from utils.options import pruning_parser, read_hyp, resolve
@@ -33,10 +37,6 @@ from utils.slimming.cost import profile
 from utils.slimming.graph import UnknownNormError
 from utils.slimming.ranking import NothingToCutError, knee
 from utils.tables import write_csv
-from utils.training.distributed import select_device
-from utils.training.repair import repair
-from utils.training.resume import newest_run
-from utils.training.sample import IMAGES, TrainingSample
 from val import accuracy, dataset_loader, pictures
 
 OUTPUT = "pruned_model.pt"

@@ -28,12 +28,18 @@ import train_sparsity
 import val
 from models import checkpoint
 from models.formats import formats, runtimes
+from models.formats.speed import measured_in, milliseconds, stopwatch
 from models.pruning import model_pruner
-from models.speed import measured_in, milliseconds, stopwatch
 from models.yolo import whole_strides
+from training.distillation import refuse_other_kind
+from training.distributed import World, device_of_before
+from training.pipeline import PRUNE, STATE, Pipeline, Progress, Stage, known_pipeline
+from training.sparsity import SparsityPlan, frozen_norms
+from training.start import freeze, start_model
 from utils.data.config import DataConfig, other_names, read_data
 from utils.data.dataset import DetectionDataset
 from utils.data.loader import validation_loader
+from utils.device import select_device
 from utils.errors import UserError, run_cli
 from utils.files import command_line, in_use, new_run_folder, write_json
 from utils.options import DEFAULTS, absolute, hyp_file, pipeline_parser, resolve
@@ -43,11 +49,6 @@ from utils.plots.slimming import plot_gamma_history, plot_kept, plot_tradeoff
 from utils.slimming import Rules, report
 from utils.slimming.cost import profile
 from utils.slimming.target_sparsity import TargetSparsity
-from utils.training.distillation import refuse_other_kind
-from utils.training.distributed import World, device_of_before, select_device
-from utils.training.pipeline import PRUNE, STATE, Pipeline, Progress, Stage, known_pipeline
-from utils.training.sparsity import SparsityPlan, frozen_norms
-from utils.training.start import freeze, start_model
 from val import pictures
 
 OUTPUT = "slim.pt"
@@ -106,7 +107,7 @@ def require_possible(pipeline: Pipeline, config: DataConfig, names: dict[int, st
     flags = [*start_flags(pipeline), *pipeline.dataset, *pipeline.flags, "--epochs", "1", *goal(pipeline, sparse, 1.0)]
     start = Namespace(**vars(train_sparsity.parse(flags)))
     model = start_model(start, names, {}, World(1, 2, torch.device("cpu")))  # not as the main process: it says nothing
-    pipeline.imgsz = start.imgsz = whole_strides(start.imgsz, model.stride)
+    pipeline.imgsz = whole_strides(start.imgsz, model.stride)
     for split in tasks(config, "train"):
         images = DetectionDataset(getattr(config, split), 32, single_cls=pipeline.single_cls, nc=config.nc,
                                   prefix=split)
@@ -116,9 +117,9 @@ def require_possible(pipeline: Pipeline, config: DataConfig, names: dict[int, st
     if pipeline.teacher not in (None, "none"):
         refuse_other_kind(f"--teacher {pipeline.teacher}", checkpoint.load(pipeline.teacher), model)
     if pipeline.runtime != "torch":  # a model that it can't run would be known in the end only
-        stopwatch(pipeline.runtime, start.imgsz, torch.device("cpu"), precision=pipeline.precision)([model])
+        stopwatch(pipeline.runtime, pipeline.imgsz, torch.device("cpu"), precision=pipeline.precision)([model])
     freeze(model, start.freeze)
-    SparsityPlan(start, model, model, {}, frozen_norms(model))
+    SparsityPlan(start, pipeline.imgsz, model, frozen_norms(model))
 
 
 def tasks(config: DataConfig, *more: str) -> list[str]:

@@ -4,7 +4,7 @@
     python train.py --data data/VOC.yaml --weights yolov5s.pt --adam --epochs 100
 
 This file is the only training loop. Sparsity, image weights and whatever you invent are hooks on it: see
-utils/training/run.py.
+training/run.py.
 """
 from __future__ import annotations
 
@@ -25,23 +25,16 @@ from tqdm import tqdm
 
 from models import checkpoint
 from models.yolo import Model, fused, on_device, whole_strides
-from utils.data.config import DataConfig, read_data
-from utils.data.dataset import DetectionDataset
-from utils.data.loader import Batch, DetectionLoader, build_loader, frozen_objects, validation_loader
-from utils.errors import NonFiniteError, UserError, run_cli
-from utils.files import write_yaml
-from utils.options import training_parser
-from utils.slimming.cost import profile
-from utils.training.distillation import Teacher
-from utils.training.distributed import World, barrier, broadcast, process_group, share_buffers, wrapped
-from utils.training.image_weights import ImageWeights
-from utils.training.interruption import Listener, listen
-from utils.training.loggers import RunLog
-from utils.training.loss import DetectionLoss, scale_gains
-from utils.training.optimizer import EarlyStopping, ModelEMA, Schedule, build_optimizer, ema_tau, suited_nbs
-from utils.training.resume import go_on, require_finite, restore, restore_hooks, save, save_epoch, whole
-from utils.training.run import Hook, Run, amp_name
-from utils.training.start import (
+from training.distillation import Teacher
+from training.distributed import World, barrier, broadcast, process_group, share_buffers, wrapped
+from training.image_weights import ImageWeights
+from training.interruption import Listener, listen
+from training.loggers import RunLogger
+from training.loss import DetectionLoss, scale_gains
+from training.optimizer import EarlyStopping, ModelEMA, Schedule, build_optimizer, ema_tau, suited_nbs
+from training.resume import go_on, mend, require_finite, restore, restore_hooks, save, save_epoch
+from training.run import Hook, Run, Step, amp_name
+from training.start import (
     adapt_anchors,
     freeze,
     make_deterministic,
@@ -50,9 +43,17 @@ from utils.training.start import (
     start_options,
     synchronised,
 )
+from utils.data.config import DataConfig, read_data
+from utils.data.dataset import DetectionDataset
+from utils.data.loader import Batch, DetectionLoader, build_loader, frozen_objects, validation_loader
+from utils.errors import NonFiniteError, UserError, run_cli
+from utils.files import write_yaml
+from utils.options import training_parser
+from utils.slimming.cost import profile
 from val import Evaluation, evaluate, plot_curves, print_table
 
 LOSSES = ("box_loss", "obj_loss", "cls_loss")
+DRAWN_BATCHES = 3  # of the first epoch
 MOST_SKIPPED = 50  # steps in a row that the scaler may skip; it needs some twenty to go down from its first scale
 
 
@@ -93,9 +94,9 @@ def complete_epoch(run: Run) -> bool:
     for hook in run.hooks:
         hook.epoch_end(log)
     stop = eligible and not final and run.stopper.over(run.epoch)
-    if run.log is not None:
-        run.results = log
-        run.log.epoch(run.epoch, log)
+    if run.logger is not None:
+        run.metrics = log
+        run.logger.epoch(run.epoch, log)
         if not opt.nosave or final or stop or signals.requested:
             save_epoch(run, best)
     if broadcast(stop, world.size):
@@ -112,41 +113,43 @@ def train_epoch(run: Run) -> dict[str, float]:
     """One pass over the training images; returns the epoch's mean losses and learning rates."""
     run.wrapped.train()
     run.loader.batch_sampler.set_epoch(run.epoch, run.batches_done)
-    device, batches = run.world.device, len(run.loader)
-    mean, step_loss = run.mean.to(device), torch.zeros(1, device=device)
-    accumulated, images = 0, 0  # of this step: batches, images over all processes
-    paths: list[str] = []
+    batches, mean, step = len(run.loader), run.mean.to(run.world.device), Step()
     bar = tqdm(run.loader, total=batches, initial=run.batches_done, leave=False,
                disable=None if run.world.main else True)
     for i, batch in enumerate(bar, run.batches_done):
         run.iteration = run.epoch * batches + i
         run.schedule.apply(run.optimizer, run.iteration)
-        accumulated, images, paths = accumulated + 1, images + len(batch.images) * run.world.size, paths + batch.paths
-        stepping = accumulated >= run.schedule.accumulate(run.iteration) or i + 1 == batches
-        with gradient_sync(run, stepping):
+        complete = step.batches + 1 >= run.schedule.accumulate(run.iteration) or i + 1 == batches
+        with gradient_sync(run, complete):
             loss, items = forward(run, batch)
             run.scaler.scale(loss * run.world.size).backward()
-        mean, step_loss = (mean * i + items) / (i + 1), step_loss + loss.detach()
-        if stepping:
-            shown, skipped = complete_gradients(run, mean, step_loss, paths)
-            run.batch_fraction = images / run.opt.nbs
-            optimizer_step(run, skipped)
-            accumulated, images, paths = 0, 0, []
-            step_loss.zero_()
-            if not bar.disable:
-                losses = "  ".join(f"{name[:3]} {value:.4f}" for name, value in zip(LOSSES, shown))
-                bar.set_description(f"epoch {run.epoch + 1}/{run.opt.epochs}  {losses}")
+        mean = (mean * i + items) / (i + 1)
+        step.add(batch, loss, run.world.size)
+        draw_batch(run, i, batch)
+        if complete:
+            bar.set_description(progress(run, optimizer_step(run, step, mean)))
+            step = Step()
             if run.signals.requested and i + 1 < batches:
-                run.batches_done, run.mean = i + 1, mean
-                save(run, "last.pt")
-                run.signals.check(run.folder)
-        if run.epoch == 0 and i < 3 and run.world.main and not run.opt.noplots:
-            from utils.plots.detections import plot_batch
-
-            plot_batch(batch.images, batch.targets, batch.paths, run.model.names, run.folder / f"train_batch{i}.jpg")
+                stop_between_steps(run, i + 1, mean)
     run.batches_done, run.mean = 0, torch.zeros(3)
     log = {f"train/{name}": value for name, value in zip(LOSSES, mean.tolist())}
     return log | {f"x/lr{j}": group["lr"] for j, group in enumerate(run.optimizer.param_groups)}
+
+
+def optimizer_step(run: Run, step: Step, mean: Tensor) -> list[float]:
+    """What follows the backward passes of a step: gradients, hooks, optimizer, average. Returns `mean` as numbers."""
+    shown, skipped = complete_gradients(run, step, mean)
+    run.batch_fraction = step.images / run.nbs
+    for hook in run.hooks:  # after unscaling: AMP would shrink what they add to nothing
+        hook.before_step()
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
+    run.optimizer.zero_grad(set_to_none=True)
+    if not skipped:
+        run.ema.update()
+    for hook in run.hooks:
+        hook.after_step(skipped)
+    return shown
 
 
 def forward(run: Run, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -170,7 +173,7 @@ def rescaled(run: Run, x: Tensor) -> Tensor:
 
     The size is a pure function of the iteration: a resumed run sees the same.
     """
-    stride, imgsz = int(run.model.stride.max()), run.opt.imgsz
+    stride, imgsz = int(run.model.stride.max()), run.imgsz
     rng = np.random.default_rng([run.opt.seed, run.iteration])
     size = int(rng.integers(imgsz // 2, imgsz * 3 // 2 + stride)) // stride * stride
     scale = max(size, min(2 * stride, imgsz)) / max(x.shape[2:])  # a map of 1x1 has no variance for BatchNorm
@@ -185,7 +188,7 @@ def gradient_sync(run: Run, stepping: bool) -> AbstractContextManager:
     return run.wrapped.no_sync()
 
 
-def complete_gradients(run: Run, mean: Tensor, step_loss: Tensor, paths: Sequence[str]) -> tuple[list[float], bool]:
+def complete_gradients(run: Run, step: Step, mean: Tensor) -> tuple[list[float], bool]:
     """Unscale, clip, and stop where something is not finite.
 
     Returns the mean losses, and whether the scaler is going to skip the step.
@@ -193,34 +196,40 @@ def complete_gradients(run: Run, mean: Tensor, step_loss: Tensor, paths: Sequenc
     run.scaler.unscale_(run.optimizer)
     norm = nn.utils.clip_grad_norm_(run.model.parameters(), max_norm=10.0, foreach=True)
     # The one read in a step that waits for a GPU.
-    values = torch.cat((mean, step_loss, norm.view(1), run.statistics_norm().view(1)))
+    values = torch.cat((mean, step.loss.view(1), norm.view(1), run.statistics_norm().view(1)))
     *shown, total, length, statistics = values.tolist()
     # With a scaler an infinite gradient is normal now and then: it skips the step and tries a smaller scale.
     skipped = run.scaler.is_enabled() and not math.isfinite(length)
     run.skipped = run.skipped + 1 if skipped else 0
+    where = f"in epoch {run.epoch + 1}, batch of {', '.join(Path(p).name for p in step.paths[:4])} ...; {mend(run)}"
     if run.skipped >= MOST_SKIPPED:
-        names = ", ".join(Path(p).name for p in paths[:4])
-        raise NonFiniteError(f"the gradient was not finite in {run.skipped} steps in a row, the last in epoch "
-                             f"{run.epoch + 1}, batch of {names} ...; {whole(run)}")
-    found = {"loss": total, "gradient": 0.0 if skipped else length, "running statistic of a BatchNorm": statistics}
-    for what, value in found.items():
+        raise NonFiniteError(f"the gradient was not finite in {run.skipped} steps in a row, the last {where}")
+    figures = {"loss": total, "gradient": 0.0 if skipped else length, "running statistic of a BatchNorm": statistics}
+    for what, value in figures.items():
         if not math.isfinite(value):
-            names = ", ".join(Path(p).name for p in paths[:4])
-            raise NonFiniteError(f"a {what} is not finite in epoch {run.epoch + 1}, batch of {names} ...; {whole(run)}")
+            raise NonFiniteError(f"a {what} is not finite {where}")
     return shown, skipped
 
 
-def optimizer_step(run: Run, skipped: bool) -> None:
-    """Hooks, step, EMA. What hooks do to gradients comes after unscaling, or AMP would shrink it to nothing."""
-    for hook in run.hooks:
-        hook.before_step()
-    run.scaler.step(run.optimizer)
-    run.scaler.update()
-    run.optimizer.zero_grad(set_to_none=True)
-    if not skipped:
-        run.ema.update()
-    for hook in run.hooks:
-        hook.after_step(skipped)
+def progress(run: Run, losses: Sequence[float]) -> str:
+    """The text of the progress bar."""
+    means = "  ".join(f"{name[:3]} {value:.4f}" for name, value in zip(LOSSES, losses))
+    return f"epoch {run.epoch + 1}/{run.opt.epochs}  {means}"
+
+
+def draw_batch(run: Run, i: int, batch: Batch) -> None:
+    """A picture of each of the run's first batches, as the model sees them."""
+    if run.epoch == 0 and i < DRAWN_BATCHES and run.world.main and not run.opt.noplots:
+        from utils.plots.detections import plot_batch
+
+        plot_batch(batch.images, batch.targets, batch.paths, run.model.names, run.folder / f"train_batch{i}.jpg")
+
+
+def stop_between_steps(run: Run, batches_done: int, mean: Tensor) -> None:
+    """A signal has asked for it: save where the epoch stands, and end the script."""
+    run.batches_done, run.mean = batches_done, mean
+    save(run, "last.pt")
+    run.signals.check(run.folder)
 
 
 def validate(run: Run, log: dict[str, float]) -> float:
@@ -255,29 +264,29 @@ def build_run(opt: Namespace, resumed: dict[str, Any], world: World, hooks: Sequ
     config = read_data(opt.data)
     model = start_model(opt, {0: "object"} if opt.single_cls else config.names, resumed, world)
     stride = int(model.stride.max())
-    opt.imgsz = whole_strides(opt.imgsz, stride)
-    loader = training_loader(opt, config, stride, world, signals)
+    imgsz = whole_strides(opt.imgsz, stride)
+    loader = training_loader(opt, config, imgsz, stride, world, signals)
     if not resumed:
-        adapt_anchors(opt, model, loader.dataset, world)
+        adapt_anchors(opt, imgsz, model, loader.dataset, world)
     if opt.sync_bn:
         model = synchronised(model, world)
     model = on_device(model, world.device)
     freeze(model, opt.freeze)
-    val = val_loader(opt, config, stride, world, cache=opt.cache, shutdown=signals.shutdown)
+    val = val_loader(opt, config, imgsz, stride, world, cache=opt.cache, shutdown=signals.shutdown)
     folder = Path(resumed["folder"]) if resumed else shared_run_folder(opt, world, held)
-    opt.nbs = opt.nbs or suited_nbs(opt.epochs * len(loader), opt.batch_size)
-    schedule = Schedule(opt.hyp, opt.epochs, len(loader), opt.batch_size, opt.nbs, opt.cos_lr)
-    step_fraction = opt.batch_size * schedule.accumulate(schedule.warmup) / opt.nbs
+    nbs = opt.nbs or suited_nbs(opt.epochs * len(loader), opt.batch_size)
+    schedule = Schedule(opt.hyp, opt.epochs, len(loader), opt.batch_size, nbs, opt.cos_lr)
+    step_fraction = opt.batch_size * schedule.accumulate(schedule.warmup) / nbs
     scaled = amp_name(opt, world.device) == "fp16"
     scaler = torch.amp.GradScaler(world.device.type, enabled=scaled)
     optimizer = build_optimizer(model, opt.optimizer, opt.hyp["lr0"], opt.hyp["momentum"],
                                 opt.hyp["weight_decay"] * step_fraction, scaled)
-    gains = scale_gains(opt.hyp, model.detect.nl, model.detect.nc, opt.imgsz)
+    gains = scale_gains(opt.hyp, model.detect.nl, model.detect.nc, imgsz)
     loss = DetectionLoss(model, gains | {"label_smoothing": opt.label_smoothing})
     hooks = [*standard_hooks(opt), *hooks]
     if len({hook.name for hook in hooks}) < len(hooks):
         raise ValueError("two hooks have the same name, under which a checkpoint keeps their state")
-    run = Run(opt, world, folder, config, model, model, optimizer, scaler, schedule,
+    run = Run(opt, imgsz, nbs, world, folder, config, model, model, optimizer, scaler, schedule,
               ModelEMA(model, tau=ema_tau(schedule.steps)), loss, loader, val, hooks,
               EarlyStopping(opt.patience), signals, resumed=resumed)
     if resumed:
@@ -289,7 +298,7 @@ def build_run(opt: Namespace, resumed: dict[str, Any], world: World, hooks: Sequ
         restore_hooks(run, resumed["training"])
     if world.main:
         # The first file of the run: what hooks refuse leaves none.
-        run.log = RunLog(folder, run.epoch if resumed else None)
+        run.logger = RunLogger(folder, run.epoch if resumed else None)
     return run
 
 
@@ -299,7 +308,7 @@ def standard_hooks(opt: Namespace) -> list[Hook]:
     return [*hooks, Teacher(opt.teacher, opt.teacher_weight)] if opt.teacher else hooks
 
 
-def training_loader(opt: Namespace, config: DataConfig, stride: int, world: World,
+def training_loader(opt: Namespace, config: DataConfig, imgsz: int, stride: int, world: World,
                     signals: Listener) -> DetectionLoader:
     """Loader of the augmented training images."""
     if opt.batch_size % world.size:
@@ -307,7 +316,7 @@ def training_loader(opt: Namespace, config: DataConfig, stride: int, world: Worl
     if not config.train:
         raise UserError(f"{config.file}: has no 'train:' entry")
     per_process = opt.batch_size // world.size
-    dataset = DetectionDataset(config.train, opt.imgsz, hyp=opt.hyp, augment=True, rect=opt.rect,
+    dataset = DetectionDataset(config.train, imgsz, hyp=opt.hyp, augment=True, rect=opt.rect,
                                batch_size=per_process, stride=stride, cache=opt.cache, single_cls=opt.single_cls,
                                nc=config.nc, seed=opt.seed, prefix="train")
     if world.main:
@@ -316,11 +325,11 @@ def training_loader(opt: Namespace, config: DataConfig, stride: int, world: Worl
                         world_size=world.size, shutdown=signals.shutdown, pin_memory=world.device.type == "cuda")
 
 
-def val_loader(opt: Namespace, config: DataConfig, stride: int, world: World, every: bool = False,
+def val_loader(opt: Namespace, config: DataConfig, imgsz: int, stride: int, world: World, every: bool = False,
                **options: Any) -> DetectionLoader:
     """Loader of the validation images: this process's share of them, or `every` one."""
     rank, size = (0, 1) if every else (world.rank, world.size)
-    return validation_loader(config, "val", opt.imgsz, max(opt.batch_size // world.size, 1) * 2, stride, opt.workers,
+    return validation_loader(config, "val", imgsz, max(opt.batch_size // world.size, 1) * 2, stride, opt.workers,
                              single_cls=opt.single_cls, rank=rank, world_size=size,
                              pin_memory=world.device.type == "cuda", **options)
 
@@ -328,9 +337,9 @@ def val_loader(opt: Namespace, config: DataConfig, stride: int, world: World, ev
 def describe(run: Run) -> None:
     """Say what is about to be trained, and write it down."""
     opt, world, schedule = run.opt, run.world, run.schedule
-    cost = profile(run.model, opt.imgsz)
+    cost = profile(run.model, run.imgsz)
     kind, processes = "slim" if run.model.masks else "dense", "processes" if world.size > 1 else "process"
-    print(f"{kind} model: {cost.parameters:,} parameters, {cost.gflops:.2f} GFLOPs at {opt.imgsz} px; "
+    print(f"{kind} model: {cost.parameters:,} parameters, {cost.gflops:.2f} GFLOPs at {run.imgsz} px; "
           f"{world.device}, {world.size} {processes}, amp {amp_name(opt, world.device)}")
     if opt.resume:
         now, end = (opt.hyp["lr0"] * schedule.factor(epoch) for epoch in (run.epoch, opt.epochs))
@@ -338,9 +347,9 @@ def describe(run: Run) -> None:
               f"of a run of {opt.epochs} epochs: {now:.3g} now, {end:.3g} at the end")
     print(f"{opt.optimizer}, {len(run.loader.dataset)} training images, "
           f"{len(run.loader)} batches of {opt.batch_size} an epoch, "
-          f"a step every {schedule.accumulate(schedule.warmup)} (--nbs {opt.nbs}), {schedule.steps} steps; "
+          f"a step every {schedule.accumulate(schedule.warmup)} (--nbs {run.nbs}), {schedule.steps} steps; "
           f"epochs {run.epoch + 1} to {opt.epochs}")
-    write_yaml(run.folder / "opt.yaml", {key: value for key, value in vars(opt).items() if key != "hyp"})
+    write_yaml(run.folder / "opt.yaml", {key: value for key, value in run.settings.items() if key != "hyp"})
     write_yaml(run.folder / "hyp.yaml", opt.hyp)
     if not opt.noplots:
         from utils.plots.training import plot_labels
@@ -359,7 +368,7 @@ def finish(run: Run, hours: float) -> Evaluation:
     model: Model = checkpoint.load(file, device)
     loader = run.val_loader
     if run.world.size > 1:  # it has this process's images only
-        loader = val_loader(opt, run.config, int(model.stride.max()), run.world, every=True)
+        loader = val_loader(opt, run.config, run.imgsz, int(model.stride.max()), run.world, every=True)
     result = evaluate(on_device(model, device), loader, device, confusion=True)
     print(f"\n{run.epoch + 1} epochs in {hours:.3f} hours. {file.name}, epoch {epoch + 1}:")
     print_table(result, run.model.names, per_class=run.config.nc <= 20)
@@ -370,8 +379,8 @@ def finish(run: Run, hours: float) -> Evaluation:
         plot_results(run.folder / "results.csv", run.folder / "results.png")
     for hook in run.hooks:
         hook.end()
-    if run.log is not None:
-        run.log.close()
+    if run.logger is not None:
+        run.logger.close()
     print(f"Results in {run.folder}")
     return result
 

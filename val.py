@@ -17,19 +17,20 @@ from torch import Tensor
 from tqdm import tqdm
 
 from models import formats
-from models.formats.format import Detector
+from models.detector import Detector
 from models.yolo import Model, fused, on_device
+from training.distributed import gather, main_process
 from utils.boxes import label_rows, nms, scale_boxes, xywh2xyxy
 from utils.data.coco import CocoResults
 from utils.data.config import other_names, read_data
 from utils.data.dataset import DetectionDataset
 from utils.data.loader import Batch, DetectionLoader, validation_loader
+from utils.device import select_device
 from utils.errors import UserError, run_cli
 from utils.files import new_run_folder, newest, write_json, write_text
 from utils.metrics import APResult, ConfusionMatrix, ap_per_class, fitness, match
 from utils.options import HelpfulParser, add_common, add_detection_flags, resolve
 from utils.slimming.timing import synchronize
-from utils.training.distributed import gather, main_process, select_device
 
 IOU_THRESHOLDS = torch.linspace(0.5, 0.95, 10)
 OnBatch = Callable[[int, Batch, list[Tensor]], None]

@@ -14,7 +14,7 @@ import torch
 from columns import ROOT, Row
 
 from models import checkpoint
-from models.speed import runtime_latency
+from models.formats.speed import runtime_latency
 from models.yolo import Model, fused, on_device
 from utils.data.config import read_data
 from utils.data.loader import validation_loader

@@ -15,6 +15,8 @@ from columns import OVERHEAD, RESULTS, Row, formatted
 from tqdm import tqdm
 
 from models.yolo import Model, on_device
+from training.loss import DetectionLoss, scale_gains
+from training.optimizer import ModelEMA, build_optimizer
 from utils.errors import run_cli
 from utils.options import HelpfulParser, read_hyp
 from utils.slimming import Pruner
@@ -22,8 +24,6 @@ from utils.slimming.graph import batch_norms
 from utils.slimming.sparsity import GammaL1
 from utils.slimming.target_sparsity import TargetSparsity
 from utils.tables import text_table, write_csv
-from utils.training.loss import DetectionLoss, scale_gains
-from utils.training.optimizer import ModelEMA, build_optimizer
 
 
 def measure(name: str, imgsz: int, batch: int, runs: int) -> Row:

@@ -30,12 +30,12 @@ from models import checkpoint
 from models.formats import yolov5
 from models.formats.format import export_options
 from models.yolo import Model
+from training.run import Hook, Run
 from utils.data.loader import Batch
 from utils.errors import UserError, run_cli
 from utils.files import scratch
 from utils.options import HelpfulParser
 from utils.tables import text_table, write_csv
-from utils.training.run import Hook, Run
 
 TRAIN = "train.py --data {data} --weights {weights} --imgsz 320 --batch-size 16 --workers {workers} --project {folder}"
 VAL = "val.py --data {coco} --weights {weights} --imgsz 640 --batch-size 16 --workers {workers} --project {folder}"
@@ -46,7 +46,7 @@ EPOCHS, LONG = 6, 10
 ALONE = 8  # steps of forward and backward after each epoch
 # What a training step calls -> its name in the table.
 PARTS = {(train, "forward"): "forward and loss", (Tensor, "backward"): "backward",
-         (train, "complete_gradients"): "clipping and checks", (train, "optimizer_step"): "optimizer, EMA and hooks"}
+         (train, "optimizer_step"): "clipping, checks, optimizer, EMA and hooks"}
 REST = "waiting for images, progress"
 
 

@@ -18,7 +18,7 @@ from PIL import Image, ImageOps, ImageShow
 from torch import Tensor, nn
 
 from models.augmented import TestTimeAugmentation
-from models.formats.format import Detector
+from models.detector import Detector
 from models.inference import detect
 from models.yolo import Model
 from utils.boxes import cut_out, nms, xyxy2xywh

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.formats.format import Detector
+from models.detector import Detector
 from models.yolo import whole_strides
 from utils.boxes import letterbox, scale_boxes
 from utils.data.augmentations import to_tensor_layout

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from models.speed import torch_latency
-from models.yolo import Model
+from models.yolo import Model, fused, on_device
 from utils.slimming.pruner import Pruner
+from utils.slimming.timing import latency
 
 
 def model_pruner(model: Model, imgsz: int, device: torch.device | str = "cpu",
@@ -20,3 +20,9 @@ def model_pruner(model: Model, imgsz: int, device: torch.device | str = "cpu",
         lambda models: torch_latency(models, imgsz, torch.device(device))))
     pruner.stride = int(model.stride.max())
     return pruner
+
+
+def torch_latency(models: Sequence[Model], imgsz: int, device: torch.device, batch: int = 1,
+                  runs: int = 20) -> list[float]:
+    """Median milliseconds per image of the models, fused, in PyTorch."""
+    return latency([on_device(fused(model), device) for model in models], imgsz, batch, runs)

@@ -84,7 +84,7 @@ def out_of_memory() -> None:
 
 def nan_loss() -> None:
     """The loss of a batch is not a number."""
-    from utils.training.loss import DetectionLoss
+    from training.loss import DetectionLoss
 
     call, calls = DetectionLoss.__call__, []
 
@@ -102,10 +102,11 @@ def after_steps(harm: Any) -> None:
 
     step = train.optimizer_step
 
-    def harmful(run: Any, skipped: bool) -> None:
-        step(run, skipped)
+    def harmful(run: Any, *args: Any) -> Any:
+        shown = step(run, *args)
         if run.epoch == EPOCH:
             harm(run)
+        return shown
 
     train.optimizer_step = harmful
 

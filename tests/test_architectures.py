@@ -10,12 +10,12 @@ from models.config import FOLDER, read_yaml
 from models.pruning import model_pruner
 from models.yolo import Model
 from tests.blocks import randomised
+from training.loss import DetectionLoss, scale_gains
 from utils.options import read_hyp
 from utils.slimming import Pruner, trace
 from utils.slimming.cost import profile
 from utils.slimming.graph import batch_norms
 from utils.slimming.target_sparsity import TargetSparsity
-from utils.training.loss import DetectionLoss, scale_gains
 
 # Parameters and entries of the state_dict, as stock YOLOv5 counts them.
 STOCK = {"yolov3-spp": (62998749, 445), "yolov3-tiny": (8852366, 71), "yolov3": (61949149, 439),

@@ -4,7 +4,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from utils.training.autoanchor import SAMPLE, check_anchors, evolve_anchors, fit_anchors
+from training.autoanchor import SAMPLE, check_anchors, evolve_anchors, fit_anchors
 
 FAR = np.full((3, 3, 2), 400.0)
 

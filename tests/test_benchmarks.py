@@ -11,7 +11,7 @@ import torch
 import benchmarks
 import prune
 from models import checkpoint, formats
-from models.speed import measured_in, milliseconds
+from models.formats.speed import measured_in, milliseconds
 from models.yolo import Model
 from tests.blocks import random_masks, randomised
 from utils.errors import UserError
@@ -97,7 +97,7 @@ def test_a_latency_target_is_measured_in_the_runtime(pair, tiny, tmp_path, monke
         asked.append((name, precision))
         return [float(sum(p.numel() for p in model.parameters())) for model in models]
 
-    monkeypatch.setattr("models.speed.runtime_latency", measured)
+    monkeypatch.setattr("models.formats.speed.runtime_latency", measured)
     folder = prune.main(["--weights", str(pair[0]), "--data", str(tiny), "--target", "latency=0.8", "--noval",
                          "--device", "cpu", "--score", "gamma", *flags])
     assert set(asked) == {("onnx", "int8" if "--int8" in flags else "fp32")} and len(asked) > 3
@@ -107,8 +107,8 @@ def test_a_latency_target_is_measured_in_the_runtime(pair, tiny, tmp_path, monke
 
 
 def test_times_in_the_runtime_that_was_asked_for(monkeypatch):
-    monkeypatch.setattr("models.speed.torch_latency", lambda models, *_, **__: [1.0])
-    monkeypatch.setattr("models.speed.runtime_latency", lambda models, name, *_, precision="fp32", **__: [2.0])
+    monkeypatch.setattr("models.formats.speed.torch_latency", lambda models, *_, **__: [1.0])
+    monkeypatch.setattr("models.formats.speed.runtime_latency", lambda models, name, *_, precision="fp32", **__: [2.0])
     always = [f"{name}, batch {batch}" for name in ("torch", "onnxruntime on the CPU") for batch in (1, 16)]
     monkeypatch.setattr(formats.Format, "missing", lambda self, precision="fp32": [])
     for asked, more in ((("torch",), []), (("onnxruntime",), []), (("openvino", "int8"), ["openvino int8, batch 1"])):

@@ -16,12 +16,12 @@ from models.formats.format import ExportOptions
 from models.formats.yolov5 import FORMAT, to_yolov5
 from models.yolo import Model, fused
 from tests.blocks import randomised
+from training.loss import DetectionLoss, scale_gains
 from utils.errors import UserError
 from utils.options import read_hyp
 from utils.slimming import ChannelGraph, Masks, Pruner, Rules, masked, slim, trace
 from utils.slimming.cost import CostModel, profile
 from utils.slimming.equivalence import largest_difference
-from utils.training.loss import DetectionLoss, scale_gains
 
 # Rows behind two convolutions, which give layer 0 (16 channels, stride 2) and layer 1 (32 channels, stride 4).
 ROWS: dict[str, list[list]] = {

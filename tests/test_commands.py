@@ -16,8 +16,8 @@ from models import checkpoint
 from models.yolo import Model, fused
 from tests.blocks import randomised
 from train import train
+from training.start import start_options
 from utils.options import training_parser
-from utils.training.start import start_options
 
 FAST = ["--imgsz", 64, "--batch-size", 4, "--workers", 0, "--device", "cpu"]
 

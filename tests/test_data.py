@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+from training.image_weights import image_weights
 from utils.boxes import xywh2xyxy
 from utils.data import config as config_module
 from utils.data import dataset as dataset_module
@@ -23,7 +24,6 @@ from utils.data.dataset import DetectionDataset, rect_shapes
 from utils.data.image_files import Record, decode, label_path, parse_labels
 from utils.data.loader import Batch, EpochBatchSampler, build_loader
 from utils.errors import UserError
-from utils.training.image_weights import image_weights
 
 HYP = {"mosaic": 0.7, "mixup": 0.5, "degrees": 5.0, "translate": 0.1, "scale": 0.5, "shear": 2.0, "perspective": 0.0,
        "hsv_h": 0.015, "hsv_s": 0.7, "hsv_v": 0.4, "flipud": 0.5, "fliplr": 0.5}

@@ -13,9 +13,9 @@ import prune
 import train
 from models import checkpoint
 from models.yolo import Model
+from training.distillation import distillation_loss
+from training.optimizer import suited_nbs
 from utils.errors import UserError
-from utils.training.distillation import distillation_loss
-from utils.training.optimizer import suited_nbs
 
 GAINS = {"box": 0.05, "obj": 1.0, "cls": 0.5}
 BALANCE = (4.0, 1.0, 0.4)

@@ -14,16 +14,17 @@ import train_sparsity
 from models import checkpoint
 from models.yolo import Model
 from tests.blocks import randomised
+from training import distributed, resume
+from training.distributed import device_of_rank
+from training.optimizer import EarlyStopping, build_optimizer
+from training.run import Hook, amp_name
+from training.sample import TrainingSample
+from training.start import start_options
+from utils import device
 from utils.errors import NonFiniteError, UserError
 from utils.files import newest
 from utils.options import at_least, resolve, training_parser
 from utils.slimming.sparsity import GammaL1
-from utils.training import distributed, resume
-from utils.training.distributed import device_of_rank
-from utils.training.optimizer import EarlyStopping, build_optimizer
-from utils.training.run import Hook, amp_name
-from utils.training.sample import TrainingSample
-from utils.training.start import start_options
 from val import evaluate
 
 FAST = ["--imgsz", "64", "--batch-size", "4", "--workers", "0", "--device", "cpu", "--noplots"]
@@ -142,16 +143,17 @@ def test_importance_does_not_see_the_penalty():
 
 
 def test_the_reach_of_a_batch_above_the_nominal_one_counts_in_full():
-    from utils.training.optimizer import Schedule
+    from training.optimizer import Schedule
+    from training.sparsity_report import l1_note
 
     hyp = {"lr0": 0.01, "lrf": 1.0, "momentum": 0.9, "warmup_epochs": 0.0}
     norm = torch.nn.BatchNorm2d(4)
 
     def reach(batch_size):
         schedule = Schedule(hyp, 10, 100, batch_size, 64)
-        opt = Namespace(hyp=hyp, epochs=10, batch_size=batch_size, nbs=64, optimizer="SGD")
-        run = SimpleNamespace(opt=opt, schedule=schedule, loader=range(100))
-        text = train_sparsity.l1_note(run, GammaL1([norm], 0.001, 10))
+        opt = Namespace(hyp=hyp, epochs=10, batch_size=batch_size, optimizer="SGD")
+        run = SimpleNamespace(opt=opt, nbs=64, schedule=schedule, loader=range(100))
+        text = l1_note(run, GammaL1([norm], 0.001, 10))
         return float(text.split("holds by ")[1].split()[0])
 
     assert reach(128) == pytest.approx(2 * reach(64), rel=0.05)
@@ -298,9 +300,9 @@ def test_torchruns_processes_take_the_gpus_of_the_flag(four_gpus):
 
 
 def test_a_single_gpu_becomes_the_current_one(four_gpus):
-    assert str(distributed.select_device("1")) == "cuda:1" and four_gpus == ["cuda:1"]
+    assert str(device.select_device("1")) == "cuda:1" and four_gpus == ["cuda:1"]
     with pytest.raises(UserError, match="torchrun --nproc_per_node 2"):
-        distributed.select_device("0,1")
+        device.select_device("0,1")
 
 
 def test_processes_wait_for_the_main_one_longer_than_nccls_ten_minutes(monkeypatch):

@@ -19,10 +19,10 @@ from models.yolo import Model
 from tests.blocks import Net, randomised
 from tests.conftest import ROOT
 from tests.test_blocks import check_cut
+from training.loss import DetectionLoss, scale_gains
 from utils.errors import UserError
 from utils.options import read_hyp
 from utils.slimming import Pruner, Rules, trace
-from utils.training.loss import DetectionLoss, scale_gains
 
 EXAMPLE = ROOT / "examples" / "yolov5n-attention.yaml"
 KEPT_WHOLE = {"SE": set(), "CoordAttention": set(), "ECA": {"block.0.bn"}, "CBAM": {"block.0.bn"}}

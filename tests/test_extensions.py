@@ -22,12 +22,12 @@ from models.formats import ExportOptions, Format, formats, register
 from models.yolo import Model
 from tests.blocks import randomised
 from train import train
+from training.run import Hook, Run
 from utils.options import pruning_parser, resolve, training_parser
 from utils.slimming import SCORES, TARGETS, Pruner, Target, TracedModel, group_mean, register_passthrough, slim
 from utils.slimming.cost import profile
 from utils.slimming.equivalence import largest_difference
 from utils.slimming.tracing import PASSTHROUGH
-from utils.training.run import Hook, Run
 
 
 @pytest.fixture(autouse=True)

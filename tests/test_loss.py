@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from utils.training.loss import DetectionLoss, assign, scale_gains
+from training.loss import DetectionLoss, assign, scale_gains
 
 CASES = ["nc3", "nc1", "smooth_focal", "empty"]
 HYP = {"box": 0.05, "cls": 0.5, "obj": 1.0, "cls_pw": 1.0, "obj_pw": 1.0, "anchor_t": 4.0, "fl_gamma": 0.0}

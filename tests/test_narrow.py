@@ -14,9 +14,9 @@ from models import checkpoint
 from models.yolo import Model
 from tests import crash
 from tests.blocks import random_masks, randomised
+from training.narrow import narrow_optimizer
+from training.optimizer import ModelEMA, build_optimizer
 from utils.slimming import masked, slim, trace
-from utils.training.narrow import narrow_optimizer
-from utils.training.optimizer import ModelEMA, build_optimizer
 
 
 def step(model, optimizer, images) -> None:

@@ -39,7 +39,7 @@ def test_a_cpu_keeps_freed_memory_for_the_next_step():
     """Pages of 4 KB that the system hands out for 64 MB: thousands at first, none in the end, where they were kept."""
     first, *later = map(int, python("""
 import resource, torch
-from utils.training.distributed import select_device
+from utils.device import select_device
 select_device("cpu")
 for _ in range(24):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

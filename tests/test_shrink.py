@@ -20,11 +20,11 @@ from tests.blocks import NETWORKS, Net, randomised
 from tests.test_commands import rows
 from train import optimizer_step
 from train_sparsity import SparsityHook
+from training.distributed import World
+from training.optimizer import ModelEMA, build_optimizer
+from training.run import Run, Step
 from utils.slimming import slim
 from utils.slimming.target_sparsity import TargetSparsity
-from utils.training.distributed import World
-from utils.training.optimizer import ModelEMA, build_optimizer
-from utils.training.run import Run
 
 STEPS = 8
 
@@ -34,11 +34,11 @@ def prepared(model: nn.Module, optimizer: str, **flags: object) -> tuple[Run, Sp
     if not isinstance(model, Model):  # what a Run asks of a detector
         model.masks, model.detect, model.yaml, model.stride = {}, None, {"ch": 3}, torch.tensor([32])
     model = model.double().train()
-    known = {"imgsz": 64, "sr": 0.0, "sr_bias": None, "epochs": 1, "target_sparsity": 0.5, "target": None,
+    known = {"sr": 0.0, "sr_bias": None, "epochs": 1, "target_sparsity": 0.5, "target": None,
              "percent": 0.5, "round_to": 1, "per_flop": True, "shortcuts": "joint", "keep": [], "only": [],
-             "shrink": True, "nbs": 1}
+             "shrink": True}
     hook = SparsityHook()
-    run = Run(Namespace(**{**known, **flags}), World(0, 1, torch.device("cpu")), Path(), None, model, model,
+    run = Run(Namespace(**{**known, **flags}), 64, 1, World(0, 1, torch.device("cpu")), Path(), None, model, model,
               build_optimizer(model, optimizer, 0.01, 0.9, 0.001), torch.amp.GradScaler("cpu", enabled=False), None,
               ModelEMA(model), Namespace(detect=None), range(STEPS), None, [hook], None, None)
     hook.start(run)
@@ -49,8 +49,9 @@ def go(run: Run, step: int, images: torch.Tensor) -> None:
     """One step of train.py's loop, with a loss that knows no detector."""
     run.iteration = step
     outputs = run.model(images)
-    sum(y.square().mean() for y in ([outputs] if torch.is_tensor(outputs) else outputs)).backward()
-    optimizer_step(run, False)
+    loss = sum(y.square().mean() for y in ([outputs] if torch.is_tensor(outputs) else outputs))
+    loss.backward()
+    optimizer_step(run, Step(1, 1, loss.detach().view(1)), torch.zeros(3))
 
 
 def outputs(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
@@ -87,7 +88,7 @@ def check(first: nn.Module, optimizer: str, monkeypatch: pytest.MonkeyPatch, **f
         assert hook.plan.target.dead.equal(shrinking.plan.target.dead)
         if cuts:  # the step after a cut, and those after it
             for mine, theirs in ((narrow.model, wide.model), (narrow.ema.ema, wide.ema.ema)):
-                expected = slim(theirs, shrinking.kept, hook.plan.pruner.graph).state_dict()
+                expected = slim(theirs, shrinking.remaining.left, hook.plan.pruner.graph).state_dict()
                 assert all(torch.allclose(value, expected[key], rtol=1e-9, atol=1e-10)
                            for key, value in mine.state_dict().items()), step
         if step in (4, 6, STEPS - 1):
@@ -96,12 +97,13 @@ def check(first: nn.Module, optimizer: str, monkeypatch: pytest.MonkeyPatch, **f
             cuts += model is not narrow.model
             after = [outputs(m, images) for m in (narrow.model, narrow.ema.ema)]
             assert all((a - b).abs().max() <= 1e-9 * a.abs().max() for a, b in zip(before, after))
-    assert shrinking.done and hook.plan.target.settled
-    gone = sum(int((~mask).sum()) for mask in shrinking.kept.values())
+    assert shrinking.settled and hook.plan.target.settled
+    gone = sum(int((~mask).sum()) for mask in shrinking.remaining.left.values())
     assert cuts > 1 and gone == sum(int(flags.sum()) for flags in hook.plan.target.gone)
-    shown = shrinking.plan.averaged
-    shrinking.look()
-    assert all(torch.equal(shown[name].weight == 0, norm.weight == 0) for name, norm in hook.plan.averaged.items())
+    for run, one in ((wide, hook), (narrow, shrinking)):
+        one.plan.look(run.ema.ema, one.remaining)
+    shown = shrinking.plan.shown
+    assert all(torch.equal(shown[name].weight == 0, norm.weight == 0) for name, norm in hook.plan.shown.items())
 
 
 @pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
@@ -120,7 +122,7 @@ def test_synchronised_batch_norms_are_cut(cfg):
     hook.plan.target.shrink(1.0)
     before = outputs(run.model, images)
     hook.shrink()
-    assert hook.done and isinstance(run.model.model[0].bn, nn.SyncBatchNorm) and run.model.masks
+    assert hook.settled and isinstance(run.model.model[0].bn, nn.SyncBatchNorm) and run.model.masks
     assert torch.allclose(outputs(run.model, images), before, rtol=1e-9, atol=1e-9)
 
 

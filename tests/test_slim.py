@@ -11,10 +11,10 @@ from models import checkpoint
 from models.yolo import Model
 from tests import crash
 from tests.test_crash import run_with
+from training.pipeline import Pipeline, known_pipeline
 from utils.errors import UserError
 from utils.slimming.cost import profile
 from utils.slimming.targets import TARGETS, Target
-from utils.training.pipeline import Pipeline, known_pipeline
 
 WHERE = ("torch", "onnxruntime int8")
 

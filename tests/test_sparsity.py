@@ -13,12 +13,12 @@ from torch import nn
 from models.config import read_yaml
 from models.yolo import Model
 from train import complete_gradients, optimizer_step
+from training.optimizer import ModelEMA
+from training.run import Hook, Step
+from training.sparsity import SparsityPlan
 from utils.errors import NonFiniteError
 from utils.slimming.sparsity import GammaL1, gamma_stats, l1_reach
 from utils.slimming.target_sparsity import TargetSparsity
-from utils.training.optimizer import ModelEMA
-from utils.training.run import Hook
-from utils.training.sparsity import SparsityPlan
 
 
 def norm(values=(0.5, -0.2, 0.0)) -> nn.BatchNorm2d:
@@ -65,14 +65,14 @@ class _Penalty(Hook):
 def one_module_run(m: nn.Module, hook: Hook, scaler: torch.amp.GradScaler) -> SimpleNamespace:
     """What a step of the loop looks at, for one module."""
     return SimpleNamespace(scaler=scaler, optimizer=torch.optim.SGD(m.parameters(), lr=1.0), model=m, hooks=[hook],
-                           ema=ModelEMA(m), statistics_norm=lambda: m.weight.new_zeros(()), skipped=0)
+                           ema=ModelEMA(m), nbs=1, epoch=0, folder=Path("runs/x"), skipped=0,
+                           statistics_norm=lambda: m.weight.new_zeros(()))
 
 
 def step(run: SimpleNamespace) -> None:
     """What the loop does once a step's gradients are there."""
     weight = run.model.weight
-    _, skipped = complete_gradients(run, weight.new_zeros(3), weight.new_zeros(1), ["a.jpg"])
-    optimizer_step(run, skipped)
+    optimizer_step(run, Step(1, 1, weight.new_zeros(1), ["a.jpg"]), weight.new_zeros(3))
 
 
 @pytest.mark.parametrize("scale", [1.0, 65536.0])
@@ -291,9 +291,9 @@ def test_channels_of_a_layer_that_are_coupled_to_others_or_among_themselves():
     (0.25, 0.5, 16), (0.25, 0.75, 8), (0.125, 0.6, 8), (0.0625, 0.5, 8)])
 def test_blocks_are_as_large_as_leaves_a_choice(width, share, expected):
     model = Model({**read_yaml("yolov5n.yaml"), "width_multiple": width}, nc=3)
-    opt = Namespace(imgsz=64, sr=0.0, sr_bias=None, epochs=1, target_sparsity=share, target=None, round_to=None,
+    opt = Namespace(sr=0.0, sr_bias=None, epochs=1, target_sparsity=share, target=None, round_to=None,
                     per_flop=False, shortcuts="skip", keep=[], only=[])
-    plan = SparsityPlan(opt, model, model, {}, set())
+    plan = SparsityPlan(opt, 64, model, set())
     assert plan.target is not None
     assert plan.round_to == expected and share <= 0.9 * plan.target.most
 
@@ -319,7 +319,7 @@ def test_what_is_not_finite_stops_the_step_and_is_named(loss, gradient, statisti
     run = one_module_run(m, _Penalty(m), torch.amp.GradScaler("cpu", enabled=scaling))
     run.epoch, run.folder, run.statistics_norm = 4, Path("runs/x"), lambda: torch.tensor(statistics)
     run.scaler.scale((m.weight * gradient).sum()).backward()
-    arguments = run, torch.tensor([0.1, 0.2, 0.3]), torch.tensor([loss]), ["d/a.jpg"]
+    arguments = run, Step(1, 1, torch.tensor([loss]), ["d/a.jpg"]), torch.tensor([0.1, 0.2, 0.3])
     if word is None:
         losses, skipped = complete_gradients(*arguments)
         assert losses == pytest.approx([0.1, 0.2, 0.3]) and skipped

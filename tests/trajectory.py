@@ -18,8 +18,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.training.gradual import GradualCut
-from utils.training.run import Hook, Run  # noqa: E402
+from training.gradual import GradualCut
+from training.run import Hook, Run  # noqa: E402
 
 
 class Additive(Hook):

@@ -91,11 +91,11 @@ def _machine() -> str:
 @cache  # once in a process is enough, and a folder of very many files takes its time
 def _remove_half_written(folder: Path) -> None:
     """Remove what processes have left that were killed while they wrote into this folder with atomic()."""
-    for entry in os.scandir(folder):
-        if found := HALF_WRITTEN.fullmatch(entry.name):
-            with suppress(OSError):  # another process may have removed it
+    with suppress(OSError):  # a folder that can be written but not read, or another process was faster
+        for entry in os.scandir(folder):
+            if (found := HALF_WRITTEN.fullmatch(entry.name)) and entry.is_file(follow_symlinks=False):
                 dead = found["machine"] == _machine() and not _alive(int(found["process"]))
-                if entry.is_file(follow_symlinks=False) and (dead or time.time() - entry.stat().st_mtime > STALE):
+                if dead or time.time() - entry.stat().st_mtime > STALE:
                     os.unlink(entry.path)
 
 

@@ -10,37 +10,17 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from models.detector import Detector
 from models.yolo import Model
 from utils.errors import UserError
 
 PRECISIONS = {"fp32": "", "fp16": "_fp16", "int8": "_int8"}  # precision -> what a file's name says of it
-
-
-class Detector(Protocol):
-    """What val.py and detect.py ask of a model. Model itself is one."""
-
-    names: dict[int, str]
-
-    @property
-    def stride(self) -> Any:
-        """Largest stride, or one per level, in pixels."""
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Type of the images, whose values lie in 0..1."""
-
-    @property
-    def input_shape(self) -> tuple[int, ...]:
-        """(B, C, h, w) that the model takes; 0 stands for any number."""
-
-    def __call__(self, images: Tensor) -> Any:
-        """(B, C, h, w) -> (decoded (B, N, nc + 5), raw outputs or None)."""
 
 
 @dataclass(frozen=True)

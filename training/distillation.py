@@ -9,9 +9,9 @@ from torch import Tensor
 
 from models import checkpoint
 from models.yolo import Detect, Model, fused, on_device
+from training.run import Hook, Run
 from utils.data.loader import Batch
 from utils.errors import UserError
-from utils.training.run import Hook, Run
 
 
 class Teacher(Hook):

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from models.yolo import Model, on_device
+from training.loss import DetectionLoss, scale_gains
 from utils.data.config import read_data
 from utils.data.dataset import DetectionDataset
 from utils.data.loader import build_loader
 from utils.errors import UserError
-from utils.training.loss import DetectionLoss, scale_gains
 
 IMAGES = 128  # that scores on data and --absorb look at
 

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 
 from models import checkpoint
+from training.distributed import device_of_before, first_process
+from training.run import Run
 from utils.data.config import read_data
 from utils.errors import NonFiniteError, UserError
 from utils.files import command_line, in_use, newest, read_yaml_mapping
 from utils.options import trained_data
-from utils.training.distributed import device_of_before, first_process
-from utils.training.run import Run
 
 
 def require_finite(run: Run) -> None:
@@ -26,10 +26,10 @@ def require_finite(run: Run) -> None:
         for key, value in model.state_dict().items():
             if value.is_floating_point() and not bool(torch.isfinite(value).all()):
                 epoch = run.iteration // len(run.loader) + 1
-                raise NonFiniteError(f"{key} is not finite after epoch {epoch}; nothing of it was saved, {whole(run)}")
+                raise NonFiniteError(f"{key} is not finite after epoch {epoch}; nothing of it was saved, {mend(run)}")
 
 
-def whole(run: Run) -> str:
+def mend(run: Run) -> str:
     """The second half of a NonFiniteError's message."""
     last = run.folder / "weights" / "last.pt"
     return f"{last} is whole; try a smaller lr0 in --hyp, --amp off, or a smaller --sr"
@@ -66,9 +66,9 @@ def record(run: Run) -> dict[str, Any]:
     """What every checkpoint tells about where it came from."""
     from_hooks = {key: value for hook in run.hooks for key, value in hook.record().items()}
     images = {split: len(loader.dataset) for split, loader in (("train", run.loader), ("val", run.val_loader))}
-    return {"opt": vars(run.opt), "folder": str(run.folder.resolve()), "data": run.opt.data, "images": images,
-            "imgsz": run.opt.imgsz, "hyp": run.opt.hyp, "epochs_done": run.epoch, "command": command_line(),
-            "metrics": dict(run.results), **from_hooks}
+    return {"opt": run.settings, "folder": str(run.folder.resolve()), "data": run.opt.data, "images": images,
+            "imgsz": run.imgsz, "hyp": run.opt.hyp, "epochs_done": run.epoch, "command": command_line(),
+            "metrics": dict(run.metrics), **from_hooks}
 
 
 # Flags that --resume takes. All others belong to the schedule, the optimizer's state or the model, and stay.

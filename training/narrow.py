@@ -6,10 +6,11 @@ from copy import deepcopy
 import torch
 from torch import Tensor, nn
 
+from models.yolo import Model
+from training.run import Run
 from utils.slimming import trace
 from utils.slimming.graph import ChannelGraph, Masks
-from utils.slimming.surgery import slim
-from utils.training.run import Run
+from utils.slimming.surgery import last_masks, slim
 
 
 def narrow(run: Run, masks: Masks) -> None:
@@ -46,3 +47,37 @@ def narrow_optimizer(optimizer: torch.optim.Optimizer, old: nn.Module, new: nn.M
         group["params"] = [after[names[parameter]] for parameter in group["params"]]
     optimizer.state.clear()
     optimizer.state.update({after[name]: values for name, values in state.items()})
+
+
+class RemainingChannels:
+    """Which channels of the model that a run started with are left, and the way between that model and the present one.
+
+    before: masks of the start, over the channels of the first, dense model: what a checkpoint calls masks.
+    left: masks of the present model, over the channels of the start. A BatchNorm without a mask has all of them.
+    """
+
+    def __init__(self, before: Masks, model: Model):
+        self.before = dict(before)
+        self.follow(model)
+
+    def follow(self, model: Model) -> None:
+        """`model` is the present one."""
+        self.left: Masks = last_masks(self.before, model.masks)
+
+    @property
+    def fewer(self) -> bool:
+        """Has anything been cut since the start?"""
+        return not all(bool(mask.all()) for mask in self.left.values())
+
+    def present(self, masks: Masks) -> Masks:
+        """Masks over the channels of the start -> over those that are left."""
+        return last_masks(self.left, masks)
+
+    def spread(self, name: str, values: Tensor) -> Tensor:
+        """Values of a BatchNorm's channels -> of its channels at the start, on the CPU; 0 where one was cut."""
+        values = values.detach().cpu()
+        if name not in self.left:
+            return values
+        wide = values.new_zeros(len(self.left[name]))
+        wide[self.left[name]] = values
+        return wide

@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from training.run import Hook, Run
 from utils.errors import UserError
 from utils.files import newest, write_json
-from utils.training.run import Hook, Run
 
 STATE = "slim.json"
 PRUNE = "prune.py"

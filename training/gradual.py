@@ -5,12 +5,12 @@ from typing import Any
 
 import numpy as np
 
+from training.narrow import narrow
+from training.run import Hook, Run
 from utils.slimming import trace
 from utils.slimming.cost import profile
 from utils.slimming.graph import Masks, batch_norms
 from utils.slimming.target_sparsity import TargetSparsity
-from utils.training.narrow import narrow
-from utils.training.run import Hook, Run
 
 SHARE = 1 / 3  # of the run, in which the channels go
 
@@ -54,7 +54,7 @@ class GradualCut(Hook):
         masks, self.masks = self.masks, {}
         narrow(self.run, masks)
         if self.run.world.main:
-            cost = profile(self.run.model, self.run.opt.imgsz)
+            cost = profile(self.run.model, self.run.imgsz)
             print(f"{'':>11}slim from here on: {cost.parameters:,} parameters, {cost.gflops:.2f} GFLOPs")
 
     def may_be_best(self) -> bool:

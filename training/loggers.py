@@ -8,7 +8,7 @@ from typing import Any
 from utils.files import write_text
 
 
-class RunLog:
+class RunLogger:
     """results.csv and TensorBoard events in a run's folder. `tb` is a SummaryWriter for what hooks add of their own.
 
     On resume, rows from `start_epoch` on are dropped from both, so that no epoch is lost or doubled.

@@ -15,13 +15,13 @@ from torch import nn
 
 from models import checkpoint
 from models.yolo import Model, set_anchors, with_classes
+from training.autoanchor import fit_anchors
+from training.distributed import World, broadcast
 from utils.data.config import other_names
 from utils.data.dataset import DetectionDataset
 from utils.errors import UserError
 from utils.files import in_use, new_run_folder
 from utils.options import resolve
-from utils.training.autoanchor import fit_anchors
-from utils.training.distributed import World, broadcast
 
 
 def start_options(opt: Namespace) -> Namespace:
@@ -87,15 +87,15 @@ def move_away(weights: Path) -> None:
         file.rename(name)
 
 
-def adapt_anchors(opt: Namespace, model: Model, dataset: DetectionDataset, world: World) -> None:
+def adapt_anchors(opt: Namespace, imgsz: int, model: Model, dataset: DetectionDataset, world: World) -> None:
     """Autoanchor: fit the anchors to the data set's boxes unless they fit already."""
     if opt.noautoanchor:
         return
     largest = dataset.shapes.max(1, keepdims=True)
-    sizes = dataset.shapes / largest * opt.imgsz
+    sizes = dataset.shapes / largest * imgsz
     wh = dataset.labels.flat()[:, 3:5] * np.repeat(sizes, dataset.labels.counts, 0)
     pixels = (model.detect.anchors * model.stride.view(-1, 1, 1)).cpu().numpy()
-    better, message = fit_anchors(wh, pixels, opt.imgsz, opt.hyp["anchor_t"], opt.seed)
+    better, message = fit_anchors(wh, pixels, imgsz, opt.hyp["anchor_t"], opt.seed)
     if world.main:
         print(message)
     if better is not None:

@@ -3,16 +3,17 @@ from __future__ import annotations
 
 import math
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
+import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from models.pruning import model_pruner
 from models.yolo import Model
+from training.narrow import RemainingChannels
 from utils.errors import UserError
-from utils.slimming.graph import Masks, batch_norms, matching
+from utils.slimming.graph import batch_norms, matching
 from utils.slimming.ranking import NothingToCutError
 from utils.slimming.sparsity import GammaL1
 from utils.slimming.target_sparsity import TargetSparsity
@@ -30,25 +31,44 @@ class SparsityPlan:
     The channel graph tells which BatchNorms are prunable: not those whose channels a shortcut's addition couples to
     others, unless --shortcuts joint takes such channels as one.
 
-    opt: of train_sparsity.py. average: the model that the pruner looks at, `model` or its moving average. resumed: the
-    checkpoint of a run that goes on, or {}. frozen: BatchNorms that do not train.
+    opt: of train_sparsity.py. imgsz: of the images, in pixels. start: a model of the shape that the run starts with, on
+    its device; it is the plan's own. frozen: names of BatchNorms that do not train. round_to: size of the blocks of a
+    run that goes on, or 0.
     UserError where there is none to act on, or the target can't be reached.
     """
 
-    def __init__(self, opt: Namespace, model: Model, average: Model, resumed: Mapping[str, Any], frozen: set[str]):
-        self.opt, self.resumed, self.frozen = opt, resumed, frozen
+    def __init__(self, opt: Namespace, imgsz: int, start: Model, frozen: set[str], round_to: int = 0):
+        self.opt, self.frozen = opt, frozen
         try:
-            self.pruner = model_pruner(average, opt.imgsz)
+            self.pruner = model_pruner(start, imgsz)
         except NothingToCutError:
             raise UserError(NO_NORMS) from None
         except ValueError as error:
             raise UserError(f"sparsity: {error}") from None
-        names = self._chosen_norms()
-        self.averaged = {name: self.pruner.norms[name] for name in names}
-        self.norms = batch_norms(model, names)
-        self.penalty = GammaL1(list(self.norms.values()), opt.sr, opt.epochs, opt.sr_bias)
+        # Their scales and shifts are those of the average, over the channels of the start: see look().
+        self.shown = {name: self.pruner.norms[name] for name in self._chosen_norms()}
         self.round_to = 1
-        self.target = self._build_target() if opt.target_sparsity or opt.target else None
+        given = opt.round_to or round_to
+        sizes = (given,) if given else BLOCK_SIZES
+        self.target = self._build_target(sizes) if opt.target_sparsity or opt.target else None
+        start.cpu()  # the target has its tables on the device
+
+    def attach(self, model: Model, average: Model, remaining: RemainingChannels) -> None:
+        """Act on these models from now on, of which so many channels are left."""
+        self.norms = batch_norms(model, self.shown)
+        norms = list(self.norms.values())
+        self.penalty = GammaL1(norms, self.opt.sr, self.opt.epochs, self.opt.sr_bias)
+        if self.target:
+            left = [remaining.left[name].numpy() for name in self.shown] if remaining.left else None
+            self.target.follow(norms, list(batch_norms(average, self.shown).values()), left)
+
+    @torch.no_grad()
+    def look(self, average: Model, remaining: RemainingChannels) -> None:
+        """Show the pruner the average's scales and shifts, which is what is saved."""
+        for name, norm in batch_norms(average, self.pruner.norms).items():
+            shown = self.pruner.norms[name]
+            shown.weight.copy_(remaining.spread(name, norm.weight))
+            shown.bias.copy_(remaining.spread(name, norm.bias))
 
     def _chosen_norms(self) -> list[str]:
         """Names of the BatchNorms to act on, as --shortcuts, --only, --keep and --freeze leave them."""
@@ -64,20 +84,15 @@ class SparsityPlan:
             raise UserError(NO_NORMS)
         return names
 
-    def _build_target(self) -> TargetSparsity:
-        """The rule of --target-sparsity, in blocks of --round-to.
-
-        Without that flag they are of the largest size that leaves a choice of blocks.
-        """
+    def _build_target(self, sizes: Sequence[int]) -> TargetSparsity:
+        """The rule of --target-sparsity, in blocks of the first, largest, of `sizes` that leaves a choice of blocks."""
         opt, graph = self.opt, self.pruner.graph
         flops = self.pruner.costs.flops_per_channel()
-        costs = [flops[name] for name in self.norms] if opt.per_flop else None
-        groups = [graph.group[graph.norms[name]] for name in self.norms]
-        # The average of a gamma that is 0 comes near 0 but never there, so it is set to 0 as well.
-        norms, averaged = list(self.norms.values()), list(self.averaged.values())
+        costs = [flops[name] for name in self.shown] if opt.per_flop else None
+        groups = [graph.group[graph.norms[name]] for name in self.shown]
         wanted = opt.target_sparsity or 1 - opt.target[1]  # share of the channels, or of the figure, that is to go
-        for size in self._block_sizes():
-            target = TargetSparsity(norms, opt.target_sparsity, averaged, costs, groups, size)
+        for size in sizes:
+            target = TargetSparsity(list(self.shown.values()), opt.target_sparsity, (), costs, groups, size)
             most = target.most if opt.target_sparsity else 1 - self.figure_without(target.most_gone)
             if wanted <= 0.9 * most:
                 break
@@ -91,14 +106,6 @@ class SparsityPlan:
             raise UserError(f"{asked}: at most {math.floor(1000 * most) / 1000} of the {of_what} can go{end}")
         return target
 
-    def _block_sizes(self) -> tuple[int, ...]:
-        """The sizes of blocks to try, in order. A resumed run goes on with its own."""
-        if self.opt.round_to:
-            return (self.opt.round_to,)
-        if self.resumed:
-            return (self.resumed.get("sparsity", {}).get("round_to", 1),)  # 1: the run is older than blocks
-        return BLOCK_SIZES
-
     def figure_without(self, gone: Sequence[np.ndarray]) -> float:
         """The figure of --target, 0..1 of the start's, without these channels: bool (channels,) per BatchNorm."""
         return TARGETS[self.opt.target[0]].value(self.pruner, self.kept_without(gone))
@@ -107,7 +114,7 @@ class SparsityPlan:
         """Channels that go -> what is kept, bool (ids,); a convolution that would be left without any keeps all."""
         graph = self.pruner.graph
         keep = np.ones(len(graph.group), bool)
-        for name, flags in zip(self.norms, gone):
+        for name, flags in zip(self.shown, gone):
             keep[graph.group[graph.norms[name][flags]]] = False
         for ids in graph.outputs.values():
             if not keep[graph.group[ids]].any():
@@ -117,15 +124,6 @@ class SparsityPlan:
     def reached(self, gone: list[np.ndarray]) -> bool:
         """Is --target reached without these channels?"""
         return self.figure_without(gone) <= self.opt.target[1]
-
-    def follow(self, model: Model, average: Model, kept: Masks) -> None:
-        """Act on these models from now on: the first ones, of whose channels `kept` are left."""
-        self.norms = batch_norms(model, list(self.norms))
-        self.averaged = {name: self.pruner.norms[name] for name in self.norms}
-        self.penalty = GammaL1(list(self.norms.values()), self.opt.sr, self.opt.epochs, self.opt.sr_bias)
-        if self.target:
-            averaged = list(batch_norms(average, self.norms).values())
-            self.target.follow(list(self.norms.values()), averaged, [kept[name].numpy() for name in self.norms])
 
 
 def frozen_norms(model: Model) -> set[str]:

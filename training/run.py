@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from models.yolo import Model
+from training.distributed import World, wrapped
+from training.interruption import Listener
+from training.loggers import RunLogger
+from training.loss import DetectionLoss
+from training.optimizer import EarlyStopping, ModelEMA, Schedule
 from utils.data.config import DataConfig
 from utils.data.loader import Batch, DetectionLoader
 from utils.metrics import APResult
-from utils.training.distributed import World, wrapped
-from utils.training.interruption import Listener
-from utils.training.loggers import RunLog
-from utils.training.loss import DetectionLoss
-from utils.training.optimizer import EarlyStopping, ModelEMA, Schedule
 
 
 class Hook:
@@ -52,7 +52,7 @@ class Hook:
         """Add what results.csv and TensorBoard should carry for this epoch."""
 
     def narrowed(self) -> None:
-        """run.model and run.ema.ema are other objects now, with fewer channels (utils/training/narrow.py)."""
+        """run.model and run.ema.ema are other objects now, with fewer channels (training/narrow.py)."""
 
     def end(self) -> None:
         """The last epoch is over. Called in the main process only: time for pictures."""
@@ -74,10 +74,27 @@ class Hook:
 
 
 @dataclass
+class Step:
+    """The micro-batches of one optimizer step, as far as they are done."""
+
+    batches: int = 0
+    images: int = 0  # over all processes
+    loss: Any = 0.0  # (1,) the sum of theirs
+    paths: list[str] = field(default_factory=list)  # of this process's images
+
+    def add(self, batch: Batch, loss: Tensor, processes: int) -> None:
+        """One more, with its loss (1,)."""
+        self.batches, self.images = self.batches + 1, self.images + len(batch.images) * processes
+        self.loss, self.paths = self.loss + loss.detach(), self.paths + batch.paths
+
+
+@dataclass
 class Run:
     """Everything of a training run; hooks may look at all of it."""
 
-    opt: Namespace
+    opt: Namespace                # as the command line and the defaults say; it does not change
+    imgsz: int                    # in pixels, whole strides
+    nbs: int                      # nominal batch
     world: World
     folder: Path
     config: DataConfig
@@ -93,7 +110,7 @@ class Run:
     hooks: Sequence[Hook]
     stopper: EarlyStopping
     signals: Listener             # SIGINT and SIGTERM
-    log: RunLog | None = None     # None on all processes but the main one
+    logger: RunLogger | None = None  # None on all processes but the main one
     resumed: dict[str, Any] = field(default_factory=dict)  # the checkpoint that the run goes on from; empty if new
     epoch: int = 0
     iteration: int = 0            # batches since the beginning of epoch 0
@@ -103,7 +120,7 @@ class Run:
     images: Tensor = field(default_factory=lambda: torch.empty(0))  # (B, C, h, w) in 0..1, this micro-batch's
     skipped: int = 0              # steps in a row that the scaler has skipped
     ap: APResult | None = None    # of the last validation, over all processes' images
-    results: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)  # the last epoch's log
     _statistics: list[Tensor] | None = None
 
     def replace_model(self, model: Model, ema: Model) -> None:
@@ -123,6 +140,11 @@ class Run:
         if not self._statistics:
             return torch.zeros((), device=self.world.device)
         return torch.stack(torch._foreach_norm(self._statistics)).sum()
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The options with what this run has made of them: a run that goes on takes no others."""
+        return {**vars(self.opt), "imgsz": self.imgsz, "nbs": self.nbs}
 
     @property
     def progress(self) -> float:

@@ -1,7 +1,6 @@
 """One process or many: what torchrun tells, in one value."""
 from __future__ import annotations
 
-import ctypes
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from utils.device import gpu, select_device
 from utils.errors import UserError
 
 T = TypeVar("T")
@@ -35,60 +35,6 @@ class World:
         return self.rank == 0
 
 
-def select_device(name: str, half: bool = False) -> torch.device:
-    """"" (the first GPU if there is one), "cpu", "0", "cuda:1" or "mps" -> device. A GPU becomes the current
-    one; a process that computes on a CPU keeps the memory that it frees.
-
-    half: it will compute in fp16. UserError for a device that is not there, or can't.
-    """
-    name = str(name or "").strip().lower().removeprefix("cuda:")
-    if "," in name:
-        count = len(name.split(","))
-        raise UserError(f"--device {name}: several GPUs are started with: "
-                        f"torchrun --nproc_per_node {count} train.py ... --device {name}")
-    device = _gpu("0") if name in ("", "cuda") and torch.cuda.is_available() else _named_device(name)
-    if device.type == "cpu":
-        _keep_freed_memory()
-    if half and device.type == "cpu":
-        raise UserError("--half: fp16 needs a GPU; leave it out on a CPU")
-    return device
-
-
-def _keep_freed_memory() -> None:
-    """Keep what is freed for what comes next, which glibc else gives back to the system page by page.
-
-    Where the C library is another one nothing happens. See mallopt(3).
-    """
-    trim_threshold, mmap_threshold, old_maximum = -1, -3, 2**25
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
-    if mallopt is not None:
-        mallopt(trim_threshold, 2**31 - 1)
-        if not mallopt(mmap_threshold, 2**30):
-            mallopt(mmap_threshold, old_maximum)
-
-
-def _named_device(name: str) -> torch.device:
-    if name in ("", "cuda", "cpu"):
-        return torch.device("cpu")
-    if name != "mps":
-        return _gpu(name)
-    if not torch.backends.mps.is_available():
-        raise UserError("--device mps: this PyTorch has no Metal here; use --device cpu")
-    return torch.device("mps")
-
-
-def _gpu(number: str) -> torch.device:
-    """The GPU of this number, made the current one: what is not told a device goes there."""
-    if not number.isdigit():
-        raise UserError(f"--device {number}: give cpu, mps or the number of a GPU")
-    if not torch.cuda.is_available() or int(number) >= torch.cuda.device_count():
-        raise UserError(f"--device {number}: this PyTorch sees {torch.cuda.device_count()} GPUs; "
-                        "use --device cpu or another number")
-    device = torch.device(f"cuda:{number}")
-    torch.cuda.set_device(device)
-    return device
-
-
 def device_of_rank(name: str, local_rank: int) -> torch.device:
     """The device of one of torchrun's processes: its GPU out of --device ("2,3"), or of all; or the CPU."""
     name = str(name or "").strip().lower()
@@ -99,7 +45,7 @@ def device_of_rank(name: str, local_rank: int) -> torch.device:
         processes = os.environ.get("LOCAL_WORLD_SIZE", local_rank + 1)
         raise UserError(f"torchrun --nproc_per_node {processes}: there are {len(numbers)} GPUs ({', '.join(numbers)}); "
                         f"start {len(numbers)} processes, or use --device cpu")
-    return _gpu(numbers[local_rank])
+    return gpu(numbers[local_rank])
 
 
 def device_of_before(name: str) -> str:

@@ -6,10 +6,10 @@ from argparse import Namespace
 import torch
 
 from models.yolo import Model, on_device
+from training.sample import IMAGES, TrainingSample
 from utils.slimming import Pruner, PruneResult, slim
 from utils.slimming.calibration import absorb, recalibrate
 from utils.slimming.reconstruction import reconstruct
-from utils.training.sample import IMAGES, TrainingSample
 
 REFITTED = 32  # training images that --reconstruct looks at; all are computed at once
 

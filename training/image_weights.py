@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from training.run import Hook, Run
 from utils.metrics import APResult
-from utils.training.run import Hook, Run
 
 
 class ImageWeights(Hook):

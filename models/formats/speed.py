@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 
 from models.formats import export_options, formats, runtimes
-from models.yolo import Model, fused, on_device
+from models.pruning import torch_latency
+from models.yolo import Model
 from utils.errors import UserError, first_line
-from utils.slimming.timing import latency, medians
+from utils.slimming.timing import medians
 
 BATCHES = (1, 16)
 
@@ -43,12 +44,6 @@ def measured_in(runtime: str, precision: str = "fp32") -> str:
     """What milliseconds() calls a runtime."""
     name = f"{runtime} {precision}"
     return {"torch fp32": "torch", "onnxruntime fp32": "onnxruntime on the CPU"}.get(name, name)
-
-
-def torch_latency(models: Sequence[Model], imgsz: int, device: torch.device, batch: int = 1,
-                  runs: int = 20) -> list[float]:
-    """Median milliseconds per image of the models, fused, in PyTorch."""
-    return latency([on_device(fused(model), device) for model in models], imgsz, batch, runs)
 
 
 def stopwatch(runtime: str, imgsz: int, device: torch.device, batch: int = 1,

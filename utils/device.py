@@ -1,0 +1,63 @@
+"""The device that a script computes on."""
+from __future__ import annotations
+
+import ctypes
+import os
+
+import torch
+
+from utils.errors import UserError
+
+
+def select_device(name: str, half: bool = False) -> torch.device:
+    """"" (the first GPU if there is one), "cpu", "0", "cuda:1" or "mps" -> device. A GPU becomes the current
+    one; a process that computes on a CPU keeps the memory that it frees.
+
+    half: it will compute in fp16. UserError for a device that is not there, or can't.
+    """
+    name = str(name or "").strip().lower().removeprefix("cuda:")
+    if "," in name:
+        count = len(name.split(","))
+        raise UserError(f"--device {name}: several GPUs are started with: "
+                        f"torchrun --nproc_per_node {count} train.py ... --device {name}")
+    device = gpu("0") if name in ("", "cuda") and torch.cuda.is_available() else _named_device(name)
+    if device.type == "cpu":
+        _keep_freed_memory()
+    if half and device.type == "cpu":
+        raise UserError("--half: fp16 needs a GPU; leave it out on a CPU")
+    return device
+
+
+def _keep_freed_memory() -> None:
+    """Keep what is freed for what comes next, which glibc else gives back to the system page by page.
+
+    Where the C library is another one nothing happens. See mallopt(3).
+    """
+    trim_threshold, mmap_threshold, old_maximum = -1, -3, 2**25
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if mallopt is not None:
+        mallopt(trim_threshold, 2**31 - 1)
+        if not mallopt(mmap_threshold, 2**30):
+            mallopt(mmap_threshold, old_maximum)
+
+
+def _named_device(name: str) -> torch.device:
+    if name in ("", "cuda", "cpu"):
+        return torch.device("cpu")
+    if name != "mps":
+        return gpu(name)
+    if not torch.backends.mps.is_available():
+        raise UserError("--device mps: this PyTorch has no Metal here; use --device cpu")
+    return torch.device("mps")
+
+
+def gpu(number: str) -> torch.device:
+    """The GPU of this number, made the current one: what is not told a device goes there."""
+    if not number.isdigit():
+        raise UserError(f"--device {number}: give cpu, mps or the number of a GPU")
+    if not torch.cuda.is_available() or int(number) >= torch.cuda.device_count():
+        raise UserError(f"--device {number}: this PyTorch sees {torch.cuda.device_count()} GPUs; "
+                        "use --device cpu or another number")
+    device = torch.device(f"cuda:{number}")
+    torch.cuda.set_device(device)
+    return device
