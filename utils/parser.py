@@ -17,7 +17,7 @@ from typing import Any
 
 from utils.errors import OneLineParser, UserError
 
-MOST_PERCENTS = 1000  # of a sweep
+MOST_FRACTIONS = 1000
 
 
 class HelpfulParser(OneLineParser):
@@ -130,10 +130,10 @@ def fractions(text: str) -> list[float]:
         first, last, step = map(float, text.split(":"))
     except ValueError:
         first = last = step = 0.0
-    if not 0 < first <= last < 1 or step <= 0:
+    if not 0 < first <= last < 1 or not step > 0:
         raise ArgumentTypeError(f"{text}: give first:last:step between 0 and 1, such as 0.1:0.8:0.1")
-    if last - first > MOST_PERCENTS * step:
-        raise ArgumentTypeError(f"{text}: give a larger step, for at most {MOST_PERCENTS} percents")
+    if (last - first) / step > MOST_FRACTIONS:
+        raise ArgumentTypeError(f"{text}: give a larger step; at most {MOST_FRACTIONS} values are shown")
     return [round(first + i * step, 6) for i in range(int((last - first) / step + 1e-6) + 1)]
 
 
