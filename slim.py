@@ -103,17 +103,18 @@ def require_possible(pipeline: Pipeline, config: DataConfig, names: dict[int, st
     select_device(pipeline.device)
     if not config.train or not config.val:
         raise UserError(f"{config.file}: slim.py needs images under train: and val:")
+    for split in tasks(config, "train"):
+        images = DetectionDataset(getattr(config, split), 32, single_cls=pipeline.single_cls, nc=config.nc,
+                                  prefix=split)
+        images.require_labels()
+        if split == "train" and len(images) < LEAST_IMAGES:
+            raise UserError(f"{config.file}: train: has a single image that can be used, from which no model learns; "
+                            "give more")
     sparse = next(stage for stage in pipeline.stages if stage.script == "train_sparsity.py")
     flags = [*start_flags(pipeline), *pipeline.dataset, *pipeline.flags, "--epochs", "1", *goal(pipeline, sparse, 1.0)]
     start = Namespace(**vars(train_sparsity.parse(flags)))
     model = start_model(start, names, {}, World(1, 2, torch.device("cpu")))  # not as the main process: it says nothing
     pipeline.imgsz = whole_strides(start.imgsz, model.stride)
-    for split in tasks(config, "train"):
-        images = DetectionDataset(getattr(config, split), 32, single_cls=pipeline.single_cls, nc=config.nc,
-                                  prefix=split)
-        if split == "train" and len(images) < LEAST_IMAGES:
-            raise UserError(f"{config.file}: train: has a single image that can be used, from which no model learns; "
-                            "give more")
     if pipeline.teacher not in (None, "none"):
         refuse_other_kind(f"--teacher {pipeline.teacher}", checkpoint.load(pipeline.teacher), model)
     if pipeline.runtime != "torch":  # a model that it can't run would be known in the end only

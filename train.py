@@ -321,6 +321,7 @@ def training_loader(opt: Namespace, config: DataConfig, imgsz: int, stride: int,
                                nc=config.nc, seed=opt.seed, prefix="train")
     if world.main:
         print(dataset.summary())
+    dataset.require_labels()
     return build_loader(dataset, per_process, opt.workers, shuffle=not opt.rect, seed=opt.seed, rank=world.rank,
                         world_size=world.size, shutdown=signals.shutdown, pin_memory=world.device.type == "cuda")
 

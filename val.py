@@ -120,7 +120,7 @@ def labels_per_image(batch: Batch) -> list[Tensor]:
 
 
 def dataset_loader(model: Detector, opt: Namespace, task: str = "val", square: bool = False,
-                   cache: str | None = "ram") -> DetectionLoader:
+                   cache: str | None = "ram", labelled: bool = True) -> DetectionLoader:
     """validation_loader for a detector, as the command line's options say.
 
     square: all images have the shape that a file of fixed size takes. cache: as DetectionDataset takes it; several
@@ -132,7 +132,7 @@ def dataset_loader(model: Detector, opt: Namespace, task: str = "val", square: b
     loader = validation_loader(config, task, opt.imgsz, opt.batch_size, largest_stride(model), opt.workers,
                                cache=cache, single_cls=opt.single_cls,
                                rect=not square and not model.input_shape[2],
-                               pin_memory=torch.cuda.is_available() and opt.device != "cpu")
+                               pin_memory=torch.cuda.is_available() and opt.device != "cpu", labelled=labelled)
     if model.input_shape[2] != model.input_shape[3]:  # a file of an oblong shape: it takes no other
         loader.dataset.batch_shapes = np.tile(model.input_shape[2:], (len(loader), 1))
     return loader
@@ -235,7 +235,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     opt.imgsz = max(model.input_shape[2:]) or opt.imgsz
     opt.batch_size = model.input_shape[0] or opt.batch_size
     opt = resolve(opt, data)
-    loader = dataset_loader(model, opt, opt.task, cache=None)
+    # Without labels predictions may be what is wanted: of COCO's test images, or where --anns has the labels.
+    loader = dataset_loader(model, opt, opt.task, cache=None,
+                            labelled=not (opt.save_txt or opt.save_json or opt.anns))
     folder = new_run_folder(opt.project, opt.name, opt.exist_ok)
     names = {0: "object"} if opt.single_cls else read_data(opt.data, needed=()).names
     outputs = Outputs(folder, loader.dataset, names, opt)

@@ -44,14 +44,18 @@ def absolute(path: str) -> Path:
     return Path(path).resolve()
 
 
-def slimming_commands(name: str, sparsify: str, cut: str, tune: str) -> dict[str, str]:
-    """The steps from dense to slim, in order: product of a command -> command. The last three are flags of a step."""
-    # A picture is the last thing that a training makes; without pictures is_done() looks into the table.
-    finished = "results.csv" if "--noplots" in tune else "results.png"
-    return {f"runs/train/{name}/gammas.npy": f"train_sparsity.py {sparsify} --name {name}",
-            CUT.format(name): f"prune.py --weights {SPARSE.format(name)} {cut} --name {name}",
-            f"runs/train/{name}-tuned/{finished}":
-                f"finetune_pruned.py --weights {CUT.format(name)} {tune} --name {name}-tuned"}
+def sparse_command(name: str, flags: str) -> dict[str, str]:
+    """What makes a sparse model: product of a command -> command, as everywhere here."""
+    return {f"runs/train/{name}/gammas.npy": f"train_sparsity.py {flags} --name {name}"}
+
+
+def cut_commands(sparse: str, name: str, cut: str, tune: str | None) -> dict[str, str]:
+    """What cuts a sparse model, and what fine-tunes what is left; with the flags of each, None for no fine-tuning."""
+    made = {CUT.format(name): f"prune.py --weights {SPARSE.format(sparse)} {cut} --name {name}"}
+    if tune is not None:
+        made[f"runs/train/{name}-tuned/results.csv"] = (
+            f"finetune_pruned.py --weights {CUT.format(name)} {tune} --name {name}-tuned")
+    return made
 
 
 def bccd_commands(voc: Path) -> dict[str, str]:
@@ -60,7 +64,7 @@ def bccd_commands(voc: Path) -> dict[str, str]:
 
 
 def stage_files(*names: str) -> dict[str, str]:
-    """Stage -> checkpoint, of the dense model and of what slimming_commands() makes under each name."""
+    """Stage -> checkpoint, of the dense model and of what the commands above make under each name."""
     files = {"dense": BEST.format("dense")}
     for name in names:
         stages = {"sparse": SPARSE.format(name), "cut": CUT.format(name), "tuned": BEST.format(f"{name}-tuned")}

@@ -9,11 +9,11 @@ import time
 
 from columns import ROOT, STAGES, formatted
 from common import measure, run
+from pictures import plot_stages
 
 from utils.errors import run_cli
 from utils.files import new_run_folder
 from utils.options import HelpfulParser
-from utils.plots.slimming import plot_stages
 from utils.tables import text_table, write_csv
 
 FILES = {"dense": "runs/train/dense/weights/best.pt", "sparse": "runs/train/sparse/weights/last.pt",
@@ -28,20 +28,13 @@ PICTURES = ("stages.png", "runs/train/dense/train_batch0.jpg", "runs/train/dense
 def main() -> None:
     """The pipeline in one command and in four, their table."""
     parser = HelpfulParser(__doc__)
-    add = parser.add_argument
-    add("--quick", action="store_true", help="two or three epochs per step")
-    add("--epochs", type=int, nargs=3, default=[45, 45, 30],
-        help="epochs of training, sparsity training, fine-tuning")
-    add("--slim-epochs", type=int, default=60, help="epochs of slim.py")
-    add("--percent", type=float, default=0.5, help="share of the prunable channels to take to 0 and cut")
-    opt = parser.parse_args()
-    train, sparse, tune = [2, 2, 2] if opt.quick else opt.epochs
+    parser.add_argument("--quick", action="store_true", help="two or three epochs per step")
+    whole, train, sparse, tune = (3, 2, 2, 2) if parser.parse_args().quick else (60, 45, 45, 30)  # epochs
     folder, started = new_run_folder(ROOT / "runs" / "demo"), time.time()
-    run(f"slim.py --epochs {3 if opt.quick else opt.slim_epochs}", folder)
+    run(f"slim.py --epochs {whole}", folder)
     run(f"train.py --epochs {train} --name dense", folder)
-    run(f"train_sparsity.py --target-sparsity {opt.percent} --weights {FILES['dense']} --epochs {sparse} --name sparse",
-        folder)
-    run(f"prune.py --percent {opt.percent}", folder)
+    run(f"train_sparsity.py --target-sparsity 0.5 --weights {FILES['dense']} --epochs {sparse} --name sparse", folder)
+    run("prune.py --percent 0.5", folder)
     run(f"finetune_pruned.py --epochs {tune} --name tuned", folder)
     rows = measure(FILES, folder, "--batch-size 32")
     print("\n" + text_table(*formatted(rows, STAGES)))

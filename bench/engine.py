@@ -19,16 +19,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from columns import ENGINE, RESULTS, Row, formatted
+from columns import Row, publish
+from runtimes import random_model
 
 from models import checkpoint
 from models.pruning import model_pruner
 from models.yolo import Model
-from tests.blocks import randomised
 from utils.errors import run_cli
 from utils.options import HelpfulParser
 from utils.slimming.ranking import MIN_SHARE, Rules
-from utils.tables import text_table, write_csv
 
 
 def prune_ours(model: Model, path: Path) -> Model:
@@ -57,8 +56,7 @@ def sample(method: str, name: str) -> dict[str, float]:
     """One measurement, in this process."""
     if method == "Torch-Pruning":
         import torch_pruning  # noqa: F401  (so that its import does not count)
-    torch.manual_seed(0)
-    model = randomised(Model(f"{name}.yaml")).eval()
+    model = random_model(name)
     parameters = sum(p.numel() for p in model.parameters())
     with tempfile.TemporaryDirectory() as folder:
         before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
@@ -93,8 +91,7 @@ def main() -> None:
         for method, found in samples.items():
             medians = {key: float(np.median([one[key] for one in found])) for key in ("seconds", "memory", "left")}
             rows.append({"model": name, "method": method, **medians})
-    write_csv(RESULTS / "engine.csv", rows)
-    print(text_table(*formatted(rows, ENGINE)))
+    publish("engine", rows)
 
 
 if __name__ == "__main__":

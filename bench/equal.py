@@ -4,9 +4,9 @@
 
 Every pipeline has the same number of epochs in all, its teacher's included. "narrow" is a narrower model from scratch,
 "scratch" the shape that blocks-16 finds with seed 0 in as many epochs, from new weights. A run that is done is not run
-again; --seeds, --sets, --budgets and --pipelines choose, --measure makes no run at all. Writes bench/results/equal.csv,
-a row per run that is done, beside those that it holds already: mAP50-95 on val of the last epoch, the mean of the last
-five epochs, the best; on test, of the last epoch, where there are test images; and the FLOPs that are left.
+again; --seeds, --sets, --budgets and --pipelines choose. Writes bench/results/equal.csv, a row per run, beside those
+that it holds already: mAP50-95 on val of the last epoch, the mean of the last five epochs, the best; on test, of the
+last epoch, where there are test images; and the FLOPs that are left.
 """
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from typing import Any
 
 import common
 import torch
-from columns import EQUAL, PIPELINES, RESULTS, ROOT, Row, equal_rows, formatted, with_earlier
+from columns import PIPELINES, ROOT, Row, publish
 from common import CUT, MAP_KEY, SPARSE
 from torch import nn
 
@@ -30,7 +30,6 @@ from utils.data.config import read_data
 from utils.errors import UserError, run_cli
 from utils.files import read_yaml_mapping, write_yaml
 from utils.slimming.cost import profile
-from utils.tables import text_table, write_csv
 
 SIZES = {"bccd": 320, "aquarium": 416, "coco128": 320}
 BUDGETS = {"bccd": (30, 80), "aquarium": (30, 80), "coco128": (120,)}  # epochs in all
@@ -122,23 +121,20 @@ def prepare_scratch(folder: Path, data: str, epochs: int) -> None:
     found, start = folder / SPARSE.format(run_name(data, "blocks-16", epochs, 0)), folder / SCRATCH.format(data, epochs)
     if not found.is_file():
         raise UserError(f"scratch takes the shape of {found}, which is not there; run blocks-16 with seed 0 first")
-    if not start.is_file():
-        save_with_new_weights(checkpoint.read(found), start)
-
-
-def save_with_new_weights(saved: dict[str, Any], path: Path) -> None:
-    """A checkpoint of the shape of one that was read, from scratch."""
+    if start.is_file():
+        return
     torch.manual_seed(0)
+    saved = checkpoint.read(found)
     fresh = checkpoint.build(saved)
     for module in fresh.modules():
         if isinstance(module, (nn.Conv2d, nn.BatchNorm2d)):
             module.reset_parameters()
     fresh.detect.init_biases()
-    checkpoint.save(path, fresh, imgsz=saved["imgsz"], data=saved["data"])
+    checkpoint.save(start, fresh, imgsz=saved["imgsz"], data=saved["data"])
 
 
 def main() -> None:
-    """Run what is missing, then write the rows of what is done."""
+    """Run what is missing, then write the rows."""
     parser = common.experiment_parser(__doc__, "equal")
     add = parser.add_argument
     add("--aquarium", type=common.absolute, required=True, help="folder with data.yaml, images and labels")
@@ -147,7 +143,6 @@ def main() -> None:
     add("--sets", nargs="+", choices=SIZES, help="data sets to run on (all that are given)")
     add("--budgets", type=int, nargs="+", help="epochs in all (30 and 80; coco128: 120)")
     add("--pipelines", nargs="+", choices=PIPELINES, default=list(PIPELINES), help="pipelines to run")
-    add("--measure", action="store_true", help="make no run, only the rows of those that are done")
     opt = parser.parse_args()
     if "coco128" in (opt.sets or ()) and not opt.coco128:
         raise UserError("--sets coco128: needs --coco128, the folder with its images and labels")
@@ -155,16 +150,11 @@ def main() -> None:
     keys, rows = ("data", "epochs", "pipeline", "seed"), []
     for data in opt.sets or [name for name in SIZES if name != "coco128" or opt.coco128]:
         for epochs, pipeline, seed in product(opt.budgets or BUDGETS[data], opt.pipelines, opt.seeds):
-            todo = commands(data, pipeline, epochs, seed, opt.weights)
-            if not opt.measure:
-                if pipeline == "scratch":
-                    prepare_scratch(opt.folder, data, epochs)
-                common.run_missing(todo, opt.folder)
-            if all(common.is_done(opt.folder / made, command) for made, command in todo.items()):
-                rows.append(measure(opt.folder, data, pipeline, epochs, seed))
-    rows = sorted(with_earlier("equal", rows, *keys), key=lambda row: [row[key] for key in keys])
-    write_csv(RESULTS / "equal.csv", rows)
-    print(text_table(*formatted(equal_rows(rows), EQUAL)))
+            if pipeline == "scratch":
+                prepare_scratch(opt.folder, data, epochs)
+            common.run_missing(commands(data, pipeline, epochs, seed, opt.weights), opt.folder)
+            rows.append(measure(opt.folder, data, pipeline, epochs, seed))
+    publish("equal", rows, *keys, order=lambda row: [row[key] for key in keys])
 
 
 if __name__ == "__main__":

@@ -1,11 +1,10 @@
 """The picture at the top of the README: accuracy against milliseconds of four kinds of models in OpenVINO.
 
-    python bench/front.py --folder runs/equal --epochs 80          # after bench/equal.py; three minutes on two cores
+    python bench/front.py --folder runs/equal          # after bench/equal.py; three minutes on two cores
 
 Dense, slim, a narrower model from scratch, and what L1 training, prune.py and finetune_pruned.py make with their
-defaults, each of as many epochs;
-fp32 and int8, one image at a time on two threads. A figure is the mean over the seeds that are there. Writes
-bench/results/front.csv and img/front.png.
+defaults, each of 80 epochs on BCCD; fp32 and int8, one image at a time on two threads. A figure is the mean over the
+seeds that are there. Writes bench/results/front.csv and img/front.png.
 """
 from __future__ import annotations
 
@@ -14,15 +13,14 @@ from pathlib import Path
 from statistics import fmean
 
 import common
-from columns import DEVICE, RESULTS, ROOT, Row, formatted, read_results
-from equal import SIZES, run_name
+from columns import ROOT, Row, grouped, publish, read_results
+from equal import run_name
 
 import benchmarks
 from utils.errors import UserError, run_cli
 from utils.files import copy_file
 from utils.options import HelpfulParser
 from utils.plots.style import BLUE, GREY, INK, ORANGE, VERMILION, new_chart, save_figure
-from utils.tables import text_table, write_csv
 
 # Pipeline of bench/equal.py -> title of its model, colour, points from a mark up to its label.
 MODELS = {"dense": ("dense", GREY, -20), "blocks-16": ("slim", BLUE, 11), "narrow": ("narrower", ORANGE, 11),
@@ -56,27 +54,21 @@ def picture(rows: Sequence[Row], title: str, path: Path) -> None:
 
 def averages(measured: Sequence[Row], titles: dict[str, str]) -> list[Row]:
     """Rows of benchmarks.csv -> a row per title and precision, in order. titles: a model's name -> its title."""
-    alike: dict[tuple[str, str], list[Row]] = {}
-    for row in measured:
-        alike.setdefault((titles[row["model"]], row["precision"]), []).append(row)
-    means = [{**rows[0], "model": title, **{key: fmean(row[key] for row in rows) for key in ("MB", "mAP50-95", "ms")},
-              "runs": len(rows)} for (title, _), rows in alike.items()]
+    named = [{**row, "model": titles[row["model"]]} for row in measured]
+    means = [{**rows[0], **{key: fmean(row[key] for row in rows) for key in ("MB", "mAP50-95", "ms")},
+              "runs": len(rows)} for rows in grouped(named, "model", "precision").values()]
     return [{**row, "faster": means[0]["ms"] / row["ms"]} for row in means]
 
 
 def main() -> None:
     """Measure, write the csv, draw."""
     parser = HelpfulParser(__doc__)
-    add = parser.add_argument
-    add("--folder", type=common.absolute, default=ROOT / "runs" / "equal", help="the folder of bench/equal.py")
-    add("--data", choices=SIZES, default="bccd", help="data set")
-    add("--epochs", type=int, default=80, help="epochs in all")
-    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of the runs")
+    parser.add_argument("--folder", type=common.absolute, default=ROOT / "runs" / "equal", help="of equal.py")
     opt = parser.parse_args()
     titles = {}  # a model's file -> its title
     for pipeline, (title, *_) in MODELS.items():
-        for seed in opt.seeds:
-            trained = opt.folder / common.SPARSE.format(run_name(opt.data, pipeline, opt.epochs, seed))
+        for seed in range(3):
+            trained = opt.folder / common.SPARSE.format(run_name("bccd", pipeline, 80, seed))
             if trained.is_file():
                 file = opt.folder / "front" / f"{pipeline}-{seed}.pt"
                 file.parent.mkdir(exist_ok=True)
@@ -84,17 +76,15 @@ def main() -> None:
                 titles[file] = title
         if title not in titles.values():
             raise UserError(f"--folder {opt.folder}: has no run of {pipeline}; bench/equal.py makes it")
-    made = benchmarks.main(["--weights", *map(str, titles), "--data", str(opt.folder / opt.data / "data.yaml"),
-                            "--imgsz", str(SIZES[opt.data]), "--include", "openvino", "--precisions", "fp32", "int8",
+    made = benchmarks.main(["--weights", *map(str, titles), "--data", str(opt.folder / "bccd" / "data.yaml"),
+                            "--imgsz", "320", "--include", "openvino", "--precisions", "fp32", "int8",
                             "--threads", "2", "--noplots", "--project", str(opt.folder / "front")])
     measured = read_results(str(made / "benchmarks"))
     if failed := [row["reason"] for row in measured if row["ms"] == "" or row["mAP50-95"] == ""]:
         raise UserError(f"{made}: not all could be measured, the first: {failed[0]}")
     rows = averages(measured, {file.stem: title for file, title in titles.items()})
-    write_csv(RESULTS / "front.csv", rows)
-    picture(rows, f"{opt.data.upper()}, yolov5n at {SIZES[opt.data]} px, {opt.epochs} epochs in all; OpenVINO, "
-            "2 threads", ROOT / "img" / "front.png")
-    print(text_table(*formatted(rows, DEVICE)))
+    publish("front", rows)
+    picture(rows, "BCCD, yolov5n at 320 px, 80 epochs in all; OpenVINO, 2 threads", ROOT / "img" / "front.png")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
-from columns import GPU, RESULTS, Row, formatted, gpu_rows, with_earlier
+from columns import Row, publish
 from runtimes import models_of
 from torch import Tensor, nn
 
@@ -21,7 +21,6 @@ from models.yolo import fused, on_device
 from utils.errors import UserError, run_cli
 from utils.options import HelpfulParser
 from utils.slimming.timing import medians
-from utils.tables import text_table, write_csv
 
 IMGSZ, BLOCK, BATCHES = 640, 16, (1, 32)
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16}
@@ -80,9 +79,7 @@ def main() -> None:
     torch.backends.cudnn.benchmark = True
     name = torch.cuda.get_device_name()
     for cfg in opt.models:  # written after each model: a time limit does not take what is measured
-        rows = [{"gpu": name, **found} for found in measure(cfg, opt.runs)]
-        write_csv(RESULTS / "gpu.csv", with_earlier("gpu", rows, "model"))
-        print(text_table(*formatted(gpu_rows(rows), GPU)), flush=True)
+        publish("gpu", [{"gpu": name, **found} for found in measure(cfg, opt.runs)], "model")
 
 
 if __name__ == "__main__":

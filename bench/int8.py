@@ -11,7 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from columns import INT8, RESULTS, Row, formatted, int8_rows
+from columns import Row, publish
 
 import export
 from models import checkpoint, formats
@@ -20,7 +20,6 @@ from utils.data.config import read_data
 from utils.data.loader import validation_loader
 from utils.errors import run_cli
 from utils.options import HelpfulParser
-from utils.tables import text_table, write_csv
 from val import evaluate
 
 CPU = torch.device("cpu")
@@ -57,8 +56,7 @@ def main() -> None:
     for weights in opt.weights:
         with TemporaryDirectory() as folder:
             rows += measure(weights, opt.data, Path(folder), opt.calibration_images)
-    write_csv(RESULTS / "int8.csv", rows)
-    print(text_table(*formatted(int8_rows(rows), INT8)))
+    publish("int8", rows)
 
 
 if __name__ == "__main__":

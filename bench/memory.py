@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from columns import MEMORY, RESULTS, ROOT, Row, formatted, with_earlier
+from columns import ROOT, Row, publish
 from scale import CLASSES, make_set
 
 from train import main as train
@@ -25,7 +25,6 @@ from training.run import Hook, Run
 from utils.errors import UserError, run_cli
 from utils.files import scratch, write_yaml
 from utils.options import HelpfulParser
-from utils.tables import text_table, write_csv
 
 FIRST = 10  # the epoch after which nothing should grow any more
 TRAIN = ["--weights", "", "--cfg", "models/yolov5n.yaml", "--imgsz", "64", "--batch-size", "4", "--workers", "2",
@@ -119,9 +118,7 @@ def main() -> None:
     add("--images", type=int, nargs="*", default=[1000, 20_000], help="images for val.py")
     opt = parser.parse_args()
     rows = [row for part in measurements(opt.epochs, opt.images, opt.weights.resolve()) for row in part]
-    rows = sorted(with_earlier("memory", rows, "part"), key=lambda row: row["part"])
-    write_csv(RESULTS / "memory.csv", rows)
-    print(text_table(*formatted(rows, MEMORY)))
+    publish("memory", rows, "part", order=lambda row: row["part"])
 
 
 if __name__ == "__main__":

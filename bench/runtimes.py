@@ -15,7 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from columns import RESULTS, RUNTIMES, Row, formatted, runtime_rows
+from columns import Row, publish
 from torch import nn
 
 from models.formats import export_options, runtimes
@@ -25,21 +25,26 @@ from utils.errors import run_cli
 from utils.options import HelpfulParser
 from utils.slimming import Rules
 from utils.slimming.timing import medians
-from utils.tables import text_table, write_csv
 
 CPU = torch.device("cpu")
 SIZES = {"yolov5s": 640, "yolov5n": 320}
 BLOCKS = (1, 8, 16, 32)
 
 
-def models_of(cfg: str, imgsz: int, blocks: Sequence[int] = BLOCKS) -> dict[int, Model]:
-    """Block size -> the model without half of its FLOPs; 0 is the dense one."""
+def random_model(cfg: str) -> Model:
+    """A model that looks trained to a ranking: no two gammas alike."""
     torch.manual_seed(0)
-    dense = Model(f"{cfg}.yaml", nc=80)
-    for module in dense.modules():
+    model = Model(f"{cfg}.yaml", nc=80)
+    for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.1, 1.5)
-    found = {0: dense.eval()}
+    return model.eval()
+
+
+def models_of(cfg: str, imgsz: int, blocks: Sequence[int] = BLOCKS) -> dict[int, Model]:
+    """Block size -> the model without half of its FLOPs; 0 is the dense one."""
+    dense = random_model(cfg)
+    found = {0: dense}
     for block in blocks:
         pruner = model_pruner(dense, imgsz).rank("gamma", Rules(min_share=0.1, round_to=block), per_flop=True)
         found[block] = pruner.cut(target=("flops", 0.5)).slim
@@ -73,9 +78,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=30, help="turns")
     opt = parser.parse_args()
     torch.set_num_threads(opt.threads)
-    rows = [row for cfg in opt.models for row in measure(cfg, SIZES[cfg], opt.runs)]
-    write_csv(RESULTS / "runtimes.csv", rows)
-    print(text_table(*formatted(runtime_rows(rows), RUNTIMES)))
+    publish("runtimes", [row for cfg in opt.models for row in measure(cfg, SIZES[cfg], opt.runs)])
 
 
 if __name__ == "__main__":

@@ -20,12 +20,11 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from columns import RESULTS, ROOT, SCALE, Row, formatted, with_earlier
+from columns import ROOT, Row, publish
 
 from utils.errors import UserError, run_cli
 from utils.files import scratch
 from utils.options import HelpfulParser
-from utils.tables import text_table, write_csv
 
 LINKS = 20_000        # to one file; some file systems allow no more than 65,000
 PER_FOLDER = 10_000   # images
@@ -122,7 +121,6 @@ def main() -> None:
     if opt.sample:
         print(json.dumps(sample(opt.sample)))
         return
-    rows: list[Row] = []
     for count in opt.images + [1_000_000] * opt.million:
         with scratch(opt.folder.resolve()) as folder:
             images = make_set(folder, count)
@@ -130,11 +128,8 @@ def main() -> None:
             if opt.stock:
                 program = STOCK.format(stock=str(opt.stock.resolve()), images=str(images))
                 commands["YOLOv5"] = [opt.stock_python, "-c", program]
-            rows += measure(images, count, commands, opt.runs)
-        print(text_table(*formatted(rows[-len(commands):], SCALE)), flush=True)
-    rows = sorted(with_earlier("scale", rows, "images", "by"), key=lambda row: row["images"])
-    write_csv(RESULTS / "scale.csv", rows)
-    print("\n" + text_table(*formatted(rows, SCALE)))
+            publish("scale", measure(images, count, commands, opt.runs), "images", "by",
+                    order=lambda row: row["images"])
 
 
 if __name__ == "__main__":

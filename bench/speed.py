@@ -5,6 +5,10 @@
 
 Both repositories get the same flags and take turns; a figure is the median of --runs processes. YOLOv5 may need an
 interpreter of its own. Writes bench/results/speed.csv.
+
+    python bench/speed.py --only overhead        # about two minutes on two cores
+
+What the L1 rule and --target-sparsity add to a training step. Writes bench/results/overhead.csv.
 """
 from __future__ import annotations
 
@@ -22,26 +26,31 @@ from typing import Any
 
 import numpy as np
 import torch
-from columns import RESULTS, ROOT, SPEED_OF_USE, Row, formatted, with_earlier
+from columns import ROOT, Row, publish
 from torch import Tensor
 
 import train
 from models import checkpoint
 from models.formats import yolov5
 from models.formats.format import export_options
-from models.yolo import Model
+from models.yolo import Model, on_device
+from training.loss import DetectionLoss, scale_gains
+from training.optimizer import ModelEMA, build_optimizer
 from training.run import Hook, Run
 from utils.data.loader import Batch
 from utils.errors import UserError, run_cli
 from utils.files import scratch
-from utils.options import HelpfulParser
-from utils.tables import text_table, write_csv
+from utils.options import HelpfulParser, read_hyp
+from utils.slimming import Pruner
+from utils.slimming.graph import batch_norms
+from utils.slimming.sparsity import GammaL1
+from utils.slimming.target_sparsity import TargetSparsity
 
 TRAIN = "train.py --data {data} --weights {weights} --imgsz 320 --batch-size 16 --workers {workers} --project {folder}"
 VAL = "val.py --data {coco} --weights {weights} --imgsz 640 --batch-size 16 --workers {workers} --project {folder}"
 STAGE_MS = re.compile(r"([\d.]+) ?ms (?:pre-?process|inference|nms)", re.IGNORECASE)  # in val.py's line "Speed: ..."
 SCRIPTS = ("train", "train_sparsity", "prune", "finetune_pruned", "slim", "val", "detect", "export", "benchmarks")
-GROUPS = ("epochs", "steps", "slimming", "validation", "untrained", "starting")
+GROUPS = ("epochs", "steps", "slimming", "validation", "untrained", "starting", "overhead")
 EPOCHS, LONG = 6, 10
 ALONE = 8  # steps of forward and backward after each epoch
 # What a training step calls -> its name in the table.
@@ -111,87 +120,123 @@ def timed(command: list[str]) -> tuple[float, str]:
     return time.perf_counter() - start, done.stdout
 
 
-def in_turns(commands: dict[str, list[str]], runs: int) -> dict[str, list[tuple[float, str]]]:
-    """Every command `runs` times."""
-    found: dict[str, list[tuple[float, str]]] = {name: [] for name in commands}
+def in_turns(commands: dict[str, list[str]], runs: int) -> tuple[dict[str, float], dict[str, float]]:
+    """Medians over `runs` turns: every command's seconds, and the milliseconds an image that val.py prints."""
+    samples: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
     for _ in range(runs):
         for name, command in commands.items():
-            found[name].append(timed(command))
+            seconds, text = timed(command)
+            samples[name].append((seconds, sum(map(float, STAGE_MS.findall(text)))))
+    medians = {name: np.median(found, 0).tolist() for name, found in samples.items()}
+    return {name: s for name, (s, _) in medians.items()}, {name: ms for name, (_, ms) in medians.items()}
+
+
+def sampled(sample: str, argument: str, runs: int) -> list[float]:
+    """Medians of internal() in processes of its own."""
+    command = [sys.executable, __file__, "--internal", sample, argument]
+    return np.median([json.loads(timed(command)[1].splitlines()[-1]) for _ in range(runs)], 0).tolist()
+
+
+def row(what: str, unit: str, times: dict[str, float]) -> Row:
+    """A line of the table. times: ours is the one without a name; another one is what it is compared with."""
+    found = {"what": what, "unit": unit, "ours": times[""], "beside": "", "other": "", "ratio": ""}
+    for beside, other in times.items():
+        found |= {"beside": beside, "other": other, "ratio": other / times[""]} if beside else {}
     return found
 
 
-def row(what: str, unit: str, ours: float, beside: str = "", other: float | None = None) -> Row:
-    """A line of the table. `beside`: what `other` is the time of."""
-    compared = {"other": "", "ratio": ""} if other is None else {"other": other, "ratio": other / ours}
-    return {"group": "", "what": what, "unit": unit, "ours": ours, "beside": beside, **compared}
-
-
-def commands(command: str, opt: Namespace) -> dict[str, list[str]]:
-    """The same command in both repositories."""
+def both(command: str, opt: Namespace) -> tuple[dict[str, float], dict[str, float]]:
+    """in_turns() of the same command in both repositories."""
     script, *flags = shlex.split(command)
     found = {"": [sys.executable, str(ROOT / script), *flags]}
-    return found | {"YOLOv5": [opt.stock_python, str(opt.stock / script), *flags]} if opt.stock else found
-
-
-def whole(what: str, command: str, opt: Namespace, per_image: str = "") -> list[Row]:
-    """Seconds of a command; with `per_image`, the milliseconds of an image that it prints as well."""
-    found = in_turns(commands(command, opt), opt.runs)
-    seconds = {by: float(np.median([s for s, _ in runs])) for by, runs in found.items()}
-    rows = [row(what, "s", *pair(seconds))]
-    if per_image:
-        ms = {by: float(np.median([sum(map(float, STAGE_MS.findall(text))) for _, text in runs]))
-              for by, runs in found.items()}
-        rows.append(row(per_image, "ms", *pair(ms)))
-    return rows
+    if opt.stock:
+        found["YOLOv5"] = [opt.stock_python, str(opt.stock / script), *flags]
+    return in_turns(found, opt.runs)
 
 
 def epochs_with_validation(command: str, opt: Namespace) -> list[Row]:
     """Seconds of a training, and of an epoch of it: what EPOCHS epochs take beyond two."""
-    found = {n: whole(f"train.py, {n} epochs with validation", f"{command} --epochs {n}", opt)[0] for n in (2, EPOCHS)}
-    few, many = found.values()
-    per_epoch = {key: (many[key] - few[key]) / (EPOCHS - 2) for key in ("ours", "other") if many[key]}
-    return [many, row("an epoch with validation", "s", per_epoch["ours"], many["beside"], per_epoch.get("other"))]
+    few, many = (both(f"{command} --epochs {n}", opt)[0] for n in (2, EPOCHS))
+    return [row(f"train.py, {EPOCHS} epochs with validation", "s", many),
+            row("an epoch with validation", "s", {by: (many[by] - few[by]) / (EPOCHS - 2) for by in many})]
+
+
+def efficiency(command: str, opt: Namespace) -> list[Row]:
+    """What a training takes beyond forward and backward, and what each of its parts takes."""
+    alone, training, *parts = sampled("train", command, opt.runs)
+    named = {**dict(zip(PARTS.values(), parts)), REST: training - sum(parts)}
+    return [row("training, an image", "ms", {"": training, "forward and backward alone": alone}),
+            *(row(f"of this: {name}", "ms", {"": ms}) for name, ms in named.items())]
 
 
 def slimming(command: str, opt: Namespace, folder: Path) -> list[Row]:
     """Seconds of trainings that end with half of the FLOPs, with and without a teacher, beside dense training."""
     shrink = f"{command.replace('train.py', 'train_sparsity.py')} --epochs {LONG} --target flops=0.5 --shrink --name"
-    found = in_turns({name: commands(each, opt)[""] for name, each in {
-        "dense": f"{command} --epochs {LONG} --name dense --exist-ok", "slim": f"{shrink} slim",
-        "taught": f"{shrink} taught --teacher {folder / 'dense/weights/last.pt'}"}.items()}, opt.runs)
-    dense, slim, taught = (float(np.median([s for s, _ in runs])) for runs in found.values())
-    title = f"train_sparsity.py --target flops=0.5 --shrink, {LONG} epochs"
-    return [row(title, "s", slim, "train.py", dense), row("the same with --teacher", "s", taught, "train.py", dense)]
+    seconds, _ = in_turns({name: [sys.executable, str(ROOT / script), *flags] for name, (script, *flags) in {
+        "train.py": shlex.split(f"{command} --epochs {LONG} --name dense --exist-ok"),
+        "slim": shlex.split(f"{shrink} slim"),
+        "taught": shlex.split(f"{shrink} taught --teacher {folder / 'dense/weights/last.pt'}")}.items()}, opt.runs)
+    dense = {"train.py": seconds["train.py"]}
+    return [row(f"train_sparsity.py --target flops=0.5 --shrink, {LONG} epochs", "s", {"": seconds["slim"], **dense}),
+            row("the same with --teacher", "s", {"": seconds["taught"], **dense})]
 
 
-def pair(values: dict[str, float]) -> tuple[float, str, float | None]:
-    """Ours, and whose is the other one."""
-    return values[""], *next(((by, value) for by, value in values.items() if by), ("", None))
+def validation(command: str, opt: Namespace) -> list[Row]:
+    """Seconds of val.py, and what it prints of an image."""
+    seconds, ms = both(command, opt)
+    return [row("val.py", "s", seconds), row("val.py, an image", "ms", ms)]
 
 
 def starting(opt: Namespace, large: Path) -> list[Row]:
     """--help of every script beside an import of torch, and loading yolov5x."""
-    pairs: dict[str, list[float]] = {}
+    pairs = {}
     for name in SCRIPTS:  # each next to an import of torch, for the machine's speed changes over so many processes
-        found = in_turns({"torch": [sys.executable, "-c", "import torch"],
-                          "help": [sys.executable, str(ROOT / f"{name}.py"), "--help"]}, 2 * opt.runs - 1)
-        pairs[name] = [float(np.median([s for s, _ in runs])) for runs in found.values()]
-    slowest = max(SCRIPTS, key=lambda name: pairs[name][1] - pairs[name][0])
-    torch_alone, seconds = pairs[slowest]
-    loads = [json.loads(timed([sys.executable, __file__, "--internal", "load", str(large)])[1].splitlines()[-1])[0]
-             for _ in range(opt.runs)]
-    return [row(f"{slowest}.py --help, the slowest one", "s", seconds, "import torch", torch_alone),
-            row("loading a checkpoint of yolov5x", "s", float(np.median(loads)))]
+        pairs[name], _ = in_turns({"import torch": [sys.executable, "-c", "import torch"],
+                                   "": [sys.executable, str(ROOT / f"{name}.py"), "--help"]}, 2 * opt.runs - 1)
+    slowest = max(SCRIPTS, key=lambda name: pairs[name][""] - pairs[name]["import torch"])
+    return [row(f"{slowest}.py --help, the slowest one", "s", pairs[slowest]),
+            row("loading a checkpoint of yolov5x", "s", {"": sampled("load", str(large), opt.runs)[0]})]
 
 
-def efficiency(command: str, opt: Namespace) -> list[Row]:
-    """What a training takes beyond forward and backward, and what each of its parts takes."""
-    samples = [json.loads(timed([sys.executable, __file__, "--internal", "train", command])[1].splitlines()[-1])
-               for _ in range(opt.runs)]
-    alone, training, *parts = np.median(samples, 0).tolist()
-    named = {**dict(zip(PARTS.values(), parts)), REST: training - sum(parts)}
-    return [row("training, an image", "ms", training, "forward and backward alone", alone),
-            *(row(f"of this: {name}", "ms", ms) for name, ms in named.items())]
+def overhead(name: str, imgsz: int = 320, batch: int = 16, steps: int = 15) -> Row:
+    """What both rules add to a step of training, as train_sparsity.py sets them up: medians of milliseconds.
+
+    A step is forward, loss, backward, clipping, optimizer and moving average; everything is measured in every step.
+    """
+    model = on_device(Model(f"{name}.yaml", nc=3), "cpu").train()
+    loss = DetectionLoss(model, scale_gains(read_hyp({}), 3, 3, imgsz))
+    optimizer, ema = build_optimizer(model, "AdamW", 1e-3, 0.9, 5e-4), ModelEMA(model)
+    pruner = Pruner(model, imgsz)
+    names, flops = pruner.graph.prunable_norms(), pruner.costs.flops_per_channel()
+    norms, copies = (list(batch_norms(m, names).values()) for m in (model, ema.ema))
+    groups = [pruner.graph.group[pruner.graph.norms[name]] for name in names]
+    l1, target = GammaL1(norms, 1e-4, 100), TargetSparsity(norms, 0.5, copies, [flops[n] for n in names], groups, 16)
+    images = torch.rand(batch, 3, imgsz, imgsz).to(memory_format=torch.channels_last)
+    targets = torch.rand(6 * batch, 6) * 0.3 + 0.3  # image, class, x, y, w, h
+    targets[:, 0], targets[:, 1] = torch.arange(batch).repeat_interleave(6), torch.randint(0, 3, (6 * batch,))
+
+    def backward() -> None:
+        optimizer.zero_grad()
+        loss(model(images), targets)[0].backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 10.0)
+
+    def move() -> None:
+        optimizer.step()
+        ema.update()
+
+    work = (("step", backward), ("l1", lambda: l1.add_to_gradients(1)), ("target", target.observe),
+            ("step", move), ("target", lambda: target.shrink(0.4)))
+    found = []
+    for _ in range(steps + 2):
+        ms = dict.fromkeys(("step", "l1", "target"), 0.0)
+        for part, call in work:
+            start = time.perf_counter()
+            call()
+            ms[part] += (time.perf_counter() - start) * 1000
+        found.append(ms)
+    median = {part: float(np.median([ms[part] for ms in found[2:]])) for part in found[0]}  # two steps warm up
+    return {"model": name, "imgsz": imgsz, "batch": batch, **median,
+            "l1_share": median["l1"] / median["step"], "target_share": median["target"] / median["step"]}
 
 
 def make_weights(folder: Path, names: dict[int, str]) -> tuple[Path, Path]:
@@ -205,6 +250,26 @@ def make_weights(folder: Path, names: dict[int, str]) -> tuple[Path, Path]:
     return folder / "untrained.pt", folder / "yolov5x.pt"
 
 
+def measure(opt: Namespace, groups: list[str]) -> list[Row]:
+    """The rows of speed.csv."""
+    missing = [f"--{name}" for name in ("data", "coco", "weights") if getattr(opt, name) is None]
+    if missing:
+        raise UserError(f"{', '.join(missing)}: needed; see the two lines above the flags of --help")
+    with scratch(ROOT / "runs" / "speed") as folder:
+        everywhere, large = make_weights(folder, checkpoint.load(opt.weights).names)
+        values = {"data": opt.data.resolve(), "coco": opt.coco.resolve(), "weights": opt.weights.resolve(),
+                  "workers": opt.workers, "folder": folder}
+        training, untrained = TRAIN.format(**values), VAL.format(**{**values, "weights": everywhere})
+        quick = f"{training} --epochs {EPOCHS} --noval --nosave --noplots"
+        found = {"epochs": lambda: epochs_with_validation(training, opt),
+                 "steps": lambda: efficiency(quick, opt),
+                 "slimming": lambda: slimming(training, opt, folder),
+                 "validation": lambda: validation(VAL.format(**values), opt),
+                 "untrained": lambda: [row("val.py of an untrained model", "s", both(untrained, opt)[0])],
+                 "starting": lambda: starting(opt, large)}
+        return [{"group": group, **row} for group in groups for row in found[group]()]
+
+
 def main() -> None:
     """Measure everything."""
     parser = HelpfulParser(__doc__)
@@ -216,31 +281,16 @@ def main() -> None:
     add("--stock", type=Path, help="folder of YOLOv5's repository, to measure it as well")
     add("--stock-python", default=sys.executable, help="the interpreter that runs it")
     add("--runs", type=int, default=3, help="processes per figure")
-    add("--only", nargs="+", choices=GROUPS, help="measure these, and keep the other rows")
+    add("--only", nargs="+", choices=GROUPS, default=GROUPS, help="measure these, and keep the other rows")
     add("--internal", nargs=2, metavar=("SAMPLE", "ARGUMENT"), help="internal: print one sample as JSON")
     opt = parser.parse_args()
     if opt.internal:
         print(json.dumps(internal(*opt.internal)))
         return
-    missing = [f"--{name}" for name in ("data", "coco", "weights") if getattr(opt, name) is None]
-    if missing:
-        raise UserError(f"{', '.join(missing)}: needed; see the two lines above the flags of --help")
-    with scratch(ROOT / "runs" / "speed") as folder:
-        untrained, large = make_weights(folder, checkpoint.load(opt.weights).names)
-        values = {"data": opt.data.resolve(), "coco": opt.coco.resolve(), "weights": opt.weights.resolve(),
-                  "workers": opt.workers, "folder": folder}
-        training, val = TRAIN.format(**values), VAL.format(**values)
-        quick, everywhere = f"{training} --epochs {EPOCHS} --noval --nosave --noplots", {**values, "weights": untrained}
-        groups = {"epochs": lambda: epochs_with_validation(training, opt),
-                  "steps": lambda: efficiency(quick, opt),
-                  "slimming": lambda: slimming(training, opt, folder),
-                  "validation": lambda: whole("val.py", val, opt, per_image="val.py, an image"),
-                  "untrained": lambda: whole("val.py of an untrained model", VAL.format(**everywhere), opt),
-                  "starting": lambda: starting(opt, large)}
-        rows = [{**found, "group": group} for group in opt.only or GROUPS for found in groups[group]()]
-    rows = sorted(with_earlier("speed", rows, "group"), key=lambda found: GROUPS.index(found["group"]))
-    write_csv(RESULTS / "speed.csv", rows)
-    print(text_table(*formatted(rows, SPEED_OF_USE)))
+    if groups := [group for group in opt.only if group != "overhead"]:
+        publish("speed", measure(opt, groups), "group", order=lambda row: GROUPS.index(row["group"]))
+    if "overhead" in opt.only:
+        publish("overhead", [overhead(name) for name in ("yolov5n", "yolov5s")])
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from __future__ import annotations
 from argparse import Namespace
 
 from columns import STAGES, formatted
-from common import experiment_parser, measure, run_missing, slimming_commands, stage_files
+from common import cut_commands, experiment_parser, measure, run_missing, sparse_command, stage_files
 
 from utils.errors import run_cli
 from utils.tables import text_table, write_csv
@@ -22,9 +22,10 @@ def commands(opt: Namespace, data: str) -> dict[str, str]:
     train = f"{data} --epochs {opt.epochs} --batch-size {opt.batch_size} --adam"
     start, cut = f"--weights '{opt.weights}' {train}", f"--percent {opt.percent:g} --noval"
     convert = f"data/scripts/voc_to_yolo.py --voc '{opt.voc}' --out voc --splits {' '.join(opt.splits)}"
-    return {"voc/data.yaml": convert, "runs/train/dense/results.png": f"train.py {start} --name dense",
-            **slimming_commands("l1", f"--st --sr {opt.sr:g} {start}", cut, train),
-            **slimming_commands("target", f"--target-sparsity {opt.percent:g} {start}", cut, train)}
+    made = {"voc/data.yaml": convert, "runs/train/dense/results.csv": f"train.py {start} --name dense"}
+    for name, rule in (("l1", f"--st --sr {opt.sr:g}"), ("target", f"--target-sparsity {opt.percent:g}")):
+        made |= {**sparse_command(name, f"{rule} {start}"), **cut_commands(name, name, cut, train)}
+    return made
 
 
 def main() -> None:

@@ -1,7 +1,6 @@
 """Networks with blocks that the repository has none of, and random masks for any network.
 
 The pruning engine must get all of them right.
-Used by tests/test_graph.py and, with more cases, by bench/properties.py.
 """
 from __future__ import annotations
 

@@ -15,6 +15,12 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """How often to do what is done a few times, or not at all, without these. bench/README.md says where."""
+    parser.addoption("--cases", type=int, help="tests/test_graph.py: random cuts, all yamls included; makes a table")
+    parser.addoption("--kills", type=int, help="tests/test_crash.py: random kills of each script; makes a table")
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Nothing in the user's own cache, neither read nor written."""

@@ -1,7 +1,4 @@
-"""Killing a training at some instant and going on, and what must be the same in the end.
-
-Used by tests/test_crash.py and bench/crash.py.
-"""
+"""Killing a training at some instant and going on, and what must be the same in the end."""
 from __future__ import annotations
 
 import os
@@ -97,6 +94,37 @@ def kill(script: str, flags: list[str], folder: Path, when: Callable[[Path], boo
 def random_instant(rng: random.Random, seconds: float) -> Callable[[Path], bool]:
     """Any time in the run, or, each third time, in the middle of a save."""
     return while_saving(rng.randint(1, 4)) if rng.random() < 1 / 3 else after(rng.uniform(0.3, seconds))
+
+
+def is_done(folder: Path, epochs: int) -> bool:
+    """Has the run in the folder come to its end?"""
+    if (pipeline(folder) / "slim.json").is_file():
+        return (pipeline(folder) / "report.json").is_file()
+    return last(folder).is_file() and checkpoint.read(last(folder))["training"]["epoch"] >= epochs
+
+
+def disturb(script: str, flags: list[str], folder: Path, kills: int, epochs: int) -> tuple[int, int, list[str]]:
+    """Kill runs, at most four times each, until there were `kills` kills; and let each come to its end.
+
+    Returns (kills, runs, what is not as in a run that nothing disturbed).
+    """
+    rng, begun, undisturbed = random.Random(0), time.monotonic(), folder / "undisturbed"
+    finish(script, [*flags, "--workers", "0"], undisturbed)
+    seconds = time.monotonic() - begun
+    done, runs, found = 0, 0, []
+    while done < kills:
+        runs += 1
+        here, workers = folder / f"run{runs}", rng.choice([0, 1, 2])
+        mine = [*flags, "--workers", str(workers)]
+        for _ in range(rng.randint(1, 4)):
+            if not kill(script, going_on(mine, here, workers), here, random_instant(rng, seconds)):
+                break
+            done += 1
+        if not is_done(here, epochs):
+            finish(script, going_on(mine, here, workers), here)
+        compare = pipeline_differences if script == "slim.py" else differences
+        found += [f"run {runs}: {what}" for what in compare(undisturbed, here)]
+    return done, runs, found
 
 
 def differences(a: Path, b: Path) -> list[str]:

@@ -6,8 +6,10 @@ import re
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from tests.test_plots import check
 from utils.errors import UserError
 from utils.tables import write_csv
 
@@ -70,8 +72,8 @@ def test_a_mark_without_a_table_and_a_table_without_a_mark_are_refused(bench, mo
 
 def test_a_table_in_chinese_has_the_same_figures(bench):
     readme = bench("readme")
-    english, chinese = (readme.tables(chinese=flag)["device"].splitlines() for flag in (False, True))
-    assert len(english) == len(chinese) and chinese[0].startswith("| 模型 | 格式 | 数值精度 | MB |")
+    english, chinese = (readme.tables(chinese=flag)["device pairs"].splitlines() for flag in (False, True))
+    assert len(english) == len(chinese) and chinese[0].startswith("| 格式 | 数值精度 | 稠密：MB |")
     assert [re.findall(r"[\d.]+", row) for row in english] == [re.findall(r"[\d.]+", row) for row in chinese]
 
 
@@ -86,22 +88,23 @@ def test_a_row_of_the_gpu_table_has_both_ways_to_run_the_models(bench):
     row = {"model": "yolov5n", "batch": 1, "precision": "fp16"}
     rows = [{**row, "way": "eager", "dense": 4.0, "slim": 4.0}, {**row, "way": "CUDA graph", "dense": 3.0, "slim": 2.0}]
     found, = bench("columns").gpu_rows(rows)
-    assert (found["eager"], found["CUDA graph"], found["CUDA graph slim"]) == (1.0, 1.5, 2.0)
+    assert (found["eager faster"], found["CUDA graph faster"], found["CUDA graph slim"]) == (1.0, 1.5, 2.0)
 
 
-def test_no_phrase_of_the_pages_is_left_half_translated(bench):
-    """A title that gets a new word must get its phrase in CHINESE."""
+def test_the_tables_of_a_chinese_page_are_in_chinese(bench):
+    """A title has its two languages where it is defined. Commands, formats and units are the same in both."""
     tables = bench("readme").tables(chinese=True)
-    cells = [cell for name in ("equal main", "device pairs") for cell in tables[name].split("|")]
-    mixed = re.compile(r"(?=.*[\u4e00-\u9fff]).*\b(the|of|from|an?)\b")
-    assert not [cell for cell in cells if mixed.match(cell)]
+    page = (ROOT / "README.zh-CN.md").read_text(encoding="utf-8")
+    cells = [cell.strip() for name in re.findall(bench("readme").MARK, page) for cell in tables[name].split("|")]
+    words = re.compile(r"(?<![-\w])(the|of|from|an?|with|on|to|runs|data|commands|format|faster|dense|slim)\b(?!\.py)")
+    assert len(cells) > 100 and not [cell for cell in cells if words.search(cell)]
 
 
-def test_phrases_are_translated_whole_and_names_of_files_stay(bench):
-    translated = bench("readme").translated
-    assert translated("train.py, the slim shape from scratch") == "train.py，剪枝后的结构，从头训练"
-    assert translated("slim.py") == "slim.py" and translated("slim") == "剪枝后"
-    assert translated("commands") == "命令" and translated("0.1 to 0.2") == "0.1～0.2"
+def test_a_figure_of_several_runs_has_its_limits(bench):
+    spread, runs = bench("columns").spread, [{"map": 0.1}, {"map": 0.3}, {"map": ""}]
+    assert spread(runs, "map") == ("0.200 (0.100 to 0.300)", "0.200 (0.100～0.300)")
+    assert spread(runs, "map", ("{} {} {} {}", "")) == ("0.2 0.1 0.3 2", "")
+    assert spread(runs[:1], "map") == ("0.100", "0.100") and spread(runs[2:], "map") == ("", "")
 
 
 def test_a_figure_comes_back_from_a_csv_as_it_was_written(bench, tmp_path, monkeypatch):
@@ -110,18 +113,56 @@ def test_a_figure_comes_back_from_a_csv_as_it_was_written(bench, tmp_path, monke
     rows = [{"model": "a", "map": 0.125, "parameters": 1000, "tuned": ""}]
     write_csv(tmp_path / "x.csv", rows)
     assert columns.read_results("x") == rows
-    assert columns.formatted(rows, [columns.PARAMETERS, ("fine-tuned", "tuned", columns.SHARE)]) == (
-        [["1,000", ""]], ["parameters", "fine-tuned"])
+    titles = ["model", ("parameters", "parameters", columns.COUNT), (("fine-tuned", "微调后"), "tuned", columns.SHARE)]
+    assert columns.formatted(rows, titles) == ([["a", "1,000", ""]], ["model", "parameters", "fine-tuned"])
+    assert columns.formatted(rows, titles, chinese=True) == ([["a", "1,000", ""]], ["model", "parameters", "微调后"])
 
 
-def test_every_fine_tuned_run_of_the_tables_is_among_the_runs(bench):
-    sparsity, pruning = bench("sparsity"), bench("pruning")
-    assert set(sparsity.TUNED) <= set(sparsity.RUNS)
-    assert pruning.SOURCE in sparsity.RUNS
-    made = list(sparsity.commands("share0.55-round16-seed1", Path("w.pt"), 40).values())
+def test_rows_of_other_keys_stay_in_the_results(bench, tmp_path, monkeypatch, capsys):
+    columns = bench("columns")
+    monkeypatch.setattr(columns, "RESULTS", tmp_path)
+    monkeypatch.setattr(columns, "TABLES", {"a": columns.Table("x", ["data"])})
+    old, new, other = ({"data": data, "map": value} for data, value in (("a", 1), ("a", 2), ("b", 3)))
+    columns.publish("x", [old, other])
+    columns.publish("x", [new], "data")
+    assert columns.read_results("x") == [other, new]
+    columns.publish("x", [new], "data", order=lambda row: row["data"])
+    assert columns.read_results("x") == [new, other]
+    assert capsys.readouterr().out.split() == ["data", "----", *"ab", "data", "----", *"ba", "data", "----", *"ab"]
+
+
+def test_the_experiments_on_bccd_make_what_their_tables_show(bench):
+    bccd = bench("bccd")
+    scripts = {name: [command.split()[0] for made in bccd.commands(plan, Path("w.pt")) for command in made.values()]
+               for name, plan in bccd.EXPERIMENTS.items()}
+    assert {name: [found.count(script) for script in ("train_sparsity.py", "prune.py", "finetune_pruned.py")]
+            for name, found in scripts.items()} == {
+        "stages": [4, 3, 3], "sparsity": [25, 8, 8], "pruning": [1, 15, 12], "absorb": [1, 4, 0]}
+    made = list(bccd.commands(bccd.EXPERIMENTS["sparsity"], Path("w.pt"))[list(bccd.RUNS).index(
+        "share0.55-round16-seed1")].values())
     assert [command.split()[0] for command in made] == ["train_sparsity.py", "prune.py", "finetune_pruned.py"]
-    assert "--percent 0.55 " in made[1]
-    assert len(sparsity.commands("SGD-sr0.1-seed0", Path("w.pt"), 40)) == 1
+    assert "--percent 0.55 " in made[1] and "--target-sparsity 0.55 --round-to 16 --adam --seed 1 " in made[0]
+    for name in ("sparsity", "pruning"):
+        assert {row.get("run", "share0.5") for row in bench("columns").read_results(name)} <= {
+            run.rsplit("-seed")[0] for run in bccd.EXPERIMENTS[name].sparse}
+
+
+STAGES = [{"stage": "dense", "map50": 0.86, "map": 0.61, "parameters": 1872157, "flops": 4.2e9, "ms": 31.4},
+          {"stage": "cut", "map50": 0.0, "map": 0.0, "parameters": 572157, "flops": 1.9e9, "ms": 17.2}]
+
+
+@pytest.mark.parametrize("rows", [STAGES, STAGES[:1], STAGES * 6, [STAGES[0] | {"map50": 0.0, "map": 0.0}],
+                                   [STAGES[0] | {"stage": "红 $"}]])
+def test_the_picture_of_the_stages(bench, tmp_path, rows):
+    bench("pictures").plot_stages(rows, tmp_path / "s.png")
+    check(tmp_path / "s.png")
+
+
+@pytest.mark.parametrize("size", [1, 50, 5000])
+def test_the_picture_of_two_models_gammas(bench, tmp_path, size):
+    gammas = np.abs(np.random.default_rng(0).normal(1, 0.1, size))
+    bench("pictures").plot_two_gammas({"dense": gammas, "sr 红": 0 * gammas}, "title $", tmp_path / "g.png")
+    check(tmp_path / "g.png")
 
 
 def test_a_made_up_data_set_has_what_it_says(bench, tmp_path, monkeypatch):

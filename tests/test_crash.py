@@ -6,14 +6,17 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 from models import checkpoint
+from models.pruning import model_pruner
 from tests import crash
 from tests.conftest import ROOT
+from utils.tables import write_csv
 
 pytestmark = pytest.mark.slow
 
@@ -121,3 +124,36 @@ def test_prune_on_a_full_disk_leaves_nothing_behind(whole, tmp_path):
     code, output = run_with("full-disk-now", flags, tmp_path, "prune.py")
     assert code == 2 and "can't be written" in output and "Traceback" not in output
     assert not [p for p in tmp_path.rglob("*") if p.is_file()]
+
+
+# Kills at random instants, each third one in the middle of a save: --kills -------------------------------------------
+
+SCRIPTS = {  # -> flags, beside those of data and model
+    "train.py": ["--epochs", "3"],
+    "train_sparsity.py": ["--epochs", "3", "--target-sparsity", "0.4", "--shrink"],
+    "finetune_pruned.py": ["--epochs", "3"],
+    "slim.py": ["--epochs", "9", "--target", "flops=0.6"]}
+
+
+@pytest.fixture(scope="module")
+def outcomes(pytestconfig: pytest.Config) -> Iterator[list[dict[str, object]]]:
+    """A row per script; where there are all of them they become a table."""
+    rows: list[dict[str, object]] = []
+    yield rows
+    if len(rows) == len(SCRIPTS):
+        write_csv(ROOT / "bench/results/crash.csv", rows)
+
+
+@pytest.mark.skipif("not config.getoption('kills')", reason="needs --kills, their number")
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_killed_at_random_instants_ends_bit_identical(script, tiny, cfg, teacher, tmp_path, pytestconfig, outcomes):
+    model = ["--weights", "", "--cfg", str(cfg)]
+    if script == "finetune_pruned.py":
+        model = ["--weights", str(tmp_path / "slim.pt")]
+        pruner = model_pruner(checkpoint.load(teacher), imgsz=64)
+        checkpoint.save(tmp_path / "slim.pt", pruner.rank().cut(percent=0.4).slim, imgsz=64)
+    flags = ["--data", str(tiny), *model, "--imgsz", "64", "--batch-size", "4", "--nbs", "8", "--device", "cpu",
+             "--noplots", *SCRIPTS[script]]
+    kills, runs, differences = crash.disturb(script, flags, tmp_path, pytestconfig.getoption("kills"), epochs=3)
+    outcomes.append({"script": script, "kills": kills, "runs": runs, "differences": len(differences)})
+    assert differences == []

@@ -21,7 +21,8 @@ from utils.data import dataset as dataset_module
 from utils.data import loader as loader_module
 from utils.data.config import read_data
 from utils.data.dataset import DetectionDataset, rect_shapes
-from utils.data.image_files import Record, decode, label_path, parse_labels
+from utils.data.image_files import Record, decode, label_path
+from utils.data.labels import MALFORMED, NO_AREA, OUTSIDE, POLYGONS, parse_labels
 from utils.data.loader import Batch, EpochBatchSampler, build_loader
 from utils.errors import UserError
 
@@ -167,13 +168,14 @@ def test_label_rows_are_repaired_and_counted() -> None:
                       "1 0.95 0.5 0.2 0.2",                    # over the edge: .85 to 1.05
                       "1 0.1 0.1 0.8 0.1 0.8 0.3 0.1 0.3",     # polygon
                       "",
-                      "0 1.5 0.5 0.2 0.2", "0 0.5 0.5 0 0.2", "0 0.5 0.5 -0.1 0.2",           # no area
+                      "0 1.05 0.5 0.05 0.2", "0 0.5 0.5 0 0.2", "0 0.5 0.5 -0.1 0.2",         # no area
+                      "0 1.5 0.5 0.2 0.2", "1 40 40 100 100",                                 # far outside
                       "0 nan 0.5 0.2 0.2", "0 0.5 0.5 0.2", "a b c d e", "-1 .5 .5 .1 .1", "0.5 .5 .5 .1 .1",
                       "0 .5 .5 .1 .1 .9"])                     # malformed
     labels, problems = parse_labels(text, Path("x.txt"), nc=2)
     assert np.allclose(labels, [[0, .5, .5, .2, .2], [1, .925, .5, .15, .2], [1, .45, .2, .7, .2]])
     assert labels.dtype == np.float32
-    assert problems == Counter({"malformed rows skipped": 6, "boxes dropped (no area in the image)": 3,
+    assert problems == Counter({MALFORMED: 6, NO_AREA: 3, OUTSIDE: 2, POLYGONS: 1,
                                 "duplicate rows removed": 1, "boxes cut at the edge": 1})
 
 
@@ -447,8 +449,11 @@ def test_missing_labels_of_the_val_images_are_said(images: Path, tmp_path: Path,
     """mAP 0.000 without a word is what one saw."""
     shutil.copytree(images, tmp_path / "JPEGImages")
     config = read_data(write_yaml(tmp_path, "train: JPEGImages\nval: JPEGImages\nnames: [a, b]\n"))
-    loader_module.validation_loader(config, "val", 64, 2, 32, workers=0)
-    assert "no labels at all: looked for" in capsys.readouterr().out
+    with pytest.raises(UserError, match="JPEGImages: no image has a usable label: there are no label files"):
+        loader_module.validation_loader(config, "val", 64, 2, 32, workers=0)
+    capsys.readouterr()
+    loader_module.validation_loader(config, "val", 64, 2, 32, workers=0, labelled=False)
+    assert "no image has a usable label" in capsys.readouterr().out
 
 
 def test_a_linked_folder_keeps_its_labels(images: Path, tmp_path: Path) -> None:
@@ -519,7 +524,7 @@ def test_label_cache_is_used_and_notices_changes(images: Path, tmp_path: Path, m
     assert len(scanned) == 7 and tree_hash(images.parent.parent) == before
     assert again.images == first.images and np.array_equal(again.shapes, first.shapes)
     assert all(a.dtype == np.float32 and np.array_equal(a, b) for a, b in zip(first.labels, again.labels))
-    label_path(first.images[3]).write_text("1 0.5 0.5 0.25 0.25\n0 0.1 0.1 9 9\n")
+    label_path(first.images[3]).write_text("1 0.5 0.5 0.25 0.25\n0 0.1 0.1 .9 .9\n")
     label_path(first.images[4]).unlink()
     changed = DetectionDataset([images], 64, nc=2)
     assert len(scanned) == 9 and len(changed.labels[3]) == 2 and not len(changed.labels[4]) and changed.problems

@@ -1,14 +1,26 @@
 """The channel graph on blocks that are written for this test only: what may go, what must stay, and exact cuts."""
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
+from torch import nn
 
+from models.config import read_yaml
+from models.yolo import Model
 from tests.blocks import NETWORKS, Net, SqueezeExcite, random_masks, randomised
+from tests.conftest import ROOT
+from utils.slimming import compose_masks
 from utils.slimming.cost import CostModel, profile
-from utils.slimming.equivalence import largest_difference
+from utils.slimming.equivalence import EQUIVALENCE_BOUND, largest_difference
 from utils.slimming.surgery import masked, resize_like, slim
 from utils.slimming.tracing import trace
+from utils.tables import write_csv
+
+YAMLS = [path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "models").rglob("*.yaml"))]
+# With one channel left per group, their channels can go one by one: no single cut of the first model does that.
+BECOME_DEPTHWISE = ("Grouped", "Multiplied")
 
 
 def net(name: str, seed: int = 0) -> Net:
@@ -45,17 +57,53 @@ def test_what_may_go_and_what_must_stay(name):
     assert bool(graph.notes) == bool(stays)  # what is held back is said
 
 
-@pytest.mark.parametrize("seed", range(6))
-@pytest.mark.parametrize("name", NETWORKS)
-def test_slim_equals_masked(name, seed):
-    model = net(name, seed)
+def network(name: str, seed: int) -> tuple[nn.Module, int, int]:
+    """(model, side of its images, its largest stride); a yaml is built at a quarter of the width."""
+    if name in NETWORKS:
+        return net(name, seed), 32, 16
+    torch.manual_seed(seed)
+    model = Model({**read_yaml(str(ROOT / name)), "width_multiple": 0.25, "depth_multiple": 0.33})
+    return randomised(model, seed), 128, max(int(model.stride.max()), 32)  # P34's backbone goes down to 32, too
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Six random cuts of each network; with --cases so many, spread evenly over the networks and every yaml."""
+    if metafunc.function is test_random_cuts:
+        count = metafunc.config.getoption("cases")
+        names = [*NETWORKS, *YAMLS] if count else list(NETWORKS)
+        metafunc.parametrize("name, seed", [(names[i % len(names)], i) for i in range(count or 6 * len(names))])
+
+
+@pytest.fixture(scope="module")
+def differences(pytestconfig: pytest.Config) -> Iterator[dict[str, list[float]]]:
+    """Network -> the largest relative difference of each case. Where all of --cases pass they become a table."""
+    found: dict[str, list[float]] = {}
+    yield found
+    if sum(map(len, found.values())) == pytestconfig.getoption("cases"):
+        write_csv(ROOT / "bench/results/properties.csv", [{"network": name, "cases": len(all_of),
+                                                           "worst": f"{max(all_of):.1e}"}
+                                                          for name, all_of in found.items()])
+
+
+def test_random_cuts(name, seed, differences):
+    """Slim equals masked, the cost is as predicted, and two cuts equal one."""
+    model, side, stride = network(name, seed)
     graph = trace(model)
     masks = random_masks(graph, seed)
     narrow = slim(model, masks)
-    assert largest_difference(masked(model, masks), narrow, sizes=((1, 16, 16), (3, 20, 24))) < 1e-9
-    cost = profile(narrow, 32)
-    assert CostModel(model, graph, 32).remaining(graph.kept(masks)) == (cost.parameters, cost.flops)
-    assert slim(narrow, {}) is not narrow and trace(narrow).norms.keys() == graph.norms.keys()  # and can be cut again
+    cost = profile(narrow, side)
+    assert CostModel(model, graph, side).remaining(graph.kept(masks)) == (cost.parameters, cost.flops)
+    again = random_masks(trace(narrow), seed + 1)
+    twice = slim(narrow, again)
+    if name not in BECOME_DEPTHWISE:
+        once = slim(model, compose_masks(masks, again))
+        for a, b in zip(once.state_dict().values(), twice.state_dict().values(), strict=True):
+            assert torch.equal(a, b)
+    sizes = ((1, side, side), (3, side, side + stride))
+    worst = max(largest_difference(masked(model, masks), narrow, sizes=sizes, seed=seed),
+                largest_difference(masked(narrow, again), twice, sizes=sizes[:1], seed=seed))
+    assert worst < EQUIVALENCE_BOUND
+    differences.setdefault(name, []).append(worst)
 
 
 def test_a_gate_with_batchnorm_goes_with_what_it_scales():

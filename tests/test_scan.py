@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 
 from utils.data import dataset as dataset_module
-from utils.data import image_files, label_cache
+from utils.data import label_cache, labels
 from utils.data import scan as scan_module
 from utils.data.dataset import DetectionDataset
-from utils.data.image_files import Record, label_path, parse_labels, path_order, scan_image
+from utils.data.image_files import Record, label_path, path_order, scan_image
+from utils.data.labels import parse_labels
 from utils.data.ragged import Paths, Ragged
 from utils.errors import UserError
 
@@ -111,10 +112,10 @@ def test_boxes_that_are_left_as_they_are_would_not_be_repaired() -> None:
         x, y = (float(side / 2 + off if rng.random() < 0.5 else 1 - side / 2 - off) for side, off in zip((w, h), gap))
         problems: Counter[str] = Counter()
         row = np.array([[1, x, y, w, h]], np.float32)
-        repaired = image_files._repair(row, problems)
+        repaired = labels._repair(row, problems)
         found, counted = parse_labels(f"1 {x} {y} {w} {h}", Path())
         assert np.array_equal(found, repaired) and counted == +problems
-        kept += image_files._well_inside(x, y, w, h)
+        kept += labels._well_inside(x, y, w, h)
     assert 100 < kept < 900
 
 

@@ -1,14 +1,13 @@
 """The files of Pascal VOC data sets: which XML, image and split belong together, however the folders are called."""
 from __future__ import annotations
 
-import os
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
 from data.scripts.yolo_layout import SPLIT_WORDS, SPLITS, Skipped
-from utils.data.image_files import IMAGE_SUFFIXES
+from utils.data.image_files import IMAGE_SUFFIXES, walk
 from utils.errors import UserError
 
 XML, TXT = frozenset({".xml"}), frozenset({".txt"})
@@ -129,9 +128,8 @@ def _is_junk(name: str) -> bool:
 
 def _files(folder: Path, suffixes: Collection[str]) -> Iterator[Path]:
     """The files below a folder with one of these suffixes, in no order."""
-    for where, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not _is_junk(name)]
-        yield from (Path(where, n) for n in names if Path(n).suffix.lower() in suffixes and not _is_junk(n))
+    found = (Path(where, name) for where, names in walk(folder, skip=_is_junk) for name in names if not _is_junk(name))
+    return (path for path in found if path.suffix.lower() in suffixes and path.is_file())
 
 
 def _holds(folder: Path, suffixes: Collection[str]) -> bool:

@@ -31,7 +31,9 @@ class CalibrationImages(Sequence[np.ndarray]):
             return to_tensor_layout(letterbox(dataset.load(index), shape, scale_up=False)[0])[None]
 
         self.batch = batch
-        self.pixels = in_threads(boxed, chosen, "calibration images")  # uint8: a quarter of the memory
+        pixels = in_threads(boxed, chosen, "calibration images")  # uint8: a quarter of the memory
+        dataset.report_broken(dataset.broken)
+        self.pixels = [image for index, image in zip(chosen, pixels) if index not in dataset.broken]
 
     def __len__(self) -> int:
         return len(self.pixels)

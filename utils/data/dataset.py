@@ -1,7 +1,7 @@
 """A data set of images with boxes.
 
-Images and labels are scanned once, headers and labels only (see image_files.py). A sample is a pure function of (seed,
-epoch, index): the number of workers, their order and a resumed run change nothing.
+Images and labels are scanned once (see image_files.py); of many images only the headers. A sample is a pure function of
+(seed, epoch, index): the number of workers, their order and a resumed run change nothing.
 """
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import hashlib
 import math
 import os
 import shutil
+import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -25,16 +26,26 @@ from tqdm import tqdm
 
 import utils.data.augmentations as aug
 from utils.boxes import letterbox, xywh2xyxy, xyxy2xywh
-from utils.data.image_files import IMAGE_SUFFIXES, decode, find_images, label_path, path_order, scan_image
+from utils.data.image_files import (
+    IMAGE_SUFFIXES,
+    DamagedImageError,
+    decode,
+    find_images,
+    label_reading,
+    path_order,
+    scan_image,
+    why_unlabelled,
+)
 from utils.data.label_cache import cache_folder, scan_with_cache
 from utils.data.ragged import Paths
-from utils.data.scan import Scan, scan_groups
+from utils.data.scan import MANY, Scan, scan_groups
 from utils.errors import UserError
 from utils.files import write_array
 
 HYP = ("degrees", "translate", "scale", "shear", "perspective", "mosaic", "mixup", "hsv_h", "hsv_s", "hsv_v", "flipud",
        "fliplr", "copy_paste")
 MOST_NAMED = 5  # refused images that the summary names
+PIXELS = 2          # raise it with every change of what decode() returns
 NPY_HEADER = 128    # bytes before the pixels of a .npy file
 FEW_BYTES, FEW_SHARE = 1e9, 0.1  # of decoded images: kept in memory without being asked, also as a share of the free
 PARTNERS = 7    # other images that a sample may use: three in its mosaic, four in the one that is mixed in
@@ -73,6 +84,8 @@ class DetectionDataset(Dataset[Sample]):
     .images (Path), .labels ((m, 5): class, xywh normalised) and .shapes ((n, 2): w, h) are in the data set's order; the
     first two are sequences over one array each, not lists (see ragged.py). .problems counts what was repaired or left
     out, .refused lists (path, reason) of the images that were left out, .notes and summary() are for the log.
+    .broken are those that turned out to be broken when they were used: each stays in its place as a grey image without
+    labels, for another order of the others would be another training than that before a resume.
 
     UserError where a source is missing or none of the images can be used.
     """
@@ -86,14 +99,15 @@ class DetectionDataset(Dataset[Sample]):
         self.hyp = {key: float((hyp or {}).get(key, 0.0)) for key in HYP}
         self.seed = seed % 2**63  # numpy takes no negative seed
         self.notes: list[str] = []
+        self.unlabelled = ""  # why there is not one box
         self.images, scan = self._scan([Path(s).absolute() for s in sources], nc, single_cls)
         if rect:
             order = np.argsort(scan.sizes[:, 1] / scan.sizes[:, 0], kind="stable")
             self.images, scan = self.images.take(order), scan.take(order)
         self.labels, self.shapes, self.orientations = scan.labels, scan.sizes.astype(int), scan.orientations
+        self.broken: set[int] = set()
+        self._named: set[int] = set()  # of the broken ones
         self.batch_shapes = rect_shapes(self.shapes, batch_size, imgsz, stride, pad) if rect else None
-        if not self.labels.counts.any():
-            self.notes.append(f"no labels at all: looked for {label_path(self.images[0])} and so on")
         if augment and self.hyp["copy_paste"]:
             self.notes.append("copy_paste has no effect: it needs polygons, and only boxes are kept")
         self._ram: Tensor | None = None
@@ -106,28 +120,52 @@ class DetectionDataset(Dataset[Sample]):
     def _scan(self, sources: Sequence[Path], nc: int | None, single_cls: bool) -> tuple[Paths, Scan]:
         """The usable images, sorted by path, and what is known of them; sets .problems and .refused."""
         found = sorted((image for source in sources for image in find_images(source)), key=path_order)
-        where = ", ".join(map(str, sources)) or "no source"
+        self.where = where = ", ".join(map(str, sources)) or "no source"
         if not found:
             raise UserError(f"{where}: no images there ({', '.join(sorted(s[1:] for s in IMAGE_SUFFIXES))})")
-        one = partial(scan_image, nc=nc, single_cls=single_cls)
-        title = f"{self.prefix} scan".strip()
-        scan = scan_with_cache(found, f"{nc} {single_cls}", lambda groups: scan_groups(one, groups, title))
+        # Decoding is the only proof of an image. Of many it would take too long: a broken one is found when it is used.
+        one = partial(scan_image, nc=nc, single_cls=single_cls, whole=len(found) < MANY)
+
+        def scan_now(groups: Sequence[Sequence[str]]) -> Iterator[Scan]:
+            return scan_groups(partial(one, reading=label_reading(found)), groups, f"{self.prefix} scan".strip())
+
+        scan = scan_with_cache(found, str(one.keywords), scan_now)
         problems: Counter[str] = Counter()
         reasons: dict[int, str] = {}
+        examples: dict[str, str] = {}
         for i, counts, reason in scan.remarks():
-            problems += counts
+            problems.update(counts)
+            examples = dict.fromkeys(counts, found[i]) | examples
             if reason:
                 reasons[i] = reason
         self.problems: dict[str, int] = dict(problems)
         self.refused = [(Path(found[i]), reason) for i, reason in reasons.items()]
         images = Paths(found)
         if len(reasons) == len(found):
-            path, reason = self.refused[0]
-            raise UserError(f"{where}: none of the {len(found)} images can be used; the first: {path} ({reason})")
+            reason, times = Counter(reasons.values()).most_common(1)[0]
+            path = next(path for path, why in self.refused if why == reason)
+            raise UserError(f"{where}: none of the {len(found)} images can be used; {times}: {reason}, e.g. {path}")
         if reasons:
             usable = np.delete(np.arange(len(found)), list(reasons))
             images, scan = images.take(usable), scan.take(usable)
+        if not scan.labels.counts.any():
+            self.unlabelled = f"no image has a usable label: {why_unlabelled(images, self.problems, examples)}"
+            self.notes.append(self.unlabelled)
         return images, scan
+
+    def require_labels(self) -> None:
+        """UserError where there is not one box: nothing can be learnt from background alone, nor measured on it."""
+        if self.unlabelled:
+            raise UserError(f"{self.where}: {self.unlabelled}")
+
+    def report_broken(self, found: Iterable[int]) -> None:
+        """Name each image that was found to be broken on stderr, once. UserError where no other is left."""
+        for index in sorted(set(found) - self._named):
+            self._named.add(index)
+            tqdm.write(f"{self.images[index]}: can't be decoded; a grey image without labels stands in for it "
+                       f"({len(self._named)} so far)", file=sys.stderr)
+        if len(self._named) == len(self):
+            raise UserError(f"{self.where}: none of the {len(self)} images can be decoded")
 
     def summary(self) -> str:
         """What was found, repaired and left out, and the notes: one line or a few."""
@@ -211,7 +249,7 @@ class DetectionDataset(Dataset[Sample]):
 
     def _in_pixels(self, index: int, width: float, height: float) -> np.ndarray:
         """The labels of image `index` for a width and height of it in pixels."""
-        labels = self.labels[index].copy()
+        labels = self.labels[index][:0] if index in self.broken else self.labels[index].copy()
         labels[:, 1:] = xywh2xyxy(labels[:, 1:]) * np.array([width, height, width, height], np.float32)
         return labels
 
@@ -237,8 +275,12 @@ class DetectionDataset(Dataset[Sample]):
         return -(-h * self.imgsz // longest), -(-w * self.imgsz // longest)
 
     def _load_file(self, index: int) -> np.ndarray:
-        image = decode(self.images[index], int(self.orientations[index]))
         h, w = self._scaled_size(index)
+        try:
+            image = decode(self.images[index], int(self.orientations[index]))
+        except DamagedImageError:
+            self.broken.add(index)
+            return np.full((h, w, 3), aug.FILL, np.uint8)
         if image.shape[:2] == (h, w):
             return image
         linear = self.augment or max(h, w) > max(image.shape[:2])
@@ -291,8 +333,8 @@ class DetectionDataset(Dataset[Sample]):
         path = self.images[index]
         stat = path.stat()
         # The key includes `augment`, because the interpolation depends on it.
-        key = f"{path}|{stat.st_mtime_ns}|{stat.st_size}|{self.imgsz}|{self.augment}"
-        return folder / f"{hashlib.sha256(key.encode()).hexdigest()[:40]}.npy"
+        key = f"{PIXELS} {path}|{stat.st_mtime_ns}|{stat.st_size}|{self.imgsz}|{self.augment}"
+        return folder / f"{hashlib.sha256(os.fsencode(key)).hexdigest()[:40]}.npy"
 
     def _load_disk(self, folder: Path, index: int) -> np.ndarray:
         """The image from the cache; decoded and put there if it is missing. OSError if it can't be written."""
@@ -305,7 +347,8 @@ class DetectionDataset(Dataset[Sample]):
             pass  # missing or truncated: written below
         image = self._load_file(index)
         try:
-            write_array(file, image)
+            if index not in self.broken:
+                write_array(file, image)
         except UserError as error:  # of the cache only: an image that can't be decoded is an error of its own
             raise OSError(str(error)) from error
         return image

@@ -1,10 +1,11 @@
 """Image and label files: which there are, what they hold, what is wrong with them. Files are only ever read."""
 from __future__ import annotations
 
-import math
 import os
+import stat
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from heapq import heappop, heappush
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -12,16 +13,20 @@ import cv2
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from utils.boxes import xywh2xyxy, xyxy2xywh
+from utils.data.labels import LOSSES, NO_TEXT, parse_labels, reading_of
 from utils.errors import UserError
+from utils.text import decoded, read_text
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".mpo", ".png", ".tif", ".tiff", ".webp"})
 LEAST_SIDE = 10          # pixels; smaller images are left out
-MARGIN = 1e-5            # of an image's side: many times what float32 rounds away
 EXIF_ORIENTATION = 274   # the tag's number
-CHECKED = ("JPEG", "PNG")   # read_header() notices a damaged one without decoding it
+SAMPLE = 200             # label files that tell what the rows of a set mean
 # What Pillow raises for a file that it can't read, and decode().
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError, UserError)
+
+
+class DamagedImageError(UserError):
+    """An image can't be decoded. A file that can't be read at all is another error: the next one may not be either."""
 
 
 class Header(NamedTuple):
@@ -29,7 +34,7 @@ class Header(NamedTuple):
 
     size: tuple[int, int]          # w, h as displayed, after the EXIF rotation
     orientation: int               # EXIF, 1..8
-    kind: str                      # Pillow's name of the format
+    common: bool                   # JPEG, or PNG of 8 bits: most damage is seen without decoding
 
 
 class Record(NamedTuple):
@@ -43,16 +48,46 @@ class Record(NamedTuple):
     refused: str = ""              # why the image can't be used
 
 
+def walk(*roots: str | Path, skip: Callable[[str], bool] = lambda name: False) -> Iterator[tuple[str, list[str]]]:
+    """(folder, names of what is in it and no folder) of some folders and those below them, in no order.
+
+    Links are followed, but a folder comes once, however many lead to it: under its own path where that is below one of
+    `roots`, else under the shortest. skip: whether to leave out the folders of a name.
+    """
+    seen: set[tuple[int, int]] = set()
+    folders = [os.fspath(root) for root in roots if not os.path.islink(root)]
+    linked = sorted((len(os.fspath(root)), os.fspath(root)) for root in roots if os.path.islink(root))
+    while folders or linked:
+        folder = folders.pop() if folders else heappop(linked)[1]
+        names = []
+        try:
+            place = os.stat(folder)
+            if (place.st_dev, place.st_ino) in seen:
+                continue
+            seen.add((place.st_dev, place.st_ino))
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    if not (os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()):
+                        names.append(entry.name)
+                    elif entry.is_symlink() and not skip(entry.name):
+                        heappush(linked, (len(entry.path), entry.path))
+                    elif not skip(entry.name):
+                        folders.append(entry.path)
+        except OSError:
+            continue  # as os.walk() does
+        yield folder, names
+
+
 def find_images(source: Path) -> list[str]:
     """The images in a folder and its subfolders or in a txt list, or `source` itself. UserError if it is missing."""
     if source.is_dir():
-        return [os.path.join(folder, name) for folder, _, names in os.walk(source, followlinks=True) for name in names
+        return [os.path.join(folder, name) for folder, names in walk(source) for name in names
                 if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES]
     if not source.is_file():
         raise UserError(f"{source}: no such folder, list or image; correct the data yaml")
     if source.suffix.lower() != ".txt":
         return [str(source)] if source.suffix.lower() in IMAGE_SUFFIXES else []
-    lines = source.read_text(encoding="utf-8-sig", errors="replace").splitlines()
+    lines = read_text(source).splitlines()
     return [str(listed_path(source.parent, line.strip())) for line in lines if line.strip()]
 
 
@@ -68,7 +103,10 @@ def listed_path(folder: Path, line: str) -> Path:
 
 
 def label_path(image: Path) -> Path:
-    """.../images/a/b.jpg -> .../labels/a/b.txt: the last folder called images counts; without one, beside the image."""
+    """.../images/a/b.jpg -> .../labels/a/b.txt: the last folder called images counts; without one, beside the image.
+
+    Images and Labels may be written in any case; where both are there, lower case counts.
+    """
     return Path(next(label_files([str(image)])))
 
 
@@ -78,20 +116,93 @@ def label_files(images: Iterable[str]) -> Iterator[str]:
     for image in images:
         folder, name = os.path.split(image)
         if folder != before:
-            before, folders = folder, folder.split(os.sep)
-            if "images" in folders:
-                folders[len(folders) - 1 - folders[::-1].index("images")] = "labels"
-            labels = os.sep.join(folders)
+            before, labels = folder, _label_folder(folder)
         yield os.path.join(labels or "", f"{os.path.splitext(name)[0]}.txt")
 
 
-def read_header(path: Path) -> Header:
-    """An image's size, orientation and format, mostly without decoding.
+def _label_folder(folder: str) -> str:
+    parts = folder.split(os.sep)
+    lower = [part.lower() for part in parts]
+    if "images" not in lower:
+        return folder
+    usual = folder
+    if "images" in parts:
+        at = _last(parts, "images")
+        usual = os.sep.join([*parts[:at], "labels", *parts[at + 1:]])
+        if os.path.isdir(usual):
+            return usual
+    at = _last(lower, "images")
+    above = os.sep.join(parts[:at]) or os.sep
+    beside = sorted(os.listdir(above)) if os.path.isdir(above) else []
+    others = (os.path.join(above, name, *parts[at + 1:]) for name in beside if name.lower() == "labels")
+    return next(filter(os.path.isdir, others), usual)
 
-    One of UNREADABLE for a file that is not an image, or not a whole one if its format is CHECKED.
+
+def _last(parts: Sequence[str], name: str) -> int:
+    return len(parts) - 1 - parts[::-1].index(name)
+
+
+def label_text(path: Path) -> str | None:
+    """What a label file says; nothing where there is none, None where it is no text. UserError if it can't be read."""
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise UserError(f"{path}: is no file; remove it")
+        data = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return ""
+    except OSError as error:
+        raise UserError(f"{path}: can't be read ({error.strerror}); mend its permissions") from None
+    try:
+        return decoded(data, path)
+    except UserError:
+        return None
+
+
+def label_reading(images: Sequence[str]) -> str:
+    """What rows of more than five numbers mean in the labels of some images: see labels.reading_of()."""
+    sample = images[::-(-len(images) // SAMPLE)]
+    return reading_of(label_text(Path(file)) or "" for file in label_files(sample))
+
+
+def why_unlabelled(images: Iterable[Path], problems: Mapping[str, int], examples: Mapping[str, str]) -> str:
+    """Why no image has a label: what happened to most of them, by the scan's `problems`, with an example, and the mend.
+
+    examples: an image that has each problem.
     """
+    lost = {what: problems[what] for what in LOSSES if what in problems}
+    if not lost:
+        files = [Path(file) for file in label_files(map(str, images))]
+        missing = sum(not file.is_file() for file in files)
+        if missing < len(files):
+            return f"{len(files) - missing} label files are empty, {missing} are missing"
+        return f"there are no label files, looked for {files[0]} and so on"
+    what = max(lost, key=lambda key: lost[key])
+    file = label_path(Path(examples[what]))
+    lines = enumerate((label_text(file) or "").splitlines(), 1)
+    rows = [f"line {number} of {file}: {line[:80]}" for number, line in lines
+            if line.strip() and what in parse_labels(line, file, single_cls=True)[1]]
+    return f"{lost[what]} {what}, e.g. {next(iter(rows), file)}; a row is class x y w h, in 0..1"
+
+
+def read_header(path: Path) -> Header:
+    """An image's size and orientation, mostly without decoding.
+
+    One of UNREADABLE for a file that is not an image, or not a whole one as far as that is seen.
+    """
+    if not stat.S_ISREG(os.stat(path).st_mode):  # reading a pipe would wait for ever
+        raise ValueError("not a file")
+    try:
+        return _read_header(path)
+    except UNREADABLE:
+        raise
+    except Exception as error:  # damaged files raise many kinds of exceptions in Pillow's parsers
+        raise ValueError(f"damaged ({type(error).__name__})") from None
+
+
+def _read_header(path: Path) -> Header:
     with open(path, "rb") as file, Image.open(file) as image:
-        size, kind = image.size, image.format or ""
+        size, kind = image.size, image.format
+        common = kind == "JPEG" or (kind == "PNG" and "16" not in str(image.tile))
         orientation = 1
         # A PNG's EXIF may follow its pixels, and reading it would decode them. TIFF decoders rotate by themselves.
         if kind not in ("PNG", "TIFF") or (kind == "PNG" and "exif" in image.info):
@@ -103,10 +214,8 @@ def read_header(path: Path) -> Header:
             image.verify()  # checksums
         elif kind == "JPEG" and not _ends_with(file, b"\xff\xd9"):
             image.load()    # truncated, or data follows the image: only decoding tells which
-        elif kind != "JPEG" and not cv2.haveImageReader(str(path)):
-            raise ValueError(f"OpenCV reads no {kind}")
     orientation = orientation if 1 <= orientation <= 8 else 1
-    return Header(size[::-1] if orientation >= 5 else size, orientation, kind)
+    return Header(size[::-1] if orientation >= 5 else size, orientation, common)
 
 
 def _ends_with(file: BinaryIO, mark: bytes) -> bool:
@@ -122,92 +231,37 @@ def decode(path: Path, orientation: int = 1) -> np.ndarray:
     """uint8 (h, w, 3) BGR of an image of any format, rotated by its EXIF orientation. UserError if that fails.
 
     The orientation is applied here and not by OpenCV, so that sizes and pixels agree in every format and version.
+    Of 16 bits a channel those count that the image uses: 8, 10, 12, 14 or 16.
     """
-    image = None
-    try:
-        data = np.fromfile(path, np.uint8)  # on Windows, cv2.imread can't open some file names
-        if data.size:
-            image = cv2.imdecode(data, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
-    except OSError as error:
-        raise UserError(f"{path}: can't be read ({error.strerror}); put it back or start again without it") from None
-    except cv2.error:
-        pass  # for some damaged files OpenCV raises, for others it returns None
-    if image is None:
-        raise UserError(f"{path}: can't be decoded; replace it or remove it from the data set")
+    image = _stored_pixels(path)
+    if image.dtype == np.uint16:
+        image = (image >> (_used_bits(image) - 8)).astype(np.uint8)
     if orientation in (5, 6, 7, 8):  # mirrored along a diagonal; 6 to 8 need a flip as well
         image = cv2.transpose(image)
     flip = {2: 1, 3: -1, 4: 0, 6: 1, 7: -1, 8: 0}.get(orientation)
     return image if flip is None else cv2.flip(image, flip)
 
 
-def parse_labels(text: str, path: Path, nc: int | None = None,
-                 single_cls: bool = False) -> tuple[np.ndarray, Counter[str]]:
-    """Text of the label file `path` -> float32 (m, 5) class, xywh normalised, and the number of each problem in it.
-
-    A row is `class x y w h`, or `class x1 y1 x2 y2 x3 y3 ...`: a polygon, which is replaced by its bounding box.
-    UserError for a class that is not below `nc`: there is no way to tell which class was meant.
-    """
-    problems: Counter[str] = Counter()
-    rows = []
-    for number, line in enumerate(text.splitlines(), 1):
-        if not line.strip():
-            continue
-        row = _parse_row(line)
-        if row is None:
-            problems["malformed rows skipped"] += 1
-        elif single_cls:
-            rows.append([0.0, *row[1:]])
-        elif nc is not None and row[0] >= nc:
-            raise UserError(f"{path}: line {number}: class {row[0]:.0f}, but the data yaml names {nc} (0 to {nc - 1}); "
-                            "correct the label or add the name")
-        else:
-            rows.append(row)
-    labels = np.array(rows, np.float32).reshape(-1, 5)
-    if not all(_well_inside(*row[1:]) for row in rows) or len(set(map(tuple, labels.tolist()))) < len(rows):
-        labels = _repair(labels, problems)
-    return labels, +problems  # without zeros
-
-
-def _parse_row(line: str) -> list[float] | None:
-    """[class, x, y, w, h], or None for a malformed row."""
+def _stored_pixels(path: Path) -> np.ndarray:
+    """uint8 or uint16 (h, w, 3) BGR of an image file. DamagedImageError if it holds nothing like that."""
+    image = None
     try:
-        values = [float(token) for token in line.split()]
-    except ValueError:
-        return None
-    if len(values) < 5 or len(values) % 2 == 0 or not all(map(math.isfinite, values)):
-        return None
-    if values[0] < 0 or values[0] % 1:
-        return None
-    if len(values) == 5:
-        return values
-    xs, ys = values[1::2], values[2::2]
-    x1, x2, y1, y2 = min(xs), max(xs), min(ys), max(ys)
-    return [values[0], (x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1]
+        data = np.fromfile(path, np.uint8)  # on Windows, cv2.imread can't open some file names
+        if data.size:
+            image = cv2.imdecode(data, cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH | cv2.IMREAD_IGNORE_ORIENTATION)
+    except OSError as error:
+        raise UserError(f"{path}: can't be read ({error.strerror}); put it back or start again without it") from None
+    except cv2.error:
+        pass  # for some damaged files OpenCV raises, for others it returns None
+    if image is None or image.dtype not in (np.uint8, np.uint16):
+        raise DamagedImageError(f"{path}: can't be decoded; replace it or remove it from the data set")
+    return image
 
 
-def _well_inside(x: float, y: float, w: float, h: float) -> bool:
-    """Is a box so far from the edge, and so large, that rounding to float32 can't leave anything to repair?"""
-    return w > MARGIN and h > MARGIN and (w + MARGIN) / 2 < x < 1 - (w + MARGIN) / 2 \
-        and (h + MARGIN) / 2 < y < 1 - (h + MARGIN) / 2
-
-
-def _repair(labels: np.ndarray, problems: Counter[str]) -> np.ndarray:
-    """Cut boxes at the image's edge; drop duplicates and boxes without area inside the image. Count each."""
-    corners = xywh2xyxy(labels[:, 1:])
-    inside = corners.clip(0, 1)
-    excess = np.abs(corners - inside).max(1, initial=0)
-    keep = (labels[:, 3:] > 0).all(1) & (inside[:, 2:] > inside[:, :2]).all(1)
-    repaired = labels.copy()
-    repaired[excess > 0, 1:] = xyxy2xywh(inside[excess > 0])
-    repaired = repaired[keep]
-    first: dict[tuple[float, ...], int] = {}
-    for i, row in enumerate(repaired.tolist()):
-        first.setdefault(tuple(row), i)
-    # Coordinates rounded to a few digits often exceed the edge slightly: such boxes are cut, but not counted.
-    problems["boxes cut at the edge"] = int((keep & (excess > 1e-4)).sum())
-    problems["boxes dropped (no area in the image)"] = int((~keep).sum())
-    problems["duplicate rows removed"] = len(repaired) - len(first)
-    return repaired[list(first.values())] if first else repaired
+def _used_bits(image: np.ndarray) -> int:
+    """How many of a channel's 16 bits hold the picture. Cameras write 10, 12 or 14 bits into files of 16."""
+    bits = int(image.max()).bit_length()
+    return max(bits + bits % 2, 8)
 
 
 def reason_of(error: Exception, path: Path) -> str:
@@ -217,13 +271,21 @@ def reason_of(error: Exception, path: Path) -> str:
     return str(getattr(error, "strerror", None) or error).removeprefix(f"{path}: ")
 
 
-def scan_image(path: Path, nc: int | None = None, single_cls: bool = False) -> Record:
-    """Read an image and its labels. UserError for a class not below `nc`, or a label file that can't be read."""
+def scan_image(path: Path, nc: int | None = None, single_cls: bool = False, reading: str = "",
+               whole: bool = True) -> Record:
+    """Read an image and its labels. UserError for a class not below `nc`, or a label file that can't be read.
+
+    reading: see parse_labels(). whole: decode the image whatever its format; without it, where its header does not
+    tell most damage.
+    """
     no_labels = np.zeros((0, 5), np.float32)
+    problems: Counter[str] = Counter()
     try:
-        size, orientation, kind = read_header(path)
-        if kind not in CHECKED:  # nothing but decoding tells, and in the middle of a training is too late
-            decode(path)
+        size, orientation, common = read_header(path)
+        if whole or not common:
+            pixels = _stored_pixels(path)
+            if pixels.dtype == np.uint16 and _used_bits(pixels) < 16:
+                problems["images of fewer than 16 bits in files of 16 (scaled by the bits that they use)"] += 1
     except UNREADABLE as error:
         reason = reason_of(error, path)
         return Record(path, (0, 0), 1, no_labels, Counter({"unreadable images skipped": 1}), reason)
@@ -231,11 +293,8 @@ def scan_image(path: Path, nc: int | None = None, single_cls: bool = False) -> R
         problems = Counter({f"images under {LEAST_SIDE} px skipped": 1})
         return Record(path, size, 1, no_labels, problems, f"{size[0]} x {size[1]} px")
     file = label_path(path)
-    try:
-        text = file.read_bytes().decode("utf-8-sig", "replace")
-    except (FileNotFoundError, NotADirectoryError):
-        text = ""
-    except OSError as error:
-        raise UserError(f"{file}: can't be read ({error.strerror}); mend its permissions") from None
-    labels, problems = parse_labels(text, file, nc, single_cls)
-    return Record(path, size, orientation, labels, problems)
+    text = label_text(file)
+    if text is None:
+        return Record(path, size, orientation, no_labels, problems + Counter({NO_TEXT: 1}))
+    labels, found = parse_labels(text, file, nc, single_cls, reading)
+    return Record(path, size, orientation, labels, problems + found)

@@ -22,7 +22,7 @@ from utils.data.scan import Scan
 from utils.errors import UserError
 from utils.files import atomic
 
-VERSION = 3                          # raise it with every change of what a scan finds
+VERSION = 4                          # raise it with every change of what a scan finds
 FOLDER = "~/.cache/yolov5-slimming"  # the variable YOLO_CACHE names another
 PART = 10_000                        # images
 # Of the arrays in a file: type and shape of a row. The last two have the rows of all images.

@@ -7,7 +7,7 @@ import os
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing.synchronize import Event
 
@@ -33,10 +33,11 @@ class Batch:
     targets: Tensor    # float32 (n, 6): image in the batch, class, x, y, w, h normalised
     paths: list[str]
     shapes: list[Geometry]
+    broken: frozenset[int] = frozenset()  # of the data set's images, those that the batch's process could not decode
 
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory (DataLoader calls this)."""
-        return Batch(self.images.pin_memory(), self.targets.pin_memory(), self.paths, self.shapes)
+        return Batch(self.images.pin_memory(), self.targets.pin_memory(), self.paths, self.shapes, self.broken)
 
 
 class EpochBatchSampler(Sampler[list[tuple[int, ...]]]):
@@ -98,10 +99,16 @@ class EpochBatchSampler(Sampler[list[tuple[int, ...]]]):
 
 
 class DetectionLoader(DataLoader):
-    """A DataLoader of Batch; its types are narrower than DataLoader's, and nothing else differs."""
+    """A DataLoader of Batch, which names the images that turn out to be broken."""
 
     dataset: DetectionDataset
     batch_sampler: EpochBatchSampler
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        for batch in super().__iter__():
+            if batch.broken:
+                self.dataset.report_broken(batch.broken)
+            yield batch
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
@@ -111,6 +118,11 @@ def collate(samples: Sequence[Sample]) -> Batch:
     targets[:, 0] = torch.repeat_interleave(torch.arange(len(samples)), counts).to(targets.dtype)
     images = torch.stack([s.image for s in samples])
     return Batch(images, targets, [s.path for s in samples], [s.shapes for s in samples])
+
+
+def _collate_of(dataset: DetectionDataset, samples: Sequence[Sample]) -> Batch:
+    """collate() in the process of `dataset`, which knows the broken images that it has met."""
+    return replace(collate(samples), broken=frozenset(dataset.broken))
 
 
 def usable_workers(wanted: int, world_size: int, batches: int) -> int:
@@ -169,17 +181,19 @@ def build_loader(dataset: DetectionDataset, batch_size: int, workers: int, shuff
     workers = usable_workers(workers, world_size, len(sampler))
     # The loader draws a number in every epoch. A generator of its own leaves the global one unchanged.
     generator = torch.Generator().manual_seed(sampler.seed)
-    return DetectionLoader(dataset, batch_sampler=sampler, num_workers=workers, collate_fn=collate, generator=generator,
-                           pin_memory=pin_memory, worker_init_fn=partial(_start_worker, shutdown, not pin_memory),
+    return DetectionLoader(dataset, batch_sampler=sampler, num_workers=workers, generator=generator,
+                           collate_fn=partial(_collate_of, dataset), pin_memory=pin_memory,
+                           worker_init_fn=partial(_start_worker, shutdown, not pin_memory),
                            persistent_workers=workers > 0, prefetch_factor=4 if workers else None)
 
 
 def validation_loader(config: DataConfig, task: str, imgsz: int, batch_size: int, stride: int, workers: int = 8,
                       cache: str | None = None, single_cls: bool = False, rect: bool = True, rank: int = 0,
-                      world_size: int = 1, shutdown: Event | None = None, pin_memory: bool = False) -> DetectionLoader:
+                      world_size: int = 1, shutdown: Event | None = None, pin_memory: bool = False,
+                      labelled: bool = True) -> DetectionLoader:
     """Loader of the train, val or test images without augmentation, in rectangular batches.
 
-    In several processes every one has its own batches.
+    In several processes every one has its own batches. labelled: UserError where not one image has a label.
     """
     sources = {"train": config.train, "val": config.val, "test": config.test}[task]
     if not sources:
@@ -188,5 +202,7 @@ def validation_loader(config: DataConfig, task: str, imgsz: int, batch_size: int
                                stride=stride, cache=cache, single_cls=single_cls, nc=config.nc, prefix=task)
     if (dataset.problems or dataset.refused or dataset.notes) and rank == 0:
         print(dataset.summary())
+    if labelled:
+        dataset.require_labels()
     return build_loader(dataset, batch_size, workers, shuffle=False, rank=rank, world_size=world_size,
                         shutdown=shutdown, pin_memory=pin_memory)

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import glob
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from utils.data.image_files import IMAGE_SUFFIXES, UNREADABLE, decode, listed_path, read_header, reason_of
+from utils.data.image_files import IMAGE_SUFFIXES, UNREADABLE, decode, listed_path, read_header, reason_of, walk
 from utils.errors import UserError
 
 VIDEO_SUFFIXES = frozenset({".asf", ".avi", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm",
@@ -70,7 +71,7 @@ def files(source: str) -> list[Path]:
     elif path.is_file():
         found = [path]
     else:
-        found = sorted(map(Path, glob.glob(source, recursive=True)))
+        found = sorted(set(map(Path, _matches(source))))
     if not found and not path.is_dir():
         raise UserError(f"--source {source}: no such file, folder or pattern")
     suffixes = IMAGE_SUFFIXES | VIDEO_SUFFIXES
@@ -79,6 +80,18 @@ def files(source: str) -> list[Path]:
         known = ", ".join(sorted(suffix[1:] for suffix in suffixes))
         raise UserError(f"--source {source}: no images or videos there ({known})")
     return wanted
+
+
+def _matches(pattern: str) -> Iterator[str]:
+    """glob.iglob(), but that ** comes to every folder once, however many links lead to it; hidden ones are left out."""
+    parts = Path(pattern).parts
+    if "**" not in parts:
+        yield from glob.iglob(pattern)
+        return
+    at = parts.index("**")
+    tops = glob.iglob(os.path.join(*parts[:at])) if at else [os.curdir]
+    for folder, _ in walk(*tops, skip=lambda name: name.startswith(".")):
+        yield from _matches(os.path.join(glob.escape(folder), *(parts[at + 1:] or "*")))
 
 
 def _lines(path: Path) -> list[str]:

@@ -23,7 +23,6 @@ from utils.plots.style import (
     new_figure,
     readable,
     save_figure,
-    short_number,
     style_axes,
 )
 
@@ -35,39 +34,43 @@ STAGES = (GREY, SKY, ORANGE, BLUE, GREEN, PINK)  # in the order of a run; a seve
 
 
 def plot_gammas(gammas: np.ndarray, path: str | Path, cut: np.ndarray | None = None,
-                title: str = "BatchNorm scales of the prunable channels", compare: np.ndarray | None = None,
-                labels: tuple[str, str] = ("before", "after")) -> Path:
+                title: str = "BatchNorm scales of the prunable channels") -> Path:
     """Histogram of the |gamma| of all prunable channels.
+
+    gammas: (channels,) |gamma|. cut: (channels,) bool, the channels that are cut, in their own colour; a line marks the
+    threshold where one separates them from those that are kept.
+    """
+    if cut is None:
+        return save_figure(gamma_chart([(gammas, {"color": BLUE})], title), path)
+    parts = [(part, {"color": colour, "alpha": 0.6, "label": f"{name}: {_channels(len(part), len(gammas))}"})
+             for part, name, colour in ((gammas[~cut], "kept", BLUE), (gammas[cut], "cut", VERMILION))]
+    separates = cut.any() and not cut.all() and gammas[cut].max() < gammas[~cut].min()
+    return save_figure(gamma_chart(parts, title, gammas[cut].max() if separates else None), path)
+
+
+def gamma_chart(parts: Sequence[tuple[np.ndarray, dict[str, Any]]], title: str,
+                threshold: float | None = None) -> Figure:
+    """Histograms of |gamma| in one chart; a legend where they have labels.
 
     The counts have a logarithmic axis, so that both a peak at 0 and a flat bell are visible.
 
-    gammas: (channels,) |gamma|. cut: (channels,) bool, the channels that are cut, in their own colour; a line marks the
-    threshold where one separates them from those that are kept. compare: (channels,) |gamma| of a second model, drawn
-    as an outline, with `labels` as the names of `gammas` and `compare`. Give `cut` or `compare`, not both.
+    parts: (channels,) |gamma|, and matplotlib's options for its histogram.
     """
     figure, ax = new_chart(9, 4.2, title, "|gamma|", "channels (log scale)")
-    high = _upper_end([gammas] if compare is None else [gammas, compare])
-    if cut is None:
-        parts = [(gammas, labels[0], BLUE if compare is None else SKY)]
-    else:
-        parts = [(gammas[~cut], "kept", BLUE), (gammas[cut], "cut", VERMILION)]
-        if cut.any() and not cut.all() and (threshold := gammas[cut].max()) < gammas[~cut].min():
-            high = max(high, 1.04 * threshold)
-            ax.axvline(threshold, color=VERMILION, linewidth=1.6, linestyle="--", label=f"threshold {threshold:.3g}")
+    high = _upper_end([gammas for gammas, _ in parts])
+    if threshold is not None:
+        high = max(high, 1.04 * threshold)
+        ax.axvline(threshold, color=VERMILION, linewidth=1.6, linestyle="--", label=f"threshold {threshold:.3g}")
     bins = np.linspace(0, high, 101).tolist()
-    for values, label, colour in parts:
-        ax.hist(np.minimum(values, high, dtype=float), bins, color=colour, alpha=1 if cut is None else 0.6,
-                label=f"{readable(label)}: {_channels(len(values), len(gammas))}")
-    if compare is not None:
-        ax.hist(np.minimum(compare, high, dtype=float), bins, histtype="step", color=INK, linewidth=1.5,
-                label=f"{readable(labels[1])}: {_channels(len(compare), len(compare))}")
-    if cut is not None or compare is not None:
+    for gammas, options in parts:
+        ax.hist(np.minimum(gammas, high, dtype=float), bins, **options)
+    if ax.get_legend_handles_labels()[1]:
         ax.legend(loc="upper right", frameon=False, fontsize=9)
     ax.set_yscale("log")
     # The axis starts at one half, so that the bar of a single channel has a height.
     ax.set_ylim(0.5, max(10.0, 4.0 * ax.dataLim.y1))
     ax.set_xlim(-0.01 * high, high)
-    return save_figure(figure, path)
+    return figure
 
 
 def _channels(count: int, of: int) -> str:
@@ -203,28 +206,6 @@ def plot_tradeoff(rows: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
     return save_figure(figure, path)
 
 
-def plot_stages(rows: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
-    """The stages of a slimming run: accuracy on the left, cost as a share of the first stage's cost on the right.
-
-    Each row has stage (its name), map50 and map (mAP50 and mAP50-95, 0..1), parameters, flops and ms (per image).
-    """
-    figure = new_figure(12, 4.3)
-    left, right = figure.subplots(1, 2, width_ratios=(2, 3.4))
-    stages = [readable(row["stage"]) for row in rows]
-    accuracy = np.array([[row["map"], row["map50"]] for row in rows], float)
-    cost = np.array([[row["parameters"], row["flops"], row["ms"]] for row in rows], float)
-    shares = cost / cost[0]
-    style_axes(left, "Accuracy", grid="y")
-    _draw_stages(left, stages, accuracy, ["mAP50-95", "mAP50"], [[f"{v:.3f}" for v in row] for row in accuracy])
-    style_axes(right, f"Cost, share of {stages[0]}", grid="y")
-    texts = [[f"{share:.0%}\n{short_number(value)}" for share, value in zip(*pair, strict=True)]
-             for pair in zip(shares, cost, strict=True)]
-    _draw_stages(right, stages, shares, ["parameters", "FLOPs", "ms per image"], texts)
-    right.yaxis.set_major_formatter("{x:.0%}")
-    legend_below(figure, handles=left.containers)
-    return save_figure(figure, path)
-
-
 def plot_latencies(rows: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
     """A bar of milliseconds for every model in every format, with its mAP50-95 where that is known.
 
@@ -244,16 +225,3 @@ def plot_latencies(rows: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
     ax.margins(x=0.3)
     legend_below(figure)
     return save_figure(figure, path)
-
-
-def _draw_stages(ax: Axes, stages: Sequence[str], values: np.ndarray, groups: Sequence[str],
-                 texts: Sequence[Sequence[str]]) -> None:
-    """Bars of values (stages, groups) with their texts on top. The bars of a group stand side by side."""
-    width = min(0.86 / len(stages), 0.3)
-    fontsize = max(4.0, min(8.5, 34 / len(stages)))
-    for i, stage in enumerate(stages):
-        x = np.arange(len(groups)) + (i - (len(stages) - 1) / 2) * width
-        bars = ax.bar(x, values[i], 0.92 * width, color=STAGES[i % len(STAGES)], label=stage)
-        ax.bar_label(bars, texts[i], padding=2, fontsize=fontsize, color=INK)
-    ax.set_xticks(range(len(groups)), groups, fontsize=10)
-    ax.set_ylim(0, 1.18 * values.max() or 1)  # an mAP may be 0 in every stage
