@@ -67,6 +67,7 @@ def parse(argv: list[str] | None = None) -> Namespace:
     add("--hard-fail", action="store_true", help="end with exit code 2 at the first format that fails")
     add("--noval", action="store_true", help="do not measure accuracy")
     add("--noplots", action="store_true", help="make no picture")
+    parser.apart("--half", ["--precisions"], "fp16 and nothing else, {} says which as well")
     opt = parser.parse_args(argv)
     opt.batch_size = opt.batch_size or 1  # as in YOLOv5: a batch of one image
     opt.precisions = ["fp16"] if opt.half else opt.precisions or list(PRECISIONS)

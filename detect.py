@@ -50,10 +50,8 @@ def parse(argv: list[str] | None = None) -> Namespace:
     add("--hide-labels", action="store_true", help="draw boxes without captions")
     add("--hide-conf", action="store_true", help="captions without confidences")
     add_run_flags(parser, "runs/detect")
-    opt = parser.parse_args(argv)
-    if opt.save_conf and not opt.save_txt:
-        raise UserError("--save-conf: is a column in the files of --save-txt; add that, or leave it out")
-    return opt
+    parser.needs(["--save-conf"], "--save-txt")
+    return parser.parse_args(argv)
 
 
 class Video:

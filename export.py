@@ -28,7 +28,7 @@ from utils.data.calibration import CalibrationImages
 from utils.data.config import read_data
 from utils.data.loader import DetectionLoader, validation_loader
 from utils.errors import UserError, run_cli
-from utils.options import HelpfulParser, add_imgsz_flag, at_least
+from utils.options import HelpfulParser, add_imgsz_flag, add_seed_flag, at_least, trained_data
 from utils.tables import text_table, write_csv
 from val import evaluate, require_same_classes
 
@@ -51,20 +51,20 @@ def parse(argv: list[str] | None = None) -> Namespace:
     add("--int8", action="store_true", help="weights and activations in 8 bits, where a format has it")
     add("--data", help="--int8: data yaml; activations are measured on its train images (the checkpoint's)")
     add("--calibration-images", type=at_least(1), default=100, metavar="N", help="--int8: how many of them")
-    add("--seed", type=int, default=0, help="--int8: which of them")
+    add_seed_flag(parser, "--int8: which of them")
     add("--int8-keep", nargs="+", default=[], metavar="PATTERN",
         help="--int8: parts of the model that stay in float, such as model.0 or 'model.2.m.*'")
     add("--int8-sensitivity", action="store_true",
         help="show the mAP with each stage of the model left in float, and write no model")
     add("--noval", action="store_true", help="--int8: do not measure mAP")
     add("--workers", type=at_least(0), default=8, help="most loader processes")
+    parser.apart("--half", ["--int8", "--int8-sensitivity"], "a file has one precision, that of {} is another")
+    parser.apart("--int8-sensitivity", ["--noval"], "measures mAP, {} forbids it")
+    parser.needs(["--data", "--calibration-images", "--seed", "--int8-keep", "--noval", "--workers"],
+                 "--int8", "--int8-sensitivity")
+    parser.needs(["--dynamic", "--opset"], "--include onnx", "--include openvino", "--include all")
     opt = parser.parse_args(argv)
     opt.int8 |= opt.int8_sensitivity
-    for name in ("data", "calibration_images", "seed", "int8_keep", "noval"):
-        if name in opt.given and not opt.int8:
-            raise UserError(f"--{name.replace('_', '-')}: has an effect with --int8 only; add that, or leave it out")
-    if opt.half and opt.int8:
-        raise UserError("--half and --int8: a file has one precision; give one of the two")
     if opt.int8 and opt.opset < 13:
         raise UserError(f"--opset {opt.opset}: --int8 needs 13 or more, which scale each channel on its own")
     opt.precision = "int8" if opt.int8 else "fp16" if opt.half else "fp32"
@@ -104,14 +104,16 @@ def options_of(opt: Namespace, model: Model, trained: dict[str, Any]) -> ExportO
     options = export_options(model, shape, opt.precision, dynamic=opt.dynamic, opset=opt.opset)
     if not opt.int8:
         return options
-    opt.data = opt.data or (trained.get("opt") or {}).get("data")
-    if not opt.data:
-        raise UserError(f"--int8: {opt.weights} does not say what it was trained on; "
-                        "give the --data whose train images activations are measured on")
-    config = read_data(opt.data, needed=("train",))
     opt.single_cls = bool((trained.get("opt") or {}).get("single_cls"))
+    if not opt.data:
+        known = trained_data(trained, opt.weights, opt.single_cls)
+        if known is None:
+            raise UserError(f"--int8: {opt.weights} does not say what it was trained on; "
+                            "give the --data whose train images activations are measured on")
+        opt.data = str(known.file)
+    config = read_data(opt.data, needed=("train",))
     if not opt.single_cls:
-        require_same_classes(opt, len(model.names), config.nc)
+        require_same_classes(opt, model.names, config.names)
     images = CalibrationImages(config, (size[0], size[-1]), opt.calibration_images, opt.seed, opt.batch_size,
                                opt.single_cls)
     if not len(images):

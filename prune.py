@@ -165,20 +165,9 @@ def write_page(folder: Path, opt: Namespace, score: str, stages: list[dict[str, 
          {"Stages": stages, "Cost": costs}, drawn, pairs, [command_line()]).write(folder / "report.html")
 
 
-def check(opt: Namespace) -> None:
-    """Refuse flags of which one would be ignored."""
-    if opt.target and "percent" in opt.given:
-        raise UserError("--percent: --target finds out how much to cut; leave one of the two out")
-    if opt.sweep and opt.sensitivity:
-        raise UserError("--sweep: shows whole cuts, --sensitivity layer by layer; leave one of the two out")
-    if opt.target and (opt.sweep or opt.sensitivity):
-        raise UserError("--target: cuts, --sweep and --sensitivity only show; leave one of the two out")
-
-
 def main(argv: list[str] | None = None, copy: bool = True) -> Path:
     """Command line -> slim checkpoint, of which a copy lies in the working directory; returns the run's folder."""
     opt = pruning_parser(__doc__, ["torch", *runtimes()]).parse_args(argv)
-    check(opt)
     if not opt.weights:
         opt.weights = str(newest_run("train_sparsity.py"))
         print(f"--weights not given: taking the newest sparsity run, {opt.weights}")

@@ -32,17 +32,19 @@ from models.formats import formats, runtimes
 from models.formats.speed import measured_in, milliseconds, stopwatch
 from models.pruning import model_pruner
 from models.yolo import whole_strides
-from training.distributed import World
+from training.distillation import refuse_other_kind
+from training.distributed import World, device_of_before
 from training.pipeline import PRUNE, STATE, Pipeline, Progress, Stage, known_pipeline
-from training.sparsity import SparsityPlan
-from training.start import start_model
-from utils.data.config import DataConfig, read_data
+from training.sparsity import SparsityPlan, frozen_norms
+from training.start import freeze, start_model
+from utils.data.config import DataConfig, other_names, read_data
 from utils.data.dataset import DetectionDataset
 from utils.data.loader import validation_loader
 from utils.device import select_device
 from utils.errors import UserError, run_cli
-from utils.files import ROOT, command_line, new_run_folder, write_json
-from utils.options import BUILT_IN_DATA, DEFAULTS, pipeline_parser
+from utils.files import command_line, in_use, new_run_folder, write_json
+from utils.options import DEFAULTS, absolute, hyp_file, pipeline_parser, resolve
+from utils.parser import HelpfulParser
 from utils.plots.page import Page, headline
 from utils.plots.slimming import plot_gamma_history, plot_kept, plot_tradeoff
 from utils.slimming import Rules, report
@@ -54,22 +56,24 @@ OUTPUT = "slim.pt"
 TRAININGS = {"train.py": train.main, "train_sparsity.py": train_sparsity.main,
              "finetune_pruned.py": finetune_pruned.main}
 # Flags that the stages get in their own way, or not at all.
-OWN = ("weights", "cfg", "data", "imgsz", "target", "epochs", "rounds", "export", "int8", "runtime", "resume",
-       "project", "name", "exist_ok", "teacher", "workers", "device")
+OWN = ("weights", "cfg", "data", "imgsz", "single_cls", "target", "epochs", "rounds", "export", "int8", "runtime",
+       "resume", "project", "name", "exist_ok", "teacher", "teacher_weight", "workers", "device")
 LEAST_IMAGES = 2
 LEAST_MAP = 1e-3  # mAP50-95 below which a teacher has nothing to teach
 
 
-def begin(opt: Namespace, flags: list[str]) -> Pipeline:
-    """A new pipeline. UserError for whatever can be known at the start to fail."""
+def begin(opt: Namespace, parser: HelpfulParser) -> Pipeline:
+    """A new pipeline, in a folder of its own. UserError for whatever can be known at the start to fail."""
     held = checkpoint.read(opt.weights) if opt.weights else {}
     trained = held.get("opt") or {}
-    data = opt.data or trained.get("data")
-    config = read_data(data or ROOT / BUILT_IN_DATA)
+    settled = resolve(opt, held)
+    config = read_data(settled.data)
     suited = config.defaults.get("epochs")  # of a training: half as many again for becoming slim
     epochs = opt.epochs or (suited * 3 // 2 if suited else DEFAULTS["epochs"])
-    names = {0: "object"} if opt.single_cls else config.names
-    known = not opt.cfg and bool(held) and list(held["names"].values()) == list(names.values())
+    names = {0: "object"} if settled.single_cls else config.names
+    known = not opt.cfg and bool(held) and not other_names(names, held["names"])
+    if settled.single_cls and not opt.single_cls:
+        print(f"--single-cls not given: taken, as {opt.weights} was trained")
     if (Path(opt.project) / opt.name / STATE).is_file() and opt.exist_ok:
         raise UserError(f"{Path(opt.project) / opt.name}: a pipeline is there already; --resume goes on with it, "
                         "another --name starts a new one")
@@ -80,54 +84,55 @@ def begin(opt: Namespace, flags: list[str]) -> Pipeline:
     elif opt.int8 and opt.runtime == "torch":
         raise UserError("--int8: belongs to --export, such as --export openvino --int8, or to --runtime")
     precision = "int8" if opt.int8 and opt.runtime != "torch" else "fp32"
+    opt.hyp = str(hyp_file(opt.hyp)) if opt.hyp else opt.hyp
+    flags = parser.flags(opt, OWN)
     if known and trained.get("optimizer") and not {"optimizer", "adam", "hyp"} & set(opt.given):
         flags = [*flags, "--optimizer", trained["optimizer"]]  # go on as these weights were trained
-    weights = str(Path(opt.weights).absolute()) if opt.weights else opt.weights
-    data = str(Path(data).absolute()) if data and Path(data).is_file() else data
-    teacher = "none" if opt.teacher == "" else opt.teacher
     pipeline = Pipeline(
-        folder=Path(), command=command_line(), flags=flags, weights=weights, cfg=opt.cfg, data=data,
-        imgsz=opt.imgsz or trained.get("imgsz"), target=opt.target, epochs=epochs, rounds=opt.rounds, trained=known,
-        teacher=teacher, export=exports, runtime=opt.runtime, precision=precision, workers=opt.workers,
-        device=opt.device)
+        folder=Path(), command=command_line(), flags=flags, weights=opt.weights and absolute(opt.weights),
+        cfg=opt.cfg and absolute(opt.cfg), data=settled.data, imgsz=settled.imgsz, single_cls=settled.single_cls,
+        target=opt.target, epochs=epochs, rounds=opt.rounds, trained=known,
+        teacher="none" if opt.teacher == "" else opt.teacher, teacher_weight=opt.teacher_weight, export=exports,
+        runtime=opt.runtime, precision=precision, workers=opt.workers, device=opt.device)
     require_possible(pipeline, config, names)
     pipeline.folder = new_run_folder(opt.project, opt.name, opt.exist_ok).absolute()
-    pipeline.save()
     return pipeline
 
 
 def require_possible(pipeline: Pipeline, config: DataConfig, names: dict[int, str]) -> None:
-    """UserError where the first training to sparsity could not reach its target, or has no images to learn from."""
+    """UserError where a stage, or a measurement after the last one, could not do its work; rounds the image size."""
+    select_device(pipeline.device)
     if not config.train or not config.val:
         raise UserError(f"{config.file}: slim.py needs images under train: and val:")
-    single = "--single-cls" in pipeline.flags
-    for split, sources in (("train", config.train), ("val", config.val)):
-        images = DetectionDataset(sources, 32, single_cls=single, nc=config.nc, prefix=split)
+    for split in tasks(config, "train"):
+        images = DetectionDataset(getattr(config, split), 32, single_cls=pipeline.single_cls, nc=config.nc,
+                                  prefix=split)
         images.require_labels()
         if split == "train" and len(images) < LEAST_IMAGES:
             raise UserError(f"{config.file}: train: has a single image that can be used, from which no model learns; "
                             "give more")
     sparse = next(stage for stage in pipeline.stages if stage.script == "train_sparsity.py")
-    flags = [*start_flags(pipeline), "--epochs", "1", *goal(pipeline, sparse, 1.0)]
+    flags = [*start_flags(pipeline), *pipeline.dataset, *pipeline.flags, "--epochs", "1", *goal(pipeline, sparse, 1.0)]
     start = Namespace(**vars(train_sparsity.parse(flags)))
     model = start_model(start, names, {}, World(1, 2, torch.device("cpu")))  # not as the main process: it says nothing
-    imgsz = whole_strides(start.imgsz, model.stride)
+    pipeline.imgsz = whole_strides(start.imgsz, model.stride)
+    if pipeline.teacher not in (None, "none"):
+        refuse_other_kind(f"--teacher {pipeline.teacher}", checkpoint.load(pipeline.teacher), model)
     if pipeline.runtime != "torch":  # a model that it can't run would be known in the end only
-        stopwatch(pipeline.runtime, imgsz, torch.device("cpu"), precision=pipeline.precision)([model])
-    SparsityPlan(start, imgsz, model, set())
+        stopwatch(pipeline.runtime, pipeline.imgsz, torch.device("cpu"), precision=pipeline.precision)([model])
+    freeze(model, start.freeze)
+    SparsityPlan(start, pipeline.imgsz, model, frozen_norms(model))
+
+
+def tasks(config: DataConfig, *more: str) -> list[str]:
+    """The splits that are measured on: val, and test where its images are there; after `more` ones."""
+    return [*more, "val", *(["test"] if config.test and all(path.exists() for path in config.test) else [])]
 
 
 def start_flags(pipeline: Pipeline) -> list[str]:
-    """Where the first training starts."""
+    """What the first training starts from."""
     flags = [] if pipeline.weights is None else ["--weights", pipeline.weights]
-    flags += ["--cfg", pipeline.cfg] if pipeline.cfg else []
-    return flags + data_flags(pipeline)
-
-
-def data_flags(pipeline: Pipeline) -> list[str]:
-    """The data and the size of its images, where they are known."""
-    flags = ["--data", pipeline.data] if pipeline.data else []
-    return flags + (["--imgsz", str(pipeline.imgsz)] if pipeline.imgsz else [])
+    return flags + (["--cfg", pipeline.cfg] if pipeline.cfg else [])
 
 
 def goal(pipeline: Pipeline, stage: Stage, left: float) -> list[str]:
@@ -144,14 +149,14 @@ def goal(pipeline: Pipeline, stage: Stage, left: float) -> list[str]:
 
 def stage_flags(pipeline: Pipeline, stage: Stage, before: str) -> list[str]:
     """The command line of a stage. before: the checkpoint that the one before it has made."""
-    run = [*data_flags(pipeline), *pipeline.machine, "--project", str(pipeline.folder), "--name", stage.name,
+    run = [*pipeline.dataset, *pipeline.machine, "--project", str(pipeline.folder), "--name", stage.name,
            "--exist-ok"]
     if stage.script == PRUNE:
         return ["--weights", before, *run, "--target", f"map-drop={pipeline.target[1]:g}", "--noval"]
     run += [*pipeline.flags, "--epochs", str(stage.epochs)]
     if stage.name == "dense":
         return [*start_flags(pipeline), *run]
-    flags = ["--weights", before, *run, "--teacher", pipeline.teacher or pipeline.before]
+    flags = ["--weights", before, *run, *pipeline.taught]
     if stage.script != "train_sparsity.py":
         return flags
     figure = "parameters" if pipeline.target[0] == "params" else "flops"
@@ -218,9 +223,8 @@ def clock(pipeline: Pipeline, ms: Mapping[str, Any]) -> str:
 def measure(pipeline: Pipeline, name: str, weights: str | Path, task: str) -> dict[str, Any]:
     """val.py on a checkpoint, once: mAP50 and mAP50-95, and the size of the images."""
     if name not in pipeline.done:
-        single = ["--single-cls"] if "--single-cls" in pipeline.flags else []
-        summary = val.main(["--weights", str(weights), *data_flags(pipeline), *pipeline.machine, *single, "--task",
-                            task, "--project", str(pipeline.folder), "--name", name, "--exist-ok"])
+        summary = val.main(["--weights", str(weights), *pipeline.dataset, *pipeline.machine, "--task", task,
+                            "--project", str(pipeline.folder), "--name", name, "--exist-ok"])
         pipeline.done[name] = {"mAP50": summary["metrics/mAP_0.5"], "mAP50-95": summary["metrics/mAP_0.5:0.95"],
                            "imgsz": summary["imgsz"]}
         pipeline.save()
@@ -229,16 +233,15 @@ def measure(pipeline: Pipeline, name: str, weights: str | Path, task: str) -> di
 
 def compare(pipeline: Pipeline) -> tuple[list[dict[str, Any]], dict[str, list[float]]]:
     """A row for the model before and one for the slim one: accuracy, cost, speed; and all that was timed."""
-    config = read_data(pipeline.data or ROOT / BUILT_IN_DATA)
-    tasks = ["val", *(["test"] if config.test and all(path.exists() for path in config.test) else [])]
+    measured = tasks(read_data(pipeline.data))
     files = {"before": pipeline.before, "slim": str(pipeline.after)}
     models = {name: checkpoint.load(file) for name, file in files.items()}
     rows = []
     for name, file in files.items():
         found = {task: measure(pipeline, f"{task}-{'before' if name == 'before' else 'after'}", file, task)
-                 for task in tasks}
+                 for task in measured}
         cost = profile(models[name], found["val"]["imgsz"], models[name].yaml["ch"])
-        rows.append({"model": name, **{f"{key} {task}": found[task][key] for task in tasks
+        rows.append({"model": name, **{f"{key} {task}": found[task][key] for task in measured
                                        for key in ("mAP50", "mAP50-95")},
                      "parameters": cost.parameters, "GFLOPs": cost.gflops, "MB": cost.megabytes})
     ms = milliseconds(list(models.values()), found["val"]["imgsz"], select_device(pipeline.device), pipeline.runtime,
@@ -275,9 +278,9 @@ def write_page(pipeline: Pipeline, rows: list[dict[str, Any]], timed: str) -> No
     """report.html and its pictures: the pipeline as one file."""
     folder, device = pipeline.folder, select_device(pipeline.device)
     before, after = checkpoint.load(pipeline.before), checkpoint.load(pipeline.after)
-    config, imgsz = read_data(pipeline.data or ROOT / BUILT_IN_DATA), pipeline.done["val-before"]["imgsz"]
+    config, imgsz = read_data(pipeline.data), pipeline.imgsz
     loader = validation_loader(config, "val", imgsz, 10, int(after.stride.max()), workers=0,
-                               single_cls="--single-cls" in pipeline.flags)
+                               single_cls=pipeline.single_cls)
     histories = {stage.name: list(np.load(file, allow_pickle=False)) for stage in pipeline.stages
                  if (file := folder / stage.name / "gammas.npy").is_file()}
     kept = [{"layer": name, "original": len(mask), "remaining": int(mask.sum()), "prunable": True}
@@ -341,13 +344,15 @@ def main(argv: list[str] | None = None) -> Path:
             raise UserError(f"--{given[0].replace('_', '-')}: a pipeline that goes on keeps what it was started with; "
                             "leave it out, or start a new one")
         pipeline.workers = opt.workers if "workers" in opt.given else pipeline.workers
-        pipeline.device = opt.device if "device" in opt.given else pipeline.device
+        pipeline.device = opt.device if "device" in opt.given else device_of_before(pipeline.device)
     else:
-        pipeline = begin(opt, parser.flags(opt, OWN))
-    stages = ", ".join(f"{s.name} ({s.epochs} epochs)" if s.epochs else s.name for s in pipeline.stages)
-    print(f"{pipeline.folder}: {stages}; target {pipeline.target[0]}={pipeline.target[1]:g}")
-    follow(pipeline)
-    finish(pipeline)
+        pipeline = begin(opt, parser)
+    with in_use(pipeline.folder):
+        pipeline.save()
+        stages = ", ".join(f"{s.name} ({s.epochs} epochs)" if s.epochs else s.name for s in pipeline.stages)
+        print(f"{pipeline.folder}: {stages}; target {pipeline.target[0]}={pipeline.target[1]:g}")
+        follow(pipeline)
+        finish(pipeline)
     return pipeline.folder
 
 

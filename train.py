@@ -13,7 +13,7 @@ import os
 import time
 from argparse import Namespace
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -32,23 +32,22 @@ from training.interruption import Listener, listen
 from training.loggers import RunLogger
 from training.loss import DetectionLoss, scale_gains
 from training.optimizer import EarlyStopping, ModelEMA, Schedule, build_optimizer, ema_tau, suited_nbs
-from training.resume import (
-    mend,
-    move_away,
-    require_finite,
-    restore,
-    restore_hooks,
-    resumed_options,
-    save,
-    save_epoch,
-)
+from training.resume import go_on, mend, require_finite, restore, restore_hooks, save, save_epoch
 from training.run import Hook, Run, Step, amp_name
-from training.start import adapt_anchors, freeze, make_deterministic, start_model, start_options, synchronised
+from training.start import (
+    adapt_anchors,
+    freeze,
+    make_deterministic,
+    shared_run_folder,
+    start_model,
+    start_options,
+    synchronised,
+)
 from utils.data.config import DataConfig, read_data
 from utils.data.dataset import DetectionDataset
 from utils.data.loader import Batch, DetectionLoader, build_loader, frozen_objects, validation_loader
 from utils.errors import NonFiniteError, UserError, run_cli
-from utils.files import new_run_folder, write_yaml
+from utils.files import write_yaml
 from utils.options import training_parser
 from utils.slimming.cost import profile
 from val import Evaluation, evaluate, plot_curves, print_table
@@ -60,8 +59,11 @@ MOST_SKIPPED = 50  # steps in a row that the scaler may skip; it needs some twen
 
 def train(opt: Namespace, hooks: Sequence[Hook] = ()) -> Run:
     """A whole run, from the options of the command line to the last picture."""
-    with process_group(opt.device) as world, listen(world.size) as signals:
-        run = build_run(opt, world, hooks, signals)
+    with ExitStack() as held:  # the run's folder, which no other process may have
+        opt, resumed = go_on(opt, held) if opt.resume else (opt, {})
+        world = held.enter_context(process_group(opt.device))
+        signals = held.enter_context(listen(world.size))
+        run = build_run(opt, resumed, world, hooks, signals, held)
         started = time.time()
         if world.main:
             describe(run)
@@ -251,11 +253,9 @@ def validate(run: Run, log: dict[str, float]) -> float:
 
 # Beginning and end ----------------------------------------------------------------------------------------------------
 
-def build_run(opt: Namespace, world: World, hooks: Sequence[Hook], signals: Listener) -> Run:
-    """Options -> a run that is ready for its first, or its next, epoch."""
-    resumed: dict[str, Any] = {}
-    if opt.resume:
-        opt, resumed = resumed_options(opt)
+def build_run(opt: Namespace, resumed: dict[str, Any], world: World, hooks: Sequence[Hook], signals: Listener,
+              held: ExitStack) -> Run:
+    """Options -> a run that is ready for its first, or its next, epoch. `held` gets the lock of a new folder."""
     torch.manual_seed(opt.seed)
     if opt.deterministic:
         make_deterministic()
@@ -273,7 +273,7 @@ def build_run(opt: Namespace, world: World, hooks: Sequence[Hook], signals: List
     model = on_device(model, world.device)
     freeze(model, opt.freeze)
     val = val_loader(opt, config, imgsz, stride, world, cache=opt.cache, shutdown=signals.shutdown)
-    folder = Path(resumed["folder"]) if resumed else shared_run_folder(opt, world)
+    folder = Path(resumed["folder"]) if resumed else shared_run_folder(opt, world, held)
     nbs = opt.nbs or suited_nbs(opt.epochs * len(loader), opt.batch_size)
     schedule = Schedule(opt.hyp, opt.epochs, len(loader), opt.batch_size, nbs, opt.cos_lr)
     step_fraction = opt.batch_size * schedule.accumulate(schedule.warmup) / nbs
@@ -306,14 +306,6 @@ def standard_hooks(opt: Namespace) -> list[Hook]:
     """The hooks that flags of every training script ask for."""
     hooks: list[Hook] = [ImageWeights()] if opt.image_weights else []
     return [*hooks, Teacher(opt.teacher, opt.teacher_weight)] if opt.teacher else hooks
-
-
-def shared_run_folder(opt: Namespace, world: World) -> Path:
-    """A new folder for the run, the same one for all processes."""
-    folder = new_run_folder(opt.project, opt.name, opt.exist_ok) if world.main else Path()
-    if world.main:
-        move_away(folder / "weights")
-    return Path(str(broadcast(str(folder), world.size)))
 
 
 def training_loader(opt: Namespace, config: DataConfig, imgsz: int, stride: int, world: World,
@@ -396,7 +388,9 @@ def finish(run: Run, hours: float) -> Evaluation:
 
 def main(argv: list[str] | None = None, hooks: Sequence[Hook] = ()) -> Run:
     """Command line, and hooks -> training."""
-    opt = training_parser(__doc__).parse_args(argv)
+    parser = training_parser(__doc__)
+    parser.needs(["--teacher-weight"], "--teacher")
+    opt = parser.parse_args(argv)
     opt.script = os.path.basename(__file__)
     return train(opt if opt.resume else start_options(opt), hooks)
 

@@ -122,26 +122,15 @@ class SparsityHook(Hook):
         return known
 
 
-def check(opt: Namespace) -> Namespace:
-    """Refuse flags that contradict each other; --sparsity says which mode they belong to, or follows from them."""
-    if opt.sparsity == "l1" and opt.target_sparsity is not None:
-        raise UserError("--sparsity l1 knows no --target-sparsity; leave one of the two out")
-    if opt.target and (opt.sparsity == "l1" or opt.target_sparsity):
-        other = "--sparsity l1" if opt.sparsity == "l1" else "--target-sparsity"
-        raise UserError(f"--target {opt.target[0]}: does not go with {other}; leave one of the two out")
+def settle(opt: Namespace) -> Namespace:
+    """Fill in what follows from the flags that were given: the strength, the target and the percent of the preview."""
     if opt.sparsity == "target" and not (opt.target or opt.target_sparsity):
         opt.target_sparsity = 0.5
     aimed = opt.target or opt.target_sparsity
-    if opt.shrink and not aimed:
-        raise UserError("--shrink: cuts zeros; needs --target-sparsity or --target, which make them")
-    if opt.round_to and not aimed:
-        raise UserError(f"--round-to {opt.round_to}: needs --target-sparsity (without it give --round-to to prune.py)")
     if opt.sr is None:
-        opt.sr = 0.0 if aimed else 0.0001
+        opt.sr = 0.0 if aimed or not opt.st else 0.0001
     if opt.percent is None and not opt.target:
         opt.percent = opt.target_sparsity or 0.5
-    if not opt.st:
-        opt.sr, opt.sr_bias, opt.target_sparsity, opt.target, opt.percent = 0.0, 0.0, None, None, opt.percent or 0.5
     return opt
 
 
@@ -151,7 +140,7 @@ def parse(argv: list[str] | None = None) -> Namespace:
     add_sparsity_flags(parser)
     opt = parser.parse_args(argv)
     opt.script = os.path.basename(__file__)
-    return opt if opt.resume else start_options(check(opt))
+    return opt if opt.resume else start_options(settle(opt))
 
 
 def main(argv: list[str] | None = None, hooks: Sequence[Hook] = ()) -> Run:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import time
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from models.yolo import Model, fused, on_device
 from training.distributed import gather, main_process
 from utils.boxes import label_rows, nms, scale_boxes, xywh2xyxy
 from utils.data.coco import CocoResults
-from utils.data.config import read_data
+from utils.data.config import other_names, read_data
 from utils.data.dataset import DetectionDataset
 from utils.data.loader import Batch, DetectionLoader, validation_loader
 from utils.device import select_device
@@ -129,7 +129,7 @@ def dataset_loader(model: Detector, opt: Namespace, task: str = "val", square: b
     """
     config = read_data(opt.data, needed=(task,))
     if not opt.single_cls:
-        require_same_classes(opt, len(model.names), config.nc)
+        require_same_classes(opt, model.names, config.names)
     loader = validation_loader(config, task, opt.imgsz, opt.batch_size, largest_stride(model), opt.workers,
                                cache=cache, single_cls=opt.single_cls,
                                rect=not square and not model.input_shape[2],
@@ -139,11 +139,16 @@ def dataset_loader(model: Detector, opt: Namespace, task: str = "val", square: b
     return loader
 
 
-def require_same_classes(opt: Namespace, known: int, named: int) -> None:
-    """UserError where the model of opt.weights knows another number of classes than opt.data names."""
-    if known != named:
-        raise UserError(f"{opt.weights}: knows {known} classes, {opt.data} names {named}; "
+def require_same_classes(opt: Namespace, known: Mapping[int, str], named: Mapping[int, str]) -> None:
+    """UserError where the model of opt.weights knows another number of classes than opt.data names.
+
+    Other names are said: they may be translations.
+    """
+    if len(known) != len(named):
+        raise UserError(f"{opt.weights}: knows {len(known)} classes, {opt.data} names {len(named)}; "
                         "give the --data it was trained on")
+    if other := other_names(named, known):
+        print(f"note: {opt.data}: {other} as {opt.weights} does; classes are compared by number")
 
 
 def largest_stride(model: Detector) -> int:
@@ -217,10 +222,8 @@ def parse(argv: list[str] | None = None) -> Namespace:
     add("--save-conf", action="store_true", help="with --save-txt: a sixth column, the confidence")
     add("--noplots", action="store_true", help="make no pictures")
     add("--verbose", action="store_true", help="show every class even if there are many")
-    opt = parser.parse_args(argv)
-    if opt.save_conf and not opt.save_txt:
-        raise UserError("--save-conf: is a column in the files of --save-txt; add that, or leave it out")
-    return opt
+    parser.needs(["--save-conf"], "--save-txt")
+    return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:

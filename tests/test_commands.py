@@ -4,6 +4,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,9 @@ import train_sparsity
 from models import checkpoint
 from models.yolo import Model, fused
 from tests.blocks import randomised
+from train import train
+from training.start import start_options
+from utils.options import training_parser
 
 FAST = ["--imgsz", 64, "--batch-size", 4, "--workers", 0, "--device", "cpu"]
 
@@ -205,16 +209,16 @@ def test_channels_of_shortcuts_take_part_as_groups(script, tiny, untrained, tmp_
 
 
 @pytest.mark.slow
-def test_without_validation_nothing_stops_early(script, tiny, untrained, tmp_path):
-    script("train.py", "--data", tiny, "--weights", untrained, "--epochs", 3, "--noval", "--patience", 1, "--noplots",
-           *FAST, cwd=tmp_path)
-    assert len(rows(tmp_path / "runs/train/exp/results.csv")) == 3
+def test_without_validation_nothing_stops_early(tiny, untrained, tmp_path):
+    opt = training_parser("").parse_args(list(map(str, [
+        "--data", tiny, "--weights", untrained, "--epochs", 3, "--noval", "--noplots", "--project", tmp_path, *FAST])))
+    train(Namespace(**{**vars(start_options(opt)), "patience": 1, "script": "train.py"}))
+    assert len(rows(tmp_path / "exp/results.csv")) == 3
 
 
 @pytest.mark.slow
 def test_further_training_flags(script, tiny, untrained, tmp_path):
-    flags = ["--multi-scale", "--image-weights", "--cos-lr", "--label-smoothing", 0.1, "--freeze", 2, "--cache",
-             "--single-cls", "--noplots"]
+    flags = ["--multi-scale", "--image-weights", "--cos-lr", "--freeze", 2, "--cache", "--single-cls", "--noplots"]
     script("train.py", "--data", tiny, "--weights", untrained, "--epochs", 2, *flags, *FAST, cwd=tmp_path)
     frozen = checkpoint.load(tmp_path / "runs/train/exp/weights/last.pt")
     before = checkpoint.load(untrained)

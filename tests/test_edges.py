@@ -1,8 +1,11 @@
 """What a GPU, a scaler, a resumed run or a reused folder could break. Where a GPU is needed, the CPU stands in."""
 from __future__ import annotations
 
+import importlib
 import os
+import shutil
 from argparse import Namespace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -164,7 +167,7 @@ def test_the_preview_speaks_of_the_target():
     train_sparsity.add_sparsity_flags(parse)
 
     def percent(*flags):
-        return train_sparsity.check(parse.parse_args(list(flags))).percent
+        return train_sparsity.settle(parse.parse_args(list(flags))).percent
 
     assert percent("--target-sparsity", "0.55") == 0.55
     assert percent("--target-sparsity", "0.55", "--percent", "0.3") == 0.3 and percent("--sr", "0.1") == 0.5
@@ -209,7 +212,7 @@ def interrupted(tiny, cfg, tmp_path_factory):
 def options(interrupted, *flags):
     opt = training_parser("").parse_args(["--resume", str(interrupted), "--epochs", "2", *map(str, flags)])
     opt.script = "train.py"
-    return resume.resumed_options(opt)[0]
+    return resume.resumed_options(opt, interrupted)[0]
 
 
 @pytest.mark.slow
@@ -275,8 +278,91 @@ def test_resume_with_data_of_other_classes_is_refused(interrupted, tiny, tmp_pat
     other = tmp_path / "other.yaml"
     text = tiny.read_text().replace("path: .", f"path: {tiny.parent}")
     other.write_text(text.replace("[square, circle]", "[a, b, c]"))
-    with pytest.raises(UserError, match="names 3 classes, the run that goes on has 2"):
+    with pytest.raises(UserError, match="names 3 classes, not 2 as the run that goes on does; --data may name"):
         train.main(["--resume", str(interrupted), "--epochs", "2", "--data", str(other), "--device", "cpu"])
+
+
+@pytest.mark.slow
+def test_resume_knows_its_data_from_any_folder(interrupted, tiny, tmp_path, monkeypatch, capsys):
+    """A relative path used to mean whatever has that name in the folder where the run is resumed."""
+    run = tmp_path / "run" / "weights" / "last.pt"
+    run.parent.mkdir(parents=True)
+    shutil.copyfile(interrupted, run)
+    monkeypatch.chdir(tmp_path)
+    text = tiny.read_text().replace("path: .", f"path: '{tiny.parent}'")
+    Path("tiny.yaml").write_text(text.replace("[square, circle]", "[cat, dog]"))
+    resuming = ["--resume", str(run), "--epochs", "2", "--device", "cpu", "--workers", "0"]
+    data = checkpoint.read(run)
+    assert data["opt"]["data"] == str(tiny) and data["images"] == {"train": 12, "val": 6}
+    with pytest.raises(UserError, match="tiny.yaml: calls class 0 'cat', not 'square' as the run that goes on does"):
+        train.main([*resuming, "--data", "tiny.yaml"])
+    data["opt"]["data"] = "tiny.yaml"  # as older versions stored it
+    torch.save(data, run)
+    with pytest.raises(UserError, match="last.pt: was trained on tiny.yaml, which calls class 0 'cat', not 'square'"):
+        train.main(resuming)
+    Path("tiny.yaml").unlink()
+    with pytest.raises(UserError, match="last.pt: was trained on tiny.yaml, which is not there any more; give --data"):
+        train.main(resuming)
+    shutil.copytree(tiny.parent, tmp_path / "moved")  # the same set at another place, and it has grown
+    for n in range(3):
+        shutil.copyfile(tmp_path / "moved/images/train/000.png", tmp_path / f"moved/images/train/new{n}.png")
+    assert train.main([*resuming, "--data", "moved/tiny.yaml"]).opt.data == str(tmp_path / "moved/tiny.yaml")
+    said = capsys.readouterr().out
+    assert "train has 15 images now, 12 when the run was saved" in said and "val has" not in said
+
+
+@pytest.mark.slow
+def test_resume_keeps_device_and_workers_unless_they_are_given(interrupted, monkeypatch, capsys):
+    data = checkpoint.read(interrupted)
+    data["opt"] |= {"device": "cpu", "workers": 3}
+    monkeypatch.setattr(resume.checkpoint, "read", lambda path: data)
+    assert (options(interrupted).device, options(interrupted).workers) == ("cpu", 3)
+    assert options(interrupted, "--workers", 1).workers == 1
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for gone in ("5", "0,1", "mps"):
+        data["opt"]["device"] = gone
+        assert options(interrupted).device == ""
+        assert "note: the device of the run is not here (--device" in capsys.readouterr().out
+    assert options(interrupted, "--device", "7").device == "7"  # who asks for one is told
+
+
+@pytest.mark.parametrize("script", ["val", "prune", "finetune_pruned", "train", "train_sparsity", "benchmarks", "slim"])
+def test_data_from_a_checkpoint_is_what_it_was_trained_on(script, tiny, here):
+    """A yaml that is gone, or that names other classes by now, is said in one line, by every script that takes it."""
+    main = importlib.import_module(script).main
+    model = Model("yolov5n.yaml", nc=2, names={0: "square", 1: "circle"})
+    flags = ["--weights", "mine.pt", "--device", "cpu"]
+    checkpoint.save(here / "mine.pt", model, imgsz=64, opt={"data": str(here / "my.yaml"), "imgsz": 64})
+    with pytest.raises(UserError, match="mine.pt: was trained on .*my.yaml, which is not there any more; give --data"):
+        main(flags)
+    text = tiny.read_text().replace("path: .", f"path: '{tiny.parent}'")
+    (here / "my.yaml").write_text(text.replace("[square, circle]", "[square, dog]"))
+    with pytest.raises(UserError, match="my.yaml, which calls class 1 'dog', not 'circle' by now; give the --data"):
+        main(flags)
+    assert not (here / "runs").exists()
+
+
+def test_paths_are_stored_whole(tiny, cfg, here):
+    shutil.copyfile(cfg, "my.yaml")
+    (here / "w.pt").write_bytes(b"")
+    relative = os.path.relpath(tiny, here)
+    opt = resolve(training_parser("").parse_args(["--data", relative, "--cfg", "my.yaml", "--weights", "w.pt",
+                                                  "--teacher", "t.pt"]))
+    stored = [opt.data, opt.cfg, opt.weights, opt.teacher]
+    assert all(map(os.path.isabs, stored)) and os.path.samefile(opt.data, tiny)
+    assert resolve(training_parser("").parse_args(["--weights", "", "--cfg", "yolov5n.yaml"])).cfg == "yolov5n.yaml"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("text, words", [("momentum: 0", ""), ("momentum: 1", "'momentum' must be below 1")])
+def test_a_momentum_of_0_is_one(tiny, cfg, here, text, words):
+    (here / "hyp.yaml").write_text(text)
+    flags = [*start(tiny, cfg, "--epochs", 1), "--hyp", "hyp.yaml", "--optimizer", "SGD"]
+    if words:
+        with pytest.raises(UserError, match=words):
+            train.main(flags)
+    else:
+        train.main(flags)
 
 
 # Devices --------------------------------------------------------------------------------------------------------------
@@ -407,7 +493,7 @@ def test_scores_leave_the_gpu_before_they_become_float64():
     train_sparsity.parse, lambda argv: start_options(training_parser("").parse_args(argv))])
 def test_a_training_without_data_goes_on_with_that_of_its_weights(parse, tiny, here, capsys):
     """It used to take the built-in set: whoever left --data out trained his model on drawn shapes."""
-    model = Model("yolov5n.yaml", nc=2)
+    model = Model("yolov5n.yaml", nc=2, names={0: "square", 1: "circle"})
     earlier = {"data": str(tiny), "imgsz": 96, "optimizer": "AdamW", "hyp": {"lr0": 0.002}}
     checkpoint.save(here / "mine.pt", model, imgsz=96, opt=earlier)
     opt = parse(["--weights", "mine.pt", "--epochs", "3"])

@@ -14,7 +14,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 BASE = ("utils/__init__.py", "utils/boxes.py", "utils/metrics.py", "utils/errors.py", "utils/files.py",
-        "utils/tables.py", "utils/downloads.py", "utils/text.py", "utils/device.py")
+        "utils/tables.py", "utils/downloads.py", "utils/text.py", "utils/device.py",
+        "utils/parser.py")
 # From the bottom up. A file belongs to the layer of the longest pattern that fits it (a * stands for folders, too).
 # It may import files of its own layer and of those above it in this list.
 LAYERS = (

@@ -408,7 +408,7 @@ CASES: dict[str, tuple[Callable[[Path], object], str, str, int]] = {
         "--round-to 0: must be at least 1", 2),
     "blocks under L1": (
         nothing, f"{SPARSITY} --sr 0.01 --round-to 8",
-        "--round-to 8: needs --target", 2),
+        "--round-to: has no effect without --target-sparsity or --target", 2),
     "no epochs": (
         nothing, f"{TRAIN} --epochs 0",
         "--epochs 0: must be at least 1", 2),

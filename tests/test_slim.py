@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,11 @@ import slim
 from models import checkpoint
 from models.yolo import Model
 from tests import crash
+from tests.blocks import randomised
 from tests.test_crash import run_with
 from training.pipeline import Pipeline, known_pipeline
 from utils.errors import UserError
+from utils.options import pipeline_parser
 from utils.slimming.cost import profile
 from utils.slimming.targets import TARGETS, Target
 
@@ -127,6 +130,47 @@ def test_what_can_be_known_at_the_start_is_refused_there(flags, tmp_path, change
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
+def begun(*flags: object) -> Pipeline:
+    """The pipeline that these flags begin."""
+    parser = pipeline_parser("", ["torch"], [])
+    return slim.begin(parser.parse_args(list(map(str, flags))), parser)
+
+
+@pytest.mark.usefixtures("quick")
+def test_size_and_single_cls_are_settled_at_the_start_for_every_stage(tiny, cfg, tmp_path):
+    """The checkpoint's single_cls was dropped, and a size that is no multiple of the stride failed at the end."""
+    shutil.copyfile(cfg, "model.yaml")
+    Path("hyp.yaml").write_text("lr0: 0.02\n")
+    model = randomised(Model("model.yaml", nc=1, names={0: "object"})).eval()
+    checkpoint.save("one.pt", model, imgsz=64, opt={"data": str(tiny), "single_cls": True, "imgsz": 100})
+    common = ["--workers", 0, "--device", "cpu", "--hyp", "hyp.yaml", "--teacher-weight", 2]
+    known = begun("--weights", "one.pt", *common, "--target", "map-drop=.02")
+    fresh = begun("--weights", "", "--cfg", "model.yaml", "--data", tiny, "--imgsz", 100, "--single-cls", *common)
+    assert known.trained and [stage.name for stage in known.stages] == ["sparse", "cut", "tuned"]
+    assert [stage.name for stage in fresh.stages] == ["dense", "sparse"]
+    for pipeline, scripts in ((known, known.stages), (fresh, fresh.stages[:1])):
+        assert (pipeline.imgsz, pipeline.single_cls, pipeline.data) == (128, True, str(tiny))
+        for stage in scripts:
+            flags = slim.stage_flags(pipeline, stage, "one.pt")
+            assert "--single-cls" in flags and flags[flags.index("--imgsz") + 1] == "128"
+            if stage.script != "prune.py":  # read from wherever the pipeline goes on
+                assert flags[flags.index("--hyp") + 1] == str(tmp_path / "hyp.yaml")
+    assert known.weights == str(tmp_path / "one.pt") and fresh.cfg == str(tmp_path / "model.yaml")
+
+
+@pytest.mark.parametrize("change, words", [
+    (["--teacher", "missing.pt"], "missing.pt: no such checkpoint"),
+    (["--hyp", "missing.yaml"], "missing.yaml: no such"), (["--freeze", "99"], "--freeze 25: the model has"),
+    (["--device", "77"], "--device 77"), (["--rect", "--image-weights"], "--rect"),
+    (["--teacher", "other.pt"], "other.pt: has 3 classes, the model has 2")])
+@pytest.mark.usefixtures("quick")
+def test_flags_of_later_stages_are_checked_at_the_start(flags, cfg, tmp_path, change, words):
+    checkpoint.save("other.pt", Model(str(cfg), nc=3))
+    with pytest.raises(UserError, match=words):
+        slim.main([*flags, *change])
+    assert [path.name for path in tmp_path.rglob("*")] == ["other.pt"]
+
+
 @pytest.mark.usefixtures("quick")
 def test_one_image_is_refused(flags, tiny, tmp_path):
     (tmp_path / "one").mkdir()
@@ -166,7 +210,7 @@ def test_weights_that_find_nothing_teach_nothing(tiny, teacher):
 
 @pytest.mark.usefixtures("quick")
 def test_a_pipeline_keeps_what_it_was_started_with(tmp_path):
-    pipeline = Pipeline(tmp_path / "runs/slim/exp", "", [], None, None, None, None, ("flops", 0.5), 9, 1, True)
+    pipeline = Pipeline(tmp_path / "runs/slim/exp", "", [], None, None, "", 64, False, ("flops", 0.5), 9, 1, True)
     pipeline.save()
     assert known_pipeline(True, "runs/slim") == pipeline
     with pytest.raises(UserError, match="a pipeline is there already; --resume goes on"):

@@ -48,6 +48,24 @@ def device_of_rank(name: str, local_rank: int) -> torch.device:
     return gpu(numbers[local_rank])
 
 
+def device_of_before(name: str) -> str:
+    """The --device of a run that goes on, with a note where this machine has none: "" then, which is what it has."""
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    try:
+        for number in str(name).lower().split(",") if several else [str(name)]:
+            select_device(number)
+    except UserError as error:
+        if first_process():
+            print(f"note: the device of the run is not here ({error}); going on with what is")
+        return ""
+    return name
+
+
+def first_process() -> bool:
+    """Is this torchrun's first process, or the only one? Known before they have joined."""
+    return int(os.environ.get("WORLD_SIZE", 1)) == 1 or os.environ.get("RANK") == "0"
+
+
 @contextmanager
 def process_group(device_name: str = "") -> Iterator[World]:
     """Join the process group that torchrun describes in the environment, and leave it at the end."""

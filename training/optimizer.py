@@ -32,7 +32,7 @@ def build_optimizer(model: nn.Module, name: str, lr: float, momentum: float, dec
     settings = [{"params": p, "weight_decay": decay if kind == "weight" else 0.0} for kind, p in groups.items()]
     fused = next(model.parameters()).device.type in ("cpu", "cuda")
     if name == "SGD":
-        return torch.optim.SGD(settings, lr=lr, momentum=momentum, nesterov=True, fused=fused and not scaled)
+        return torch.optim.SGD(settings, lr=lr, momentum=momentum, nesterov=momentum > 0, fused=fused and not scaled)
     cls = {"Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW}[name]
     return cls(settings, lr=lr, betas=(momentum, 0.999), fused=fused)
 

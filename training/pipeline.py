@@ -41,13 +41,15 @@ class Pipeline:
     flags: list[str]              # given by the user, for the trainings
     weights: str | None           # that it starts from; None: those that train.py takes where none are given
     cfg: str | None
-    data: str | None
-    imgsz: int | None
+    data: str
+    imgsz: int                    # in whole strides
+    single_cls: bool
     target: tuple[str, float]
     epochs: int
     rounds: int
     trained: bool                 # the weights were trained on the classes of the data: no dense training is needed
     teacher: str | None = None    # another one than the model before; "none": no teacher
+    teacher_weight: float = 1.0
     export: list[str] = field(default_factory=list)  # flags of export.py
     runtime: str = "torch"        # in which milliseconds are measured
     precision: str = "fp32"       # of that runtime
@@ -78,6 +80,18 @@ class Pipeline:
     def machine(self) -> list[str]:
         """Flags that every script takes, and that may change when the pipeline goes on."""
         return ["--workers", str(self.workers), *(["--device", self.device] if self.device else [])]
+
+    @property
+    def dataset(self) -> list[str]:
+        """Flags that every script takes: the data, the size of its images, and whether its classes are one."""
+        return ["--data", self.data, "--imgsz", str(self.imgsz), *(["--single-cls"] if self.single_cls else [])]
+
+    @property
+    def taught(self) -> list[str]:
+        """Flags of a training that has a teacher."""
+        if self.teacher == "none":
+            return ["--teacher", "none"]
+        return ["--teacher", self.teacher or self.before, "--teacher-weight", str(self.teacher_weight)]
 
     @property
     def before(self) -> str:

@@ -2,15 +2,19 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from models import checkpoint
+from training.distributed import device_of_before, first_process
 from training.run import Run
+from utils.data.config import read_data
 from utils.errors import NonFiniteError, UserError
-from utils.files import command_line, newest
+from utils.files import command_line, in_use, newest
+from utils.options import trained_data
 from utils.text import read_yaml_mapping
 
 
@@ -62,9 +66,10 @@ def save_epoch(run: Run, best: bool) -> None:
 def record(run: Run) -> dict[str, Any]:
     """What every checkpoint tells about where it came from."""
     from_hooks = {key: value for hook in run.hooks for key, value in hook.record().items()}
-    return {"opt": run.settings, "folder": str(run.folder.resolve()), "data": run.opt.data, "imgsz": run.imgsz,
-            "hyp": run.opt.hyp, "epochs_done": run.epoch, "command": command_line(), "metrics": dict(run.metrics),
-            **from_hooks}
+    images = {split: len(loader.dataset) for split, loader in (("train", run.loader), ("val", run.val_loader))}
+    return {"opt": run.settings, "folder": str(run.folder.resolve()), "data": run.opt.data, "images": images,
+            "imgsz": run.imgsz, "hyp": run.opt.hyp, "epochs_done": run.epoch, "command": command_line(),
+            "metrics": dict(run.metrics), **from_hooks}
 
 
 # Flags that --resume takes. All others belong to the schedule, the optimizer's state or the model, and stay.
@@ -72,12 +77,22 @@ CHANGEABLE = ("resume", "data", "amp", "patience", "sync_bn", "workers", "cache"
               "teacher")
 
 
-def resumed_options(opt: Namespace) -> tuple[Namespace, dict[str, Any]]:
-    """--resume: the options of the interrupted run, but for those that this command gives and a run can change.
+def go_on(opt: Namespace, held: ExitStack) -> tuple[Namespace, dict[str, Any]]:
+    """--resume: resumed_options() of its last.pt. `held` gets the lock of the run's folder.
+
+    First the lock: a process that has it may still write what is read here.
+    """
+    path = resume_file(opt)
+    if path.is_file() and first_process():
+        held.enter_context(in_use(path.resolve().parent.parent))
+    return resumed_options(opt, path)
+
+
+def resumed_options(opt: Namespace, path: Path) -> tuple[Namespace, dict[str, Any]]:
+    """The options of the interrupted run of a last.pt, but for those that this command gives and a run can change.
 
     Also returns the checkpoint. Raises UserError for a flag that can't change.
     """
-    path = resume_file(opt)
     data = checkpoint.read(path)
     if not data.get("training"):
         raise UserError(f"{path}: holds weights only, nothing to resume; start from it with --weights {path}")
@@ -90,10 +105,14 @@ def resumed_options(opt: Namespace) -> tuple[Namespace, dict[str, Any]]:
             raise UserError(f"--{name.replace('_', '-')}: a run that goes on keeps it ({was}), its schedule, optimizer "
                             f"or model depends on it; leave it out, or start from the weights: --weights {path}")
         setattr(before, name, now)
-    before.device, before.workers, before.resume = opt.device, opt.workers, str(path)
+    before.resume = str(path.absolute())
+    config = read_data(opt.data, needed=()) if opt.data else trained_data(data, str(path), before.single_cls)
+    before.data = str(config.file) if config else before.data
+    if "device" not in opt.given:
+        before.device = device_of_before(before.device)
     if before.amp == "fp16" and "amp" not in opt.given:
         before.amp = None  # on a GPU it is the default; the run may go on on a CPU
-    on_cpu = opt.device == "cpu" or not torch.cuda.is_available()
+    on_cpu = before.device == "cpu" or not torch.cuda.is_available()
     before.sync_bn &= not on_cpu or "sync_bn" in opt.given  # a CPU has none; who asks for it is told
     del before.given
     if data["training"]["epoch"] >= before.epochs:
@@ -101,14 +120,6 @@ def resumed_options(opt: Namespace) -> tuple[Namespace, dict[str, Any]]:
                         f"as in --resume {path} --epochs {before.epochs * 2}")
     data["folder"] = str(path.resolve().parent.parent)
     return before, data
-
-
-def move_away(weights: Path) -> None:
-    """--exist-ok: give the checkpoints of an earlier run in this folder another name, such as best.old.pt."""
-    for file in (weights / "best.pt", weights / "last.pt"):
-        if file.exists():
-            taken = sum(1 for _ in weights.glob(f"{file.stem}.old*.pt"))
-            file.rename(file.with_name(f"{file.stem}.old{taken + 1 if taken else ''}.pt"))
 
 
 def resume_file(opt: Namespace) -> Path:
@@ -139,6 +150,10 @@ def restore(run: Run, data: dict[str, Any]) -> None:
     training = data["training"]
     run.epoch, run.batches_done = training["epoch"], training.get("batches_done", 0)
     run.mean = training.get("mean", run.mean)
+    for split, loader in (("train", run.loader), ("val", run.val_loader)):
+        was, now = data.get("images", {}).get(split), len(loader.dataset)
+        if was not in (None, now) and run.world.main:
+            print(f"note: {run.opt.data}: {split} has {now} images now, {was} when the run was saved")
     run.optimizer.load_state_dict(training["optimizer"])
     if training["scaler"] and run.scaler.is_enabled():  # empty where the run had none
         run.scaler.load_state_dict(training["scaler"])

@@ -4,6 +4,8 @@ from __future__ import annotations
 import os
 from argparse import Namespace
 from collections.abc import Sequence
+from contextlib import ExitStack
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,11 @@ from torch import nn
 from models import checkpoint
 from models.yolo import Model, set_anchors, with_classes
 from training.autoanchor import fit_anchors
-from training.distributed import World
+from training.distributed import World, broadcast
+from utils.data.config import other_names
 from utils.data.dataset import DetectionDataset
 from utils.errors import UserError
+from utils.files import in_use, new_run_folder
 from utils.options import resolve
 
 
@@ -33,7 +37,7 @@ def start_options(opt: Namespace) -> Namespace:
     earlier = saved.get("opt") or {}
     resolved = resolve(opt, None if opt.data else saved)
     if earlier.get("data") and not opt.data:
-        print(f"--data not given: taking {earlier['data']}, on which {opt.weights} was trained")
+        print(f"--data not given: taking {resolved.data}, on which {opt.weights} was trained")
     changed = [key for key in given if not given[key] and earlier.get(key) not in (None, getattr(resolved, key))]
     if changed:
         pairs = ", ".join(f"--{key} {earlier[key]} (now {getattr(resolved, key)})" for key in changed)
@@ -45,9 +49,9 @@ def start_model(opt: Namespace, names: dict[int, str], resumed: dict[str, Any], 
     """From a resumed run, a checkpoint (slim ones stay slim), a yaml, or a yaml with a checkpoint's weights."""
     if resumed:
         model = checkpoint.build(resumed, ema=False)
-        if len(names) != model.detect.nc:
-            raise UserError(f"{opt.data}: names {len(names)} classes, the run that goes on has {model.detect.nc}; "
-                            "--data may name the same set at another place")
+        if other := other_names(names, model.names):
+            raise UserError(f"{opt.data}: {other} as the run that goes on does; --data may name the same set at "
+                            f"another place, --weights {opt.resume} starts a run on another set")
         return model
     if opt.weights and not opt.cfg:
         model = with_classes(checkpoint.load(opt.weights), names)
@@ -63,6 +67,24 @@ def start_model(opt: Namespace, names: dict[int, str], resumed: dict[str, Any], 
         if world.main:
             print(f"{taken} of {len(model.state_dict())} tensors taken from {opt.weights}")
     return model
+
+
+def shared_run_folder(opt: Namespace, world: World, held: ExitStack) -> Path:
+    """A new folder for the run, the same one for all processes. `held` gets its lock."""
+    folder = new_run_folder(opt.project, opt.name, opt.exist_ok) if world.main else Path()
+    if world.main:
+        held.enter_context(in_use(folder))
+        move_away(folder / "weights")
+    return Path(str(broadcast(str(folder), world.size)))
+
+
+def move_away(weights: Path) -> None:
+    """--exist-ok: give the checkpoints of an earlier run in this folder another name, such as best.old.pt."""
+    kept = [weights / f"{name}.pt" for name in ("best", "last") if (weights / f"{name}.pt").exists()]
+    others = ({file: file.with_name(f"{file.stem}.old{n if n > 1 else ''}.pt") for file in kept} for n in count(1))
+    free = next(names for names in others if not any(map(os.path.lexists, names.values())))
+    for file, name in free.items():
+        file.rename(name)
 
 
 def adapt_anchors(opt: Namespace, imgsz: int, model: Model, dataset: DetectionDataset, world: World) -> None:

@@ -4,14 +4,17 @@ from __future__ import annotations
 import glob
 import json
 import os
+import platform
 import re
 import shutil
 import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +29,10 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 ROOT = Path(__file__).resolve().parents[1]
-STALE = 3600  # seconds; a scratch folder older than this belongs to a killed process
+STALE = 3600  # seconds; what is half written and older than this belongs to a killed process
+# What atomic() writes first: a machine, a process and a thread. The first two are missing in files of older versions.
+HALF_WRITTEN = re.compile(r"\..+\.(?:slimming-(?P<machine>[0-9a-f]{8})-)?(?P<process>\d+)-\d+\.tmp")
+LONGEST = 150    # bytes of a name that a temporary one repeats: file systems take 255
 MOST_BYTES = 240  # of a result's name: file systems take 255, and _frame_crop.jpg may follow
 RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # devices on Windows, whatever the ending
 
@@ -99,11 +105,14 @@ class UniqueNames:
 def atomic(path: Path) -> Iterator[Path]:
     """A temporary path beside `path`, for the block to write. It becomes `path` when the block ends well.
 
-    Whatever happens, `path` is the old file or the new one, whole. UserError where the disk refuses.
+    Whatever happens, `path` is the old file or the new one, whole. What killed processes have left beside it goes.
+    UserError where the disk refuses.
     """
-    temporary = path.with_name(f".{clipped(path.name, 150)}.{os.getpid()}-{threading.get_ident()}.tmp")
+    begin = clipped(path.name, LONGEST)
+    temporary = path.with_name(f".{begin}.slimming-{_machine()}-{os.getpid()}-{threading.get_ident()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_half_written(path.parent.absolute())
         yield temporary
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
@@ -114,6 +123,66 @@ def atomic(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+@cache
+def _machine() -> str:
+    """Eight digits for this machine. Containers count: their process ids are their own."""
+    try:
+        namespace = os.readlink("/proc/self/ns/pid")
+    except OSError:
+        namespace = ""
+    return f"{zlib.crc32(f'{platform.node()} {namespace}'.encode()):08x}"
+
+
+@cache  # once in a process is enough, and a folder of very many files takes its time
+def _remove_half_written(folder: Path) -> None:
+    """Remove what processes have left that were killed while they wrote into this folder with atomic()."""
+    with suppress(OSError):  # a folder that can be written but not read, or another process was faster
+        for entry in os.scandir(folder):
+            if (found := HALF_WRITTEN.fullmatch(entry.name)) and entry.is_file(follow_symlinks=False):
+                dead = found["machine"] == _machine() and not _alive(int(found["process"]))
+                if dead or time.time() - entry.stat().st_mtime > STALE:
+                    os.unlink(entry.path)
+
+
+def _alive(process: int) -> bool:
+    """Does this process run? Unless that is certain the answer is yes."""
+    if os.name != "posix":  # elsewhere the signal 0 is not a mere question
+        return True
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:
+        pass
+    return True
+
+
+@contextmanager
+def in_use(folder: Path) -> Iterator[None]:
+    """The block has a run's folder to itself. UserError, with the number of the process, while another one has it.
+
+    The lock is this process's, not that of its forks, and the system lets go of it when the process dies, however it
+    does. Where there are no locks nobody is refused.
+    """
+    file = folder / ".in_use"
+    try:
+        descriptor = _lock(file, os.O_RDWR, lambda opened: fcntl.lockf(opened, fcntl.LOCK_EX | fcntl.LOCK_NB))
+    except (BlockingIOError, PermissionError):
+        holder = "?"
+        with suppress(OSError):
+            holder = file.read_bytes().decode("utf-8", "replace").strip()
+        raise UserError(f"{folder}: is in use by process {holder}; wait for its end, or choose another folder (--name)"
+                        ) from None
+    if descriptor is not None:
+        with suppress(OSError):  # a full disk: the lock holds all the same
+            os.truncate(descriptor, 0)
+            os.write(descriptor, f"{os.getpid()} on {platform.node()}".encode())
+    try:
+        yield
+    finally:
+        _unlock(file, descriptor)
+
+
 @contextmanager
 def exclusive(path: Path) -> Iterator[None]:
     """One process at a time is in this block for the same `path`; the others wait.
@@ -122,35 +191,44 @@ def exclusive(path: Path) -> Iterator[None]:
     folder that can't be written) nobody waits.
     """
     file = path.with_name(f".{path.name}.lock")
-    descriptor = _lock(file)
+    descriptor = _lock(file, os.O_RDONLY, lambda opened: fcntl.flock(opened, fcntl.LOCK_EX))
     try:
         yield
     finally:
-        if descriptor is not None:
-            with suppress(OSError):
-                file.unlink()
-            os.close(descriptor)
+        _unlock(file, descriptor)
 
 
-def _lock(file: Path) -> int | None:
-    """Descriptor of the lock file, which this process now holds; None where there are no locks."""
+def _lock(file: Path, mode: int, take: Callable[[int], None]) -> int | None:
+    """Descriptor of the lock file, which this process now holds; None where there are no locks.
+
+    take: gets the descriptor, and waits for the lock or raises BlockingIOError or PermissionError if another has it.
+    """
     if fcntl is None:
         return None
     while True:
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(file, os.O_RDONLY | os.O_CREAT, 0o644)
+            descriptor = os.open(file, mode | os.O_CREAT, 0o644)
         except OSError:
             return None
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        except OSError:
+            take(descriptor)
+        except OSError as error:
             os.close(descriptor)
+            if isinstance(error, (BlockingIOError, PermissionError)):
+                raise
             return None
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(descriptor), os.stat(file)):
                 return descriptor
         os.close(descriptor)  # the holder before has removed the file: others may hold a new one
+
+
+def _unlock(file: Path, descriptor: int | None) -> None:
+    if descriptor is not None:
+        with suppress(OSError):
+            file.unlink()
+        os.close(descriptor)
 
 
 @contextmanager

@@ -5,137 +5,33 @@ A flag beats the data yaml's `defaults:` section (the built-in set carries its o
 from __future__ import annotations
 
 import math
-import re
-from argparse import (
-    SUPPRESS,
-    ArgumentDefaultsHelpFormatter,
-    ArgumentParser,
-    ArgumentTypeError,
-    BooleanOptionalAction,
-    Namespace,
-)
-from collections.abc import Callable, Collection
-from copy import deepcopy
+from argparse import ArgumentParser, BooleanOptionalAction, Namespace
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from utils.data.config import read_data
-from utils.errors import OneLineParser, UserError
+from utils.data.config import DataConfig, other_names, read_data
+from utils.errors import UserError
 from utils.files import ROOT
+from utils.parser import HelpfulParser, at_least, fraction, fractions, named_fraction, path_or_none
 from utils.slimming.ranking import MIN_SHARE, SCORES
 from utils.slimming.targets import TARGETS
 from utils.text import read_yaml_mapping
 
 BUILT_IN_DATA = "data/shapes.yaml"
-MOST_FRACTIONS = 1000
 # What holds when neither a flag nor the data yaml says otherwise: YOLOv5's defaults.
 DEFAULTS: dict[str, Any] = {"weights": "yolov5s.pt", "cfg": "", "imgsz": 640, "epochs": 100, "batch_size": 16,
                             "nbs": None, "optimizer": "SGD", "cache": "auto", "hyp": None}
 FIGURES = ("flops", "params")  # of TARGETS: those that are counted, not measured
+MOST_EPOCHS = 100_000
+MOST_SEED = 2**63 - 1  # what PyTorch's and numpy's generators take
 LEAST = {"imgsz": 32, "epochs": 1, "batch_size": 1, "nbs": 1}
 # Optimizer -> its hyper-parameters.
 HYP_FOR = {"SGD": "data/hyps/hyp.scratch-low.yaml", "Adam": "data/hyps/hyp.adamw.yaml",
            "AdamW": "data/hyps/hyp.adamw.yaml"}
+BELOW_1 = ("momentum", "warmup_momentum")  # hyper-parameters
 # They stand in YOLOv5's files, old or new, and have no effect here.
 IGNORED_HYP = {"anchors", "label_smoothing", "iou_t", "giou"}
-
-
-class HelpfulParser(OneLineParser):
-    """A parser that shows defaults, and refuses a value in one line that names the flag."""
-
-    def __init__(self, description: str | None):
-        super().__init__(description=description, formatter_class=_Formatter, allow_abbrev=False)
-
-    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As ArgumentParser's. `.given` lists the flags that were given, by the names of their values."""
-        unset = object()
-        opt = super().parse_args(args, Namespace(**{a.dest: unset for a in self._actions if a.dest != "help"}))
-        opt.given = [name for name, value in vars(opt).items() if value is not unset]
-        for name in [name for name, value in vars(opt).items() if value is unset]:
-            setattr(opt, name, deepcopy(self.get_default(name)))
-        return opt
-
-    def flags(self, opt: Namespace, leave: Collection[str] = ()) -> list[str]:
-        """What was given, as a command line again; but for the values of the names in `leave`."""
-        found: list[str] = []
-        for action in self._actions:
-            if action.dest not in opt.given or action.dest in leave:
-                continue
-            value, name = getattr(opt, action.dest), action.option_strings[0]
-            values = value if isinstance(value, list) else [] if action.nargs == 0 else [value]
-            found += [name, *map(str, values)]
-        return found
-
-    def error(self, message: str) -> Any:
-        """Raise UserError; what a validator below refuses is said in its own words."""
-        refused = re.fullmatch(r"argument (--[\w-]+)\S*: (.*: (?:must|give) .*)", message)
-        if refused:
-            raise UserError(f"{refused[1]} {refused[2]}")
-        super().error(message)
-
-
-class _Formatter(ArgumentDefaultsHelpFormatter):
-    def _get_help_string(self, action: Any) -> str | None:
-        return action.help if action.default in (None, False, SUPPRESS, "") else super()._get_help_string(action)
-
-
-# Validators: argparse's type= -----------------------------------------------------------------------------------------
-
-def at_least(least: float, kind: Callable[[str], Any] = int) -> Callable[[str], Any]:
-    """Numbers from `least` on, whole ones unless `kind` is float."""
-    def parse(text: str) -> Any:
-        if not (value := kind(text)) >= least:
-            raise ArgumentTypeError(f"{text}: must be at least {least}")
-        return value
-
-    parse.__name__ = kind.__name__  # argparse names it where the text is no number
-    return parse
-
-
-def fraction(zero: bool = True, one: bool = True, hint: str = "") -> Callable[[str], float]:
-    """Numbers between 0 and 1; whether 0 and 1 themselves are among them."""
-    def parse(text: str) -> float:
-        value = float(text)
-        if not 0 <= value <= 1 or (value == 0 and not zero) or (value == 1 and not one):
-            limits = f"{'at least' if zero else 'above'} 0 and {'at most' if one else 'below'} 1"
-            raise ArgumentTypeError(f"{text}: must be {limits}{f' ({hint})' if hint else ''}")
-        return value
-
-    parse.__name__ = "float"
-    return parse
-
-
-def fractions(text: str) -> list[float]:
-    """'0.1:0.8:0.1', first:last:step, -> [0.1, 0.2, ... 0.8]."""
-    try:
-        first, last, step = map(float, text.split(":"))
-    except ValueError:
-        first = last = step = 0.0
-    if not 0 < first <= last < 1 or not step > 0:
-        raise ArgumentTypeError(f"{text}: give first:last:step between 0 and 1, such as 0.1:0.8:0.1")
-    if (last - first) / step > MOST_FRACTIONS:
-        raise ArgumentTypeError(f"{text}: give a larger step; at most {MOST_FRACTIONS} values are shown")
-    return [round(first + i * step, 6) for i in range(int((last - first) / step + 1e-6) + 1)]
-
-
-def named_fraction(names: Collection[str], hint: str) -> Callable[[str], tuple[str, float]]:
-    """'flops=0.5' -> ("flops", 0.5), for these names and numbers between 0 and 1."""
-    def parse(text: str) -> tuple[str, float]:
-        name, _, number = text.partition("=")
-        try:
-            value = float(number)
-        except ValueError:
-            value = -1.0
-        if name not in names or not 0 < value < 1:
-            raise ArgumentTypeError(f"{text}: give {hint}, a number between 0 and 1")
-        return name, value
-
-    return parse
-
-
-def path_or_none(text: str) -> str:
-    """An absolute path; '' for 'none'."""
-    return "" if text == "none" else str(Path(text).absolute())
 
 
 # Flags ----------------------------------------------------------------------------------------------------------------
@@ -147,6 +43,11 @@ def add_run_flags(parser: ArgumentParser, project: str) -> None:
     add("--project", default=project, help="folder of the runs")
     add("--name", default="exp", help="name of this run")
     add("--exist-ok", action="store_true", help="write into an existing run folder")
+
+
+def add_seed_flag(parser: ArgumentParser, help: str) -> None:
+    """--seed, within what all random generators take."""
+    parser.add_argument("--seed", type=at_least(0, most=MOST_SEED), default=0, help=help)
 
 
 def add_imgsz_flag(parser: ArgumentParser, help: str = "image size in pixels (640)", **options: Any) -> None:
@@ -183,7 +84,7 @@ def training_parser(description: str | None, project: str = "runs/train") -> Hel
     add("--cfg", help="model yaml; not needed with --weights, a checkpoint knows its own")
     add_common(parser, project)
     add("--hyp", help="hyper-parameter yaml (data/hyps/hyp.scratch-low.yaml; hyp.adamw.yaml with Adam and AdamW)")
-    add("--epochs", type=at_least(LEAST["epochs"]), help="epochs in all (100)")
+    add("--epochs", type=at_least(LEAST["epochs"], most=MOST_EPOCHS), help="epochs in all (100)")
     add("--nbs", type=at_least(LEAST["nbs"]),
         help="nominal batch: gradients are gathered until a step has seen about so many images (64; 32 or 16 where a "
              "run has few batches)")
@@ -213,13 +114,18 @@ def training_parser(description: str | None, project: str = "runs/train") -> Hel
     add("--freeze", nargs="+", type=at_least(0), default=[0],
         help="layers to freeze: a count (10 = backbone) or a list (0 1 2)")
     add("--save-period", type=int, default=-1, help="also keep a checkpoint every so many epochs")
-    add("--seed", type=int, default=0, help="seed of weights and augmentation")
+    add_seed_flag(parser, "seed of weights and augmentation")
     add("--deterministic", action="store_true",
         help="on a GPU, too, the same seed gives the same result, as far as PyTorch can; slower")
+    parser.apart("--image-weights", ["--rect"], "draws images, {} keeps their order")
+    parser.apart("--adam", ["--optimizer SGD", "--optimizer Adam"], "means --optimizer AdamW, not {}")
+    parser.apart("--nosave", ["--save-period"], "keeps no checkpoint that {} asks for")
+    parser.apart("--noval", ["--patience"], "{} counts the epochs' validations, of which there are none")
+    parser.apart("--label-smoothing", ["--single-cls"], "{} leaves no classes to smooth")
     return parser
 
 
-def add_sparsity_flags(parser: ArgumentParser) -> None:
+def add_sparsity_flags(parser: HelpfulParser) -> None:
     """The flags of train_sparsity.py that train.py does not have."""
     add = parser.add_argument
     half = "0.5 takes half of the prunable channels to 0"
@@ -250,6 +156,13 @@ def add_sparsity_flags(parser: ArgumentParser) -> None:
         help="the prune.py --percent that every epoch's preview is for (0.5, or --target-sparsity)")
     add("--masked-val", type=at_least(0), default=0, metavar="N",
         help="every N epochs also validate the model without those channels (0: never)")
+    parser.needs(["--teacher-weight"], "--teacher")
+    targets = ["--target-sparsity", "--target"]
+    parser.apart("--no-st", [*targets, "--sparsity", "--sr", "--sr-bias", "--shrink", "--round-to"],
+                 "trains without sparsity, {} asks for some")
+    parser.apart("--sparsity l1", [*targets, "--shrink", "--round-to"], "knows no {}")
+    parser.apart("--target", ["--target-sparsity"], "{} says it in another way")
+    parser.needs(["--shrink", "--round-to", "--per-flop", "--no-per-flop"], *targets, "--sparsity target")
 
 
 def pipeline_parser(description: str | None, runtimes: Collection[str], formats: Collection[str]) -> HelpfulParser:
@@ -313,6 +226,14 @@ def pruning_parser(description: str | None, runtimes: Collection[str]) -> Helpfu
     add("--strict", action="store_true",
         help="refuse a cut above the limit (the smallest of the layers' largest gammas)")
     add("--noval", action="store_true", help="do not measure accuracy and speed")
+    parser.apart("--percent", ["--target"], "{} finds out how much to cut")
+    parser.apart("--percent", ["--sweep"], "{} has percents of its own")
+    parser.apart("--sweep", ["--sensitivity"], "shows whole cuts, {} layer by layer")
+    for show in ("--sweep", "--sensitivity"):
+        parser.apart(show, ["--target", "--strict", "--reconstruct", "--absorb", "--recalibrate"],
+                     "only shows, {} is for a cut")
+        parser.apart(show, ["--noval"], "measures, {} forbids it")
+    parser.needs(["--latency-batch"], "--target latency", "--sweep")
     return parser
 
 
@@ -320,29 +241,61 @@ def resolve(opt: Namespace, checkpoint: dict[str, Any] | None = None) -> Namespa
     """Fill in what was not given; returns a new Namespace of plain values, in which .hyp is a dict.
 
     `checkpoint` (read()'s dict) supplies data, image size, optimizer and hyper-parameters to the scripts that go on
-    with somebody's training. Raises UserError for settings that can't be.
+    with somebody's training. Paths of files become absolute: who goes on with the run may be in another folder.
+    Raises UserError for settings that can't be.
     """
     opt = Namespace(**{name: value for name, value in vars(opt).items() if name != "given"})
     if getattr(opt, "adam", False):
         opt.optimizer = opt.optimizer or "AdamW"
-    _take_from_training(opt, (checkpoint or {}).get("opt") or {})
-    opt.data = str(opt.data or ROOT / BUILT_IN_DATA)
-    suited = read_data(opt.data, needed=()).defaults  # whoever reads images checks that they are there
+    held, weights = checkpoint or {}, getattr(opt, "weights", None)
+    _take_from_training(opt, held.get("opt") or {})
+    # Whoever reads images checks that they are there.
+    config = read_data(opt.data, needed=()) if opt.data else trained_data(
+        held, weights[0] if isinstance(weights, list) else str(weights), opt.single_cls)
+    config = config or read_data(ROOT / BUILT_IN_DATA, needed=())
+    opt.data, suited = str(config.file), config.defaults
     _check_defaults(opt.data, suited)
     # The architecture is one setting in two flags: who names one does not want the other's default.
-    if getattr(opt, "weights", None) or getattr(opt, "cfg", None):
+    if weights or getattr(opt, "cfg", None):
         suited = {key: "" if key in ("weights", "cfg") else value for key, value in suited.items()}
     for key, value in {**DEFAULTS, **suited}.items():
         if hasattr(opt, key) and getattr(opt, key) is None:
             setattr(opt, key, value)
     if hasattr(opt, "hyp"):
         opt.hyp = read_hyp(opt.hyp or HYP_FOR[opt.optimizer])
+    for key in ("weights", "cfg"):
+        if isinstance(value := getattr(opt, key, None), str):
+            setattr(opt, key, absolute(value))
     return opt
 
 
+def absolute(text: str) -> str:
+    """The absolute path of a file or folder that is there; other text, such as a name to look for, as it is."""
+    return str(Path(text).absolute()) if text and Path(text).exists() else text
+
+
+def trained_data(held: Mapping[str, Any], file: str, single_cls: bool = False) -> DataConfig | None:
+    """The data set that a checkpoint (read()'s dict of `file`) was trained on; None where it does not say.
+
+    UserError where its yaml is gone, or names other classes by now, which --single-cls takes as one.
+    """
+    recorded = (held.get("opt") or {}).get("data")
+    if not recorded:
+        return None
+    # The last one: of a repository that lies elsewhere now.
+    places = (Path(recorded), ROOT / recorded, ROOT / "data" / Path(recorded).name)
+    data = next((place for place in places if place.is_file()), None)
+    if data is None:
+        raise UserError(f"{file}: was trained on {recorded}, which is not there any more; give --data")
+    config = read_data(data, needed=())
+    other = "" if single_cls else other_names(config.names, held.get("names") or config.names)
+    if other:
+        raise UserError(f"{file}: was trained on {data}, which {other} by now; give the --data it was trained on")
+    return config
+
+
 def _take_from_training(opt: Namespace, earlier: dict[str, Any]) -> None:
-    """Data, image size, optimizer and hyper-parameters of the training that made the checkpoint, where not given."""
-    opt.data = opt.data or earlier.get("data")
+    """Image size, optimizer and hyper-parameters of the training that made the checkpoint, where not given."""
     opt.imgsz = opt.imgsz or earlier.get("imgsz")
     opt.single_cls = opt.single_cls or earlier.get("single_cls", False)
     if hasattr(opt, "hyp") and not opt.hyp and not opt.optimizer:  # a rate belongs to its optimizer: both or neither
@@ -364,12 +317,17 @@ def _check_defaults(data: str, suited: dict[str, Any]) -> None:
         raise UserError(f"{data}: defaults: optimizer must be one of {', '.join(HYP_FOR)}, not {suited['optimizer']}")
 
 
+def hyp_file(hyp: str | Path) -> Path:
+    """The file that --hyp means, absolute if it is there. It is looked for as given, then in data/hyps/."""
+    places = (Path(hyp), ROOT / hyp, ROOT / "data/hyps" / hyp)
+    return next((place.absolute() for place in places if place.is_file()), Path(hyp))
+
+
 def read_hyp(hyp: str | Path | dict) -> dict[str, float]:
-    """Hyper-parameters with every key present and numeric. A file name is looked for as given, then in data/hyps/."""
+    """Hyper-parameters with every key present and numeric."""
     reference = read_yaml_mapping(ROOT / HYP_FOR["SGD"], "--hyp")
     if not isinstance(hyp, dict):
-        path = next((p for p in (Path(hyp), ROOT / hyp, ROOT / "data/hyps" / hyp) if p.is_file()), Path(hyp))
-        hyp = read_yaml_mapping(path, "--hyp")
+        hyp = read_yaml_mapping(hyp_file(hyp), "--hyp")
     if unknown := hyp.keys() - reference.keys() - IGNORED_HYP:
         raise UserError(f"--hyp: unknown '{min(map(str, unknown))}'; known are {', '.join(reference)}")
     values = dict(reference)
@@ -378,5 +336,7 @@ def read_hyp(hyp: str | Path | dict) -> dict[str, float]:
             raise UserError(f"--hyp: '{key}' must be a number, not {hyp[key]!r}")
         if not 0 <= hyp[key] < math.inf:
             raise UserError(f"--hyp: '{key}' must not be negative nor infinite, but is {hyp[key]:g}")
+        if key in BELOW_1 and hyp[key] >= 1:
+            raise UserError(f"--hyp: '{key}' must be below 1, but is {hyp[key]:g}")
         values[key] = float(hyp[key])
     return values

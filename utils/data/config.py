@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PureWindowsPath
 from typing import Any
@@ -58,6 +58,14 @@ def read_data(path: str | Path, needed: Sequence[str] = ("train", "val")) -> Dat
             if not os.path.exists(source):
                 raise UserError(f"{file}: {split}: {source} does not exist; {_remedy(content, source)}")
     return DataConfig(file, splits["train"], splits["val"], splits["test"], names, dict(defaults))
+
+
+def other_names(now: Mapping[int, str], before: Mapping[int, str]) -> str:
+    """How the classes of a data set differ from those before, as a sentence's predicate; "" where they do not."""
+    if len(now) != len(before):
+        return f"names {len(now)} classes, not {len(before)}"
+    pairs = zip(now.items(), before.values())
+    return next((f"calls class {number} '{name}', not '{was}'" for (number, name), was in pairs if name != was), "")
 
 
 def _find_root(file: Path, content: dict[str, Any]) -> Path:

@@ -42,8 +42,11 @@ class _Part:
 
 
 def cache_folder(kind: str) -> Path:
-    """Where cached files of a kind ("labels", "images") are."""
-    return Path(os.environ.get("YOLO_CACHE") or FOLDER).expanduser() / kind
+    """Where cached files of a kind ("labels", "images") are. Who has no home has a folder that takes no files."""
+    try:
+        return Path(os.environ.get("YOLO_CACHE") or FOLDER).expanduser() / kind
+    except RuntimeError:
+        return Path(os.devnull) / kind
 
 
 def scan_with_cache(images: Sequence[str], settings: str,

@@ -1,0 +1,157 @@
+"""A parser of command lines whose refusals are one line, and the validators of its values."""
+from __future__ import annotations
+
+import re
+from argparse import (
+    SUPPRESS,
+    Action,
+    ArgumentDefaultsHelpFormatter,
+    ArgumentTypeError,
+    BooleanOptionalAction,
+    Namespace,
+)
+from collections.abc import Callable, Collection
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+from utils.errors import OneLineParser, UserError
+
+MOST_FRACTIONS = 1000
+
+
+class HelpfulParser(OneLineParser):
+    """A parser that shows defaults, and refuses in one line a value, and a flag that another one makes meaningless.
+
+    For the latter, apart() and needs() take flags as they are written: "--rect", "--no-st", or with a value,
+    "--optimizer SGD".
+    """
+
+    def __init__(self, description: str | None):
+        super().__init__(description=description, formatter_class=_Formatter, allow_abbrev=False)
+        self._apart: list[tuple[str, str, str]] = []
+        self._needs: list[tuple[str, tuple[str, ...]]] = []
+
+    def apart(self, flag: str, others: Collection[str], why: str) -> None:
+        """Refuse `flag` together with one of the others; {} in `why` stands for that one."""
+        self._apart += [(flag, other, why.format(other)) for other in others]
+
+    def needs(self, flags: Collection[str], *others: str) -> None:
+        """Refuse each of the flags where none of the others holds, be it given or by default."""
+        self._needs += [(flag, others) for flag in flags]
+
+    def _refuse_ignored(self, opt: Namespace) -> None:
+        """UserError for flags of which one would have no effect."""
+        held = [(action.dest in opt.given, word) for action in self._actions if hasattr(opt, action.dest)
+                for word in _written(action, getattr(opt, action.dest))]
+        every, given = {word for _, word in held}, {word for was_given, word in held if was_given}
+        for flag, other, why in self._apart:
+            if flag in given and other in given:
+                raise UserError(f"{flag}: {why}; leave one of the two out")
+        for flag, others in self._needs:
+            if flag in given and not every & set(others):
+                raise UserError(f"{flag}: has no effect without {' or '.join(others)}")
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As ArgumentParser's. `.given` lists the flags that were given, by the names of their values."""
+        unset = object()
+        opt = super().parse_args(args, Namespace(**{a.dest: unset for a in self._actions if a.dest != "help"}))
+        opt.given = [name for name, value in vars(opt).items() if value is not unset]
+        for name in [name for name, value in vars(opt).items() if value is unset]:
+            setattr(opt, name, deepcopy(self.get_default(name)))
+        self._refuse_ignored(opt)
+        return opt
+
+    def flags(self, opt: Namespace, leave: Collection[str] = ()) -> list[str]:
+        """What was given, as a command line again; but for the values of the names in `leave`."""
+        found: list[str] = []
+        for action in self._actions:
+            if action.dest not in opt.given or action.dest in leave:
+                continue
+            value, name = getattr(opt, action.dest), action.option_strings[0]
+            values = value if isinstance(value, list) else [] if action.nargs == 0 else [value]
+            found += [name, *map(str, values)]
+        return found
+
+    def error(self, message: str) -> Any:
+        """Raise UserError; what a validator below refuses is said in its own words."""
+        refused = re.fullmatch(r"argument (--[\w-]+)\S*: (.*: (?:must|give) .*)", message)
+        if refused:
+            raise UserError(f"{refused[1]} {refused[2]}")
+        super().error(message)
+
+
+def _written(action: Action, value: Any) -> list[str]:
+    """A flag as it can be written for this value, alone and with the value; [] where it is off."""
+    if isinstance(action, BooleanOptionalAction):
+        return [action.option_strings[0 if value else 1]]
+    if value in (None, "", [], False) or isinstance(value, (int, float)) and not value > 0:
+        return []
+    values = value if isinstance(value, list) else value[:1] if isinstance(value, tuple) else [value]
+    return [name for flag in action.option_strings for name in (flag, *(f"{flag} {one}" for one in values))]
+
+
+class _Formatter(ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action: Any) -> str | None:
+        return action.help if action.default in (None, False, SUPPRESS, "") else super()._get_help_string(action)
+
+
+# Validators: argparse's type= -----------------------------------------------------------------------------------------
+
+def at_least(least: float, kind: Callable[[str], Any] = int, most: float = 2**31 - 1) -> Callable[[str], Any]:
+    """Numbers from `least` to `most`, whole ones unless `kind` is float."""
+    def parse(text: str) -> Any:
+        if not (value := kind(text)) >= least:
+            raise ArgumentTypeError(f"{text}: must be at least {least}")
+        if value > most:
+            raise ArgumentTypeError(f"{text}: must be at most {most}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse names it where the text is no number
+    return parse
+
+
+def fraction(zero: bool = True, one: bool = True, hint: str = "") -> Callable[[str], float]:
+    """Numbers between 0 and 1; whether 0 and 1 themselves are among them."""
+    def parse(text: str) -> float:
+        value = float(text)
+        if not 0 <= value <= 1 or (value == 0 and not zero) or (value == 1 and not one):
+            limits = f"{'at least' if zero else 'above'} 0 and {'at most' if one else 'below'} 1"
+            raise ArgumentTypeError(f"{text}: must be {limits}{f' ({hint})' if hint else ''}")
+        return value
+
+    parse.__name__ = "float"
+    return parse
+
+
+def fractions(text: str) -> list[float]:
+    """'0.1:0.8:0.1', first:last:step, -> [0.1, 0.2, ... 0.8]."""
+    try:
+        first, last, step = map(float, text.split(":"))
+    except ValueError:
+        first = last = step = 0.0
+    if not 0 < first <= last < 1 or not step > 0:
+        raise ArgumentTypeError(f"{text}: give first:last:step between 0 and 1, such as 0.1:0.8:0.1")
+    if (last - first) / step > MOST_FRACTIONS:
+        raise ArgumentTypeError(f"{text}: give a larger step; at most {MOST_FRACTIONS} values are shown")
+    return [round(first + i * step, 6) for i in range(int((last - first) / step + 1e-6) + 1)]
+
+
+def named_fraction(names: Collection[str], hint: str) -> Callable[[str], tuple[str, float]]:
+    """'flops=0.5' -> ("flops", 0.5), for these names and numbers between 0 and 1."""
+    def parse(text: str) -> tuple[str, float]:
+        name, _, number = text.partition("=")
+        try:
+            value = float(number)
+        except ValueError:
+            value = -1.0
+        if name not in names or not 0 < value < 1:
+            raise ArgumentTypeError(f"{text}: give {hint}, a number between 0 and 1")
+        return name, value
+
+    return parse
+
+
+def path_or_none(text: str) -> str:
+    """An absolute path; '' for 'none'."""
+    return "" if text == "none" else str(Path(text).absolute())
