@@ -26,7 +26,8 @@ from utils.data.sources import Frame, frames
 from utils.device import select_device
 from utils.errors import UserError, run_cli
 from utils.files import UniqueNames, atomic, new_run_folder, printable, safe_name, write_text
-from utils.options import HelpfulParser, add_detection_flags, add_imgsz_flag, add_run_flags, at_least
+from utils.options import add_detection_flags, add_imgsz_flag, add_run_flags
+from utils.parser import HelpfulParser, at_least
 from utils.plots.detections import draw_boxes
 
 

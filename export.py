@@ -24,11 +24,13 @@ from models import checkpoint, formats
 from models.formats import Detector, ExportOptions, Format, export_options
 from models.formats.format import Decoded
 from models.yolo import Model, fused, on_device
+from training.settings import trained_data
 from utils.data.calibration import CalibrationImages
 from utils.data.config import read_data
 from utils.data.loader import DetectionLoader, validation_loader
 from utils.errors import UserError, run_cli
-from utils.options import HelpfulParser, add_imgsz_flag, add_seed_flag, at_least, trained_data
+from utils.options import add_imgsz_flag, add_seed_flag
+from utils.parser import HelpfulParser, at_least
 from utils.tables import text_table, write_csv
 from val import evaluate, require_same_classes
 

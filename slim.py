@@ -35,6 +35,7 @@ from models.yolo import whole_strides
 from training.distillation import refuse_other_kind
 from training.distributed import World, device_of_before
 from training.pipeline import PRUNE, STATE, Pipeline, Progress, Stage, known_pipeline
+from training.settings import DEFAULTS, absolute, hyp_file, resolve
 from training.sparsity import SparsityPlan, frozen_norms
 from training.start import freeze, start_model
 from utils.data.config import DataConfig, other_names, read_data
@@ -43,11 +44,11 @@ from utils.data.loader import validation_loader
 from utils.device import select_device
 from utils.errors import UserError, run_cli
 from utils.files import command_line, in_use, new_run_folder, write_json
-from utils.options import DEFAULTS, absolute, hyp_file, pipeline_parser, resolve
-from utils.parser import HelpfulParser
+from utils.options import training_parser
+from utils.parser import HelpfulParser, at_least, named_fraction
 from utils.plots.page import Page, headline
 from utils.plots.slimming import plot_gamma_history, plot_kept, plot_tradeoff
-from utils.slimming import Rules, report
+from utils.slimming import TARGETS, Rules, report
 from utils.slimming.cost import profile
 from utils.slimming.target_sparsity import TargetSparsity
 from val import pictures
@@ -60,6 +61,24 @@ OWN = ("weights", "cfg", "data", "imgsz", "single_cls", "target", "epochs", "rou
        "resume", "project", "name", "exist_ok", "teacher", "teacher_weight", "workers", "device")
 LEAST_IMAGES = 2
 LEAST_MAP = 1e-3  # mAP50-95 below which a teacher has nothing to teach
+
+
+def pipeline_parser() -> HelpfulParser:
+    """The flags: those of a training, and what the whole is to reach."""
+    parser = training_parser(__doc__, "runs/slim")
+    add = parser.add_argument
+    add("--target", type=named_fraction(TARGETS, "flops=0.5, params=0.5, latency=0.6 or map-drop=0.01"),
+        default=("flops", 0.5),
+        help="what is to be left: flops=0.5, params=0.5, latency=0.6 (see --runtime), or map-drop=0.01, the mAP50-95 "
+             "on val that a cut may cost before fine-tuning")
+    add("--runtime", choices=["torch", *runtimes()], default="torch",
+        help="what --target latency and the table's milliseconds are measured in; in 8 bits with --int8")
+    add("--rounds", type=at_least(1), default=1, help="become sparse and slim in so many trainings")
+    add("--export", nargs="+", choices=[*formats(), "all"], metavar="FORMAT",
+        help="in the end write these formats of export.py, such as onnx")
+    add("--int8", action="store_true", help="with --export and --runtime: in 8 bits")
+    parser.set_defaults(epochs=None)
+    return parser
 
 
 def begin(opt: Namespace, parser: HelpfulParser) -> Pipeline:
@@ -335,7 +354,7 @@ def main(argv: list[str] | None = None) -> Path:
     """Command line -> slim.pt; returns the pipeline's folder."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("slim.py: runs in one process; under torchrun start the commands that it prints")
-    parser = pipeline_parser(__doc__, ["torch", *runtimes()], [*formats(), "all"])
+    parser = pipeline_parser()
     opt = parser.parse_args(argv)
     if opt.resume:
         pipeline = known_pipeline(opt.resume, opt.project)

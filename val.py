@@ -21,6 +21,7 @@ from models.detector import Detector
 from models.inference import image_size
 from models.yolo import Model, fused, on_device
 from training.distributed import gather, main_process
+from training.settings import resolve
 from utils.boxes import label_rows, nms, scale_boxes, xywh2xyxy
 from utils.data.coco import CocoResults
 from utils.data.config import other_names, read_data
@@ -30,7 +31,8 @@ from utils.device import select_device
 from utils.errors import UserError, run_cli
 from utils.files import UniqueNames, new_run_folder, newest, write_json, write_text
 from utils.metrics import APResult, ConfusionMatrix, ap_per_class, fitness, match
-from utils.options import HelpfulParser, add_common, add_detection_flags, resolve
+from utils.options import add_common, add_detection_flags
+from utils.parser import HelpfulParser
 from utils.slimming.timing import synchronize
 
 IOU_THRESHOLDS = torch.linspace(0.5, 0.95, 10)

@@ -19,10 +19,11 @@ import utils.downloads as downloads
 import utils.files as files
 from models import checkpoint
 from models.yolo import Model
+from training.settings import resolve
 from utils.data.config import read_data
 from utils.data.image_files import IMAGE_SUFFIXES
 from utils.errors import UserError
-from utils.options import resolve, training_parser
+from utils.options import training_parser
 
 
 def zipped(members: dict[str, bytes]) -> bytes:

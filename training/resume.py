@@ -11,10 +11,10 @@ import torch
 from models import checkpoint
 from training.distributed import device_of_before, first_process
 from training.run import Run
+from training.settings import trained_data
 from utils.data.config import read_data
 from utils.errors import NonFiniteError, UserError
 from utils.files import command_line, in_use, newest
-from utils.options import trained_data
 from utils.text import read_yaml_mapping
 
 
