@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from models import formats
-from models.inference import detect
+from models.inference import detect, require_rgb
 from models.yolo import whole_strides
 from utils.boxes import cut_out, label_rows, nms
 from utils.data.sources import Frame, frames
@@ -145,6 +145,7 @@ def main(argv: list[str] | None = None) -> Path:
     opt = parse(argv)
     device = select_device(opt.device, half=opt.half)
     model, data = formats.load(opt.weights, device, opt.half, opt.augment)
+    require_rgb(model, opt.weights)
     imgsz = whole_strides(opt.imgsz or data.get("imgsz") or 640, model.stride)
     suppress = partial(nms, conf=opt.conf_thres, iou=opt.iou_thres, classes=opt.classes, agnostic=opt.agnostic_nms,
                        max_det=opt.max_det)

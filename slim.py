@@ -29,6 +29,7 @@ import val
 from models import checkpoint
 from models.formats import formats, runtimes
 from models.pruning import model_pruner
+from models.schema import MODEL
 from models.speed import measured_in, milliseconds, stopwatch
 from models.yolo import whole_strides
 from utils.data.config import DataConfig, read_data
@@ -300,7 +301,7 @@ def largest_difference(pipeline: Pipeline) -> float:
 def finish(pipeline: Pipeline) -> None:
     """Table, slim.pt, report.json, report.html and exports."""
     held = checkpoint.read(pipeline.after)
-    told = {key: value for key, value in held.items() if key not in (*checkpoint.KINDS, "format", "training")}
+    told = {key: value for key, value in held.items() if key not in (*MODEL, "format", "training")}
     checkpoint.save(pipeline.folder / OUTPUT, checkpoint.build(held), **told)
     rows, ms = compare(pipeline)
     timed = clock(pipeline, ms)

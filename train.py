@@ -47,6 +47,7 @@ from utils.training.resume import (
     resumed_options,
     save,
     save_epoch,
+    start_hooks,
     whole,
 )
 from utils.training.run import Hook, Run, amp_name
@@ -283,8 +284,7 @@ def build_run(opt: Namespace, world: World, hooks: Sequence[Hook], signals: List
     if resumed:
         restore(run, resumed)
     run.wrapped = wrapped(model, world)
-    for hook in hooks:
-        hook.start(run)
+    start_hooks(run, resumed)
     if resumed:
         restore_hooks(run, resumed["training"])
     if world.main:

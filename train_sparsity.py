@@ -210,6 +210,9 @@ class SparsityHook(Hook):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.history, self.done = list(state["history"]), state.get("done", False)
+        channels = sum(len(norm.weight) for norm in self.plan.averaged.values())
+        if any(len(gammas) != channels for gammas in self.history):
+            raise ValueError(f"the sparsity training's history is not of {channels} channels")
         if self.plan.target:
             self.plan.target.load_state_dict(state["target"])
 

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from models import formats
 from models.formats.format import Detector
+from models.inference import require_rgb
 from models.yolo import Model, fused, on_device
 from utils.boxes import label_rows, nms, scale_boxes, xywh2xyxy
 from utils.data.coco import CocoResults
@@ -125,6 +126,7 @@ def dataset_loader(model: Detector, opt: Namespace, task: str = "val", square: b
     square: all images have the shape that a file of fixed size takes. cache: as DetectionDataset takes it; several
     passes over the images pay for memory. Raises UserError where the data yaml's classes are not the detector's.
     """
+    require_rgb(model, opt.weights)
     config = read_data(opt.data, needed=(task,))
     if not opt.single_cls:
         require_same_classes(opt, len(model.names), config.nc)

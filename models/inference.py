@@ -13,6 +13,7 @@ from models.formats.format import Detector
 from models.yolo import whole_strides
 from utils.boxes import letterbox, scale_boxes
 from utils.data.augmentations import to_tensor_layout
+from utils.errors import UserError
 from utils.slimming.timing import synchronize
 
 
@@ -23,6 +24,13 @@ class Found:
     boxes: list[Tensor]                    # per image (n, 6), float32 on the CPU: xyxy in its pixels, confidence, class
     shape: torch.Size                      # (B, 3, H, W) that the model saw
     seconds: tuple[float, float, float]    # letterbox, model, NMS
+
+
+def require_rgb(model: Detector, name: str, mend: str = "give one whose yaml says ch: 3") -> None:
+    """UserError where a model takes another kind of images than pictures are. name: of the model, for the message."""
+    channels = model.input_shape[1]
+    if channels not in (0, 3):
+        raise UserError(f"{name}: takes images of {channels} channels, not RGB; {mend}")
 
 
 def prepare(images: Sequence[np.ndarray], imgsz: int | tuple[int, int], stride: int, square: bool, device: torch.device,

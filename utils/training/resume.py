@@ -2,14 +2,18 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from models import checkpoint
-from utils.errors import NonFiniteError, UserError
+from models.yolo import BUILD_ERRORS
+from utils.errors import NonFiniteError, UserError, first_line
 from utils.files import command_line, newest, read_yaml_mapping
+from utils.options import resolve
 from utils.training.run import Run
 
 
@@ -18,11 +22,9 @@ def require_finite(run: Run) -> None:
 
     Such a model is neither validated nor saved.
     """
+    epoch = run.iteration // len(run.loader) + 1
     for model in (run.model, run.ema.ema):
-        for key, value in model.state_dict().items():
-            if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-                epoch = run.iteration // len(run.loader) + 1
-                raise NonFiniteError(f"{key} is not finite after epoch {epoch}; nothing of it was saved, {whole(run)}")
+        checkpoint.require_finite(model.state_dict(), "", f" after epoch {epoch}; nothing of it was saved, {whole(run)}")
 
 
 def whole(run: Run) -> str:
@@ -80,7 +82,7 @@ def resumed_options(opt: Namespace) -> tuple[Namespace, dict[str, Any]]:
     data = checkpoint.read(path)
     if not data.get("training"):
         raise UserError(f"{path}: holds weights only, nothing to resume; start from it with --weights {path}")
-    before = Namespace(**{**vars(opt), **data["opt"]})  # a flag that is newer than the file has its default
+    before = Namespace(**{**vars(opt), **(data.get("opt") or {})})  # a flag that is newer than the file has its default
     if before.script != opt.script:
         raise UserError(f"{path}: was made by {before.script}; resume it with: python {before.script} --resume {path}")
     for name in opt.given:
@@ -94,7 +96,7 @@ def resumed_options(opt: Namespace) -> tuple[Namespace, dict[str, Any]]:
         before.amp = None  # on a GPU it is the default; the run may go on on a CPU
     on_cpu = opt.device == "cpu" or not torch.cuda.is_available()
     before.sync_bn &= not on_cpu or "sync_bn" in opt.given  # a CPU has none; who asks for it is told
-    del before.given
+    before = resolve(before)
     if data["training"]["epoch"] >= before.epochs:
         raise UserError(f"{path}: all {before.epochs} epochs are done; give more, "
                         f"as in --resume {path} --epochs {before.epochs * 2}")
@@ -133,19 +135,64 @@ def newest_run(script: str) -> Path:
     return max(found, key=lambda weights: weights.stat().st_mtime)
 
 
+def fitting(put_back: Callable[[Run, dict[str, Any]], None]) -> Callable[[Run, dict[str, Any]], None]:
+    """A function that gives a run what a checkpoint holds. UserError where it does not fit there."""
+    @wraps(put_back)
+    def checked(run: Run, held: dict[str, Any]) -> None:
+        try:
+            put_back(run, held)
+        except BUILD_ERRORS as error:
+            if not run.resumed:
+                raise
+            raise UserError(f"{run.opt.resume}: its training state does not fit its model ({first_line(error)}); "
+                            f"start from the weights: --weights {run.opt.resume}") from error
+
+    return checked
+
+
+@fitting
 def restore(run: Run, data: dict[str, Any]) -> None:
-    """Put a resumed checkpoint's training state back."""
+    """Put a resumed checkpoint's training state back. NonFiniteError where it holds a NaN."""
     training = data["training"]
     run.epoch, run.batches_done = training["epoch"], training.get("batches_done", 0)
     run.mean = training.get("mean", run.mean)
-    run.optimizer.load_state_dict(training["optimizer"])
+    if run.batches_done >= len(run.loader) or run.mean.shape != (3,):
+        raise ValueError(f"{run.batches_done} of {len(run.loader)} batches of an epoch are done")
+    restore_optimizer(run.optimizer, training["optimizer"])
     if training["scaler"] and run.scaler.is_enabled():  # empty where the run had none
         run.scaler.load_state_dict(training["scaler"])
+    checkpoint.require_finite(data["ema"], f"{run.opt.resume}: ema.", "; start from another checkpoint")
     run.ema.ema.load_state_dict(data["ema"])
     run.ema.updates = training["updates"]
     run.stopper.best, run.stopper.best_epoch = training["stopper"]["best"], training["stopper"]["best_epoch"]
 
 
+def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """Give an optimizer its momenta back; rates and decay are those of the options.
+
+    ValueError where they are of other parameters, or of another optimizer.
+    """
+    own = optimizer.state_dict()["param_groups"]
+    if [list(group["params"]) for group in saved["param_groups"]] != [group["params"] for group in own]:
+        raise ValueError("the optimizer has other parameters")
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    keys = {"momentum_buffer"} if isinstance(optimizer, torch.optim.SGD) else {"step", "exp_avg", "exp_avg_sq"}
+    for i, state in saved["state"].items():
+        values = {key: torch.as_tensor(value) for key, value in state.items() if value is not None}
+        if state.keys() != keys or any(value.shape != (() if key == "step" else parameters[i].shape)
+                                       or not bool(value.isfinite().all()) for key, value in values.items()):
+            raise ValueError(f"the optimizer's state of parameter {i} is of another optimizer or shape, or not finite")
+    optimizer.load_state_dict({"state": saved["state"], "param_groups": own})
+
+
+@fitting
+def start_hooks(run: Run, resumed: dict[str, Any]) -> None:
+    """Start every hook; those of a run that goes on look into its checkpoint, `resumed`."""
+    for hook in run.hooks:
+        hook.start(run)
+
+
+@fitting
 def restore_hooks(run: Run, training: dict[str, Any]) -> None:
     """Give every hook its state back, and the random generators, which the start of a hook may have used.
 
