@@ -93,13 +93,14 @@ def read(path: str | Path) -> dict[str, Any]:
     except Exception as error:
         raise UserError(f"{path}: can't be read as a checkpoint ({first_line(error)})") from None
     version = data.get("format") if isinstance(data, dict) else None
-    ours = isinstance(version, str) and version.startswith("yolov5-slimming/")
+    ours = isinstance(version, str) and version.startswith(FORMAT.partition("/")[0] + "/")
     if ours and version != FORMAT:
-        raise UserError(f"{path}: has format {version[:40]}, this version reads {FORMAT}; update the repository")
+        raise UserError(f"{path}: has format {str(version)[:40]}, this version reads {FORMAT}; update the repository")
     try:
         return checked(data if ours else _from_official(data))
     except (*BUILD_ERRORS, UserError) as error:
-        raise UserError(f"{path}: damaged, or of another program: {first_line(error)}; take another file") from None
+        what, mend = ("damaged", "checkpoint of the run") if ours else ("damaged, or not of YOLOv5", "file")
+        raise UserError(f"{path}: {what}: {first_line(error)}; take another {mend}") from None
 
 
 def load(path: str | Path, device: str | torch.device = "cpu") -> Model:

@@ -192,6 +192,15 @@ def sound(value: Tensor, where: str) -> Tensor:
     return value
 
 
+def has(value: Any, form: Any) -> bool:
+    """Does a value have a form?"""
+    try:
+        require(value, form)
+    except ValueError:
+        return False
+    return True
+
+
 def _below(where: str, key: Any) -> str:
     """The name of a value under a key, for a message, never long."""
     return f"{where[:60]}.{str(key)[:40]}" if where else str(key)[:40]
@@ -209,12 +218,8 @@ def _shown(value: Any) -> str:
 def require(value: Any, form: Any, where: str = "") -> None:
     """ValueError, with the key, where a value does not have a form."""
     if isinstance(form, tuple):
-        for choice in form[:-1]:
-            try:
-                return require(value, choice, where)
-            except ValueError:
-                continue
-        require(value, form[-1], where)
+        if not any(has(value, choice) for choice in form[:-1]):
+            require(value, form[-1], where)
     elif isinstance(form, list):
         require(value, LIST, where)
         for inner in value:

@@ -11,7 +11,7 @@ import torch
 
 from models import checkpoint
 from models.yolo import BUILD_ERRORS
-from utils.errors import NonFiniteError, UserError, first_line
+from utils.errors import UserError, first_line
 from utils.files import command_line, newest, read_yaml_mapping
 from utils.options import resolve
 from utils.training.run import Run
@@ -22,9 +22,9 @@ def require_finite(run: Run) -> None:
 
     Such a model is neither validated nor saved.
     """
-    epoch = run.iteration // len(run.loader) + 1
+    after = f" after epoch {run.iteration // len(run.loader) + 1}; nothing of it was saved, {whole(run)}"
     for model in (run.model, run.ema.ema):
-        checkpoint.require_finite(model.state_dict(), "", f" after epoch {epoch}; nothing of it was saved, {whole(run)}")
+        checkpoint.require_finite(model.state_dict(), "", after)
 
 
 def whole(run: Run) -> str:
