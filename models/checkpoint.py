@@ -18,7 +18,7 @@ from torch import Tensor
 
 from models.common import Conv
 from models.config import read_yaml
-from models.schema import FORMAT, MOST, checked, sound, tree
+from models.schema import ANY, FORMAT, MOST, checked, require, sound, tree
 from models.yolo import BUILD_ERRORS, Model, fused
 from utils.downloads import fetch
 from utils.errors import NonFiniteError, UserError, first_line
@@ -137,6 +137,8 @@ def _assemble(data: dict[str, Any], path: str | Path, ema: bool = True, place: s
         for name, value in model.state_dict().items():
             if value.is_floating_point() != state[name].is_floating_point():
                 raise ValueError(f"{name}: is of {state[name].dtype}")
+            if name.endswith("running_var") and bool((state[name] < 0).any()):
+                raise ValueError(f"{name}: a variance below 0")
         model.load_state_dict(state, assign=True)
     except BUILD_ERRORS as error:
         raise UserError(f"{path}: the weights do not fit the yaml inside ({first_line(error)})") from None
@@ -219,10 +221,11 @@ def _from_official(data: Any) -> dict[str, Any]:
     held = vars(whole) if isinstance(whole, _Inert) else {}
     if not isinstance(held.get("yaml"), dict):
         raise ValueError("it holds no YOLOv5 model (needs a 'model' or 'ema' entry with its yaml)")
-    config, names = read_yaml(held["yaml"]), tree(held.get("names"))
+    config, names = read_yaml(held["yaml"]), tree({"names": held.get("names")})["names"]
     state = {key: value.float() if value.is_floating_point() else value for key, value in _tensors(whole).items()}
     if names is None:
         names = [str(i) for i in range(config.get("nc", 80))]
+    require(names, ([ANY], {...: ANY}), "names")
     names = {key: str(name) for key, name in (names.items() if isinstance(names, dict) else enumerate(names))}
     config["nc"] = len(names)
     head = max((key for key in state if key.endswith(".anchors")), default=None)

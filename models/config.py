@@ -42,7 +42,7 @@ def _checked(data: dict, where: str) -> dict:
     anchors = data["anchors"]
     is_list_of_lists = isinstance(anchors, list) and all(isinstance(level, list) for level in anchors)
     if not whole(1, 100).fits(anchors) and not is_list_of_lists:
-        raise UserError(f"{where}: anchors must be a number, or a list of widths and heights per level, "
+        raise UserError(f"{where}: anchors must be a number up to 100, or a list of widths and heights per level, "
                         f"not {str(anchors)[:40]!r}")
     both = all(isinstance(data[key], list) for key in ("backbone", "head"))
     for i, row in enumerate(data["backbone"] + data["head"] if both else [None]):

@@ -212,7 +212,7 @@ def _shown(value: Any) -> str:
         return f"a tensor of {str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
     if isinstance(value, (str, float, bool, type(None))) or (isinstance(value, int) and abs(value) < 2 ** 64):
         return repr(value[:40] if isinstance(value, str) else value)
-    return f"a {type(value).__name__}"
+    return "a number beyond 64 bits" if isinstance(value, int) else f"a {type(value).__name__}"
 
 
 def require(value: Any, form: Any, where: str = "") -> None:

@@ -22,7 +22,7 @@ from utils.errors import UserError, first_line
 BUILD_ERRORS = (TypeError, ValueError, IndexError, KeyError, AttributeError, AssertionError, RuntimeError,
                 ArithmeticError)
 # Of a model. The largest of the repository's yamls has 144,000,000 parameters; the loss weighs five levels.
-MOST_PARAMETERS, MOST_LAYERS, MOST_CHANNELS, MOST_LEVELS = 500_000_000, 1000, 1_000_000, 5
+MOST_PARAMETERS, MOST_LAYERS, MOST_CHANNELS, MOST_LEVELS = 500_000_000, 500, 1_000_000, 5
 MOST_PIXELS = 64  # that a layer adds to a map, or the times by which it makes it larger
 ACTIVATIONS = {"nn.SiLU": nn.SiLU, "nn.ReLU": nn.ReLU, "nn.LeakyReLU": nn.LeakyReLU, "nn.Hardswish": nn.Hardswish,
                "nn.ReLU6": nn.ReLU6, "nn.Mish": nn.Mish, "nn.GELU": nn.GELU, "nn.Identity": nn.Identity}
@@ -103,8 +103,11 @@ def build_layers(cfg: dict, ch: int) -> tuple[nn.Sequential, list[tuple[int, ...
     """
     layers: list[nn.Module] = []
     inputs: list[tuple[int, ...]] = []
-    channels, left = {-1: ch}, MOST_LAYERS
-    for i, row in enumerate(cfg["backbone"] + cfg["head"]):
+    channels, rows = {-1: ch}, cfg["backbone"] + cfg["head"]
+    if sum(_repeat(row, cfg) for row in rows) > MOST_LAYERS:
+        raise UserError(f"model yaml: with the numbers of its rows it has more than {MOST_LAYERS} layers; lower them, or "
+                        "depth_multiple")
+    for i, row in enumerate(rows):
         source, _, name, _ = row
         if name not in BLOCKS:
             raise UserError(f"model yaml, row {i}: no block named '{name}'; known are {', '.join(sorted(BLOCKS))} "
@@ -113,13 +116,8 @@ def build_layers(cfg: dict, ch: int) -> tuple[nn.Sequential, list[tuple[int, ...
         read = tuple(j if j >= 0 else i + j for j in sources if isinstance(j, int))
         if len(read) != len(sources) or not read or any(not -1 <= j < i for j in read):
             raise UserError(f"model yaml, row {i} ({name}): reads from layer {source}, which does not come before it")
-        repeat = _repeat(row, cfg)
-        left -= repeat
-        if left < 0:
-            raise UserError(f"model yaml, row {i} ({name}): with its repeats the model has more than {MOST_LAYERS} "
-                            "layers; lower depth_multiple or the row's number")
         try:
-            layer, channels[i] = _layer(row, cfg, [channels[j] for j in read], repeat)
+            layer, channels[i] = _layer(row, cfg, [channels[j] for j in read])
             if not channels[i] <= MOST_CHANNELS:
                 raise ValueError(f"{channels[i]} channels are too many")
         except BUILD_ERRORS as error:
@@ -135,10 +133,10 @@ def _repeat(row: list, cfg: dict) -> int:
     return max(round(row[1] * cfg.get("depth_multiple", 1.0)), 1) if row[1] > 1 else row[1]
 
 
-def _layer(row: list, cfg: dict, c1: list[int], repeat: int) -> tuple[nn.Module, int]:
+def _layer(row: list, cfg: dict, c1: list[int]) -> tuple[nn.Module, int]:
     """(layer, its output channels) of a row whose inputs have c1 channels."""
     _, _, name, args = row
-    spec, args = BLOCKS[name], [_resolve(a, cfg) for a in args]
+    spec, args, repeat = BLOCKS[name], [_resolve(a, cfg) for a in args], _repeat(row, cfg)
     if spec.channels == "detect":
         anchors = args[1] if isinstance(args[1], list) else [list(range(1, min(args[1], 100) * 2 + 1))] * len(c1)
         if args[0] != cfg["nc"]:
@@ -271,7 +269,7 @@ class Model(nn.Module):
 
     def _set_activation(self, name: str) -> None:
         """Replace every block's SiLU by the class that the yaml names: `nn.ReLU()` or `nn.LeakyReLU(0.1)`, say."""
-        written = re.fullmatch(r"(nn\.\w+)(?:\((-?\d*\.?\d+(?:e-?\d\d?)?)?\))?", name.strip())
+        written = re.fullmatch(r"(nn\.\w+)(?:\((-?(?:\d+\.?\d*|\.\d+)(?:e-?\d\d?)?)?\))?", name.strip())
         cls = ACTIVATIONS.get(written[1]) if written else None
         if written is None or cls is None:
             raise UserError(f"model yaml: activation '{name[:60]}' is not one of {', '.join(ACTIVATIONS)}, with at "

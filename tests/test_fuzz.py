@@ -209,7 +209,7 @@ def mutate(draw: Callable, value: object) -> object:
     return inner if isinstance(value, dict) else type(value)(inner.values())
 
 
-SECONDS = settings(BOUNDED, deadline=10_000)
+SECONDS = settings(BOUNDED, max_examples=60)
 
 
 @pytest.fixture(scope="module")
