@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from models import formats
-from models.inference import detect, image_size
+from models.inference import detect, image_size, require_rgb
 from utils.boxes import cut_out, label_rows, nms
 from utils.data.sources import Frame, frames
 from utils.device import select_device
@@ -179,6 +179,7 @@ def main(argv: list[str] | None = None) -> Path:
     opt = parse(argv)
     device = select_device(opt.device, half=opt.half)
     model, data = formats.load(opt.weights, device, opt.half, opt.augment)
+    require_rgb(model, opt.weights)
     imgsz = image_size(model, opt.imgsz, data.get("imgsz"))
     pixels = imgsz if not model.input_shape[2] else " x ".join(map(str, dict.fromkeys(model.input_shape[2:])))
     suppress = partial(nms, conf=opt.conf_thres, iou=opt.iou_thres, classes=opt.classes, agnostic=opt.agnostic_nms,

@@ -47,22 +47,23 @@ def gradual_cut(data: dict[str, Any], frozen: bool) -> tuple[GradualCut, str | N
     if frozen:  # a frozen gamma stays as it is, so its channel would be cut while the model uses it
         print("note: --freeze: the channels of frozen layers can't go step by step; starting with the slim model")
         return GradualCut(), None
-    wide = checkpoint.load(parent)
-    masks = last_masks(wide.masks, data["masks"])
-    if not _cut_from(data, wide, masks):
+    masks = _last_cut(data, checkpoint.load(parent))
+    if masks is None:
         print(f"note: {parent} is not the model any more that was cut; starting with the slim one")
         return GradualCut(), None
     print(f"starting from {parent}; its channels go in the first third of the run (--no-gradual: all at once)")
     return GradualCut(masks), parent
 
 
-def _cut_from(data: dict[str, Any], wide: Model, masks: Masks) -> bool:
-    """Whether the slim checkpoint has the weights that these masks leave of a model."""
+def _last_cut(data: dict[str, Any], wide: Model) -> Masks | None:
+    """The masks, over the channels of `wide`, that leave the weights of the slim checkpoint; None where none do."""
     try:
+        masks = last_masks(wide.masks, data["masks"])
         again = slim(wide, masks).state_dict()
-        return all(again[key].equal(value) for key, value in data["state_dict"].items() if key.endswith(".conv.weight"))
+        return masks if all(again[key].equal(value) for key, value in data["state_dict"].items()
+                            if key.endswith(".conv.weight")) else None
     except (ValueError, KeyError, IndexError):  # a model of another architecture
-        return False
+        return None
 
 
 def main(argv: list[str] | None = None, hooks: Sequence[Hook] = ()) -> Run:

@@ -31,6 +31,7 @@ from models import checkpoint
 from models.formats import formats, runtimes
 from models.formats.speed import measured_in, milliseconds, stopwatch
 from models.pruning import model_pruner
+from models.schema import MODEL
 from models.yolo import whole_strides
 from training.distillation import refuse_other_kind
 from training.distributed import World, device_of_before
@@ -332,7 +333,7 @@ def largest_difference(pipeline: Pipeline) -> float:
 def finish(pipeline: Pipeline) -> None:
     """Table, slim.pt, report.json, report.html and exports."""
     held = checkpoint.read(pipeline.after)
-    told = {key: value for key, value in held.items() if key not in (*checkpoint.KINDS, "format", "training")}
+    told = {key: value for key, value in held.items() if key not in (*MODEL, "format", "training")}
     checkpoint.save(pipeline.folder / OUTPUT, checkpoint.build(held), **told)
     rows, ms = compare(pipeline)
     timed = clock(pipeline, ms)

@@ -292,8 +292,7 @@ def build_run(opt: Namespace, resumed: dict[str, Any], world: World, hooks: Sequ
     if resumed:
         restore(run, resumed)
     run.wrapped = wrapped(model, world)
-    for hook in hooks:
-        hook.start(run)
+    start_hooks(run, resumed)
     if resumed:
         restore_hooks(run, resumed["training"])
     if world.main:

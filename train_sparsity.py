@@ -113,6 +113,9 @@ class SparsityHook(Hook):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.report.history, self.settled = list(state["history"]), state["done"]
+        channels = sum(len(norm.weight) for norm in self.plan.shown.values())
+        if any(len(gammas) != channels for gammas in self.report.history):
+            raise ValueError(f"the sparsity training's history is not of {channels} channels")
         if self.plan.target:
             self.plan.target.load_state_dict(state["target"])
 

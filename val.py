@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from models import formats
 from models.detector import Detector
-from models.inference import image_size
+from models.inference import image_size, require_rgb
 from models.yolo import Model, fused, on_device
 from training.distributed import gather, main_process
 from training.settings import resolve
@@ -129,6 +129,7 @@ def dataset_loader(model: Detector, opt: Namespace, task: str = "val", square: b
     square: all images have the shape that a file of fixed size takes. cache: as DetectionDataset takes it; several
     passes over the images pay for memory. Raises UserError where the data yaml's classes are not the detector's.
     """
+    require_rgb(model, opt.weights)
     config = read_data(opt.data, needed=(task,))
     if not opt.single_cls:
         require_same_classes(opt, model.names, config.names)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from models.augmented import TestTimeAugmentation
 from models.detector import Detector
-from models.inference import detect, image_size
+from models.inference import detect, image_size, require_rgb
 from models.yolo import Model
 from utils.boxes import cut_out, nms, xyxy2xywh
 from utils.data.image_files import UNREADABLE, decode, read_header, reason_of
@@ -48,9 +48,7 @@ class AutoShape(nn.Module):
     def __init__(self, model: Detector, device: torch.device, imgsz: int | None = None):
         """model: in any format, ready to run on `device`. imgsz: longest side in pixels where a call names none."""
         super().__init__()
-        channels = model.yaml["ch"] if isinstance(model, Model) else model.input_shape[1]
-        if channels not in (0, 3):
-            raise UserError(f"the model takes images of {channels} channels, not RGB: ask for autoshape=False")
+        require_rgb(model, "the model", "ask for autoshape=False")
         self.model: Any = model
         self.imgsz = imgsz or 640
         self._device = device

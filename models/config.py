@@ -1,21 +1,25 @@
 """Model yamls: reading and checking them."""
 from __future__ import annotations
 
-from copy import deepcopy
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+from models.schema import is_number, tree, whole
 from utils.errors import UserError
 from utils.text import read_yaml_mapping
 
 FOLDER = Path(__file__).resolve().parent
+MOST = 100_000  # values in a description
 
 
 def read_yaml(cfg: str | Path | dict) -> dict:
     """A model description as a dict. A name is looked for as given, then in models/ and models/hub/."""
     if isinstance(cfg, dict):
-        return _checked(deepcopy(cfg), "the model's yaml")
+        try:
+            return _checked(tree(cfg, MOST), "the model's yaml")
+        except ValueError as error:
+            raise UserError(f"the model's yaml: {error}") from None
     for path in (Path(cfg), FOLDER / cfg, FOLDER / Path(cfg).name, FOLDER / "hub" / Path(cfg).name):
         if path.is_file():
             break
@@ -25,20 +29,21 @@ def read_yaml(cfg: str | Path | dict) -> dict:
     return _checked(read_yaml_mapping(path, "--cfg"), str(path))
 
 
-def _checked(data: Any, where: str) -> dict:
+def _checked(data: dict, where: str) -> dict:
     """The description, if it has everything that a model needs, in the right types. UserError otherwise."""
-    if not isinstance(data, dict) or not {"backbone", "head", "anchors"} <= data.keys():
+    if not {"backbone", "head", "anchors"} <= data.keys():
         raise UserError(f"{where}: a model yaml needs the keys nc, anchors, backbone and head")
     for key in ("depth_multiple", "width_multiple"):
-        if not isinstance(data.get(key, 1.0), (int, float)) or not 0 < data.get(key, 1.0) < 100:
-            raise UserError(f"{where}: {key} must be a number above 0, not {data[key]!r}")
+        if not is_number(data.get(key, 1.0)) or not 0 < data.get(key, 1.0) < 100:
+            raise UserError(f"{where}: {key} must be a number above 0, not {str(data[key])[:40]}")
+    for key, most in (("nc", 100_000), ("ch", 1000)):
+        if key in data and not whole(1, most).fits(data[key]):
+            raise UserError(f"{where}: {key} must be a whole number from 1 to {most}, not {str(data[key])[:40]}")
     anchors = data["anchors"]
     is_list_of_lists = isinstance(anchors, list) and all(isinstance(level, list) for level in anchors)
-    if not isinstance(anchors, int) and not is_list_of_lists:
-        raise UserError(f"{where}: anchors must be a number, or a list of widths and heights per level, "
+    if not whole(1, 100).fits(anchors) and not is_list_of_lists:
+        raise UserError(f"{where}: anchors must be a number up to 100, or a list of widths and heights per level, "
                         f"not {str(anchors)[:40]!r}")
-    if not isinstance(data.get("nc", 1), int) or not 0 < data.get("nc", 1) <= 100_000:
-        raise UserError(f"{where}: nc must be the number of classes, not {data['nc']!r}")
     both = all(isinstance(data[key], list) for key in ("backbone", "head"))
     for i, row in enumerate(data["backbone"] + data["head"] if both else [None]):
         if not _is_row(row):
@@ -52,7 +57,7 @@ def _is_row(row: Any) -> bool:
     """Is this [from, number, module, args]?"""
     if not isinstance(row, list) or len(row) != 4:
         return False
-    return isinstance(row[1], int) and isinstance(row[2], str) and isinstance(row[3], list)
+    return whole(1).fits(row[1]) and isinstance(row[2], str) and isinstance(row[3], list)
 
 
 def check_cfg(own: dict, path: str) -> None:

@@ -40,6 +40,13 @@ def image_size(model: Detector, asked: int | None, usual: int | None, flag: str 
     return max(fixed)
 
 
+def require_rgb(model: Detector, name: str, mend: str = "give one whose yaml says ch: 3") -> None:
+    """UserError where a model takes another kind of images than pictures are. name: of the model, for the message."""
+    channels = model.input_shape[1]
+    if channels not in (0, 3):
+        raise UserError(f"{name}: takes images of {channels} channels, not RGB; {mend}")
+
+
 def prepare(images: Sequence[np.ndarray], imgsz: int | tuple[int, int], stride: int, square: bool, device: torch.device,
             dtype: torch.dtype) -> Tensor:
     """uint8 (h, w, 3) BGR each -> (B, 3, H, W) in 0..1: letterboxed to `imgsz`, or to (H, W).

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import math
 import re
+from contextlib import nullcontext
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,15 @@ from torch.overrides import TorchFunctionMode
 import models.experimental  # noqa: F401  (registers its block)
 from models.common import BLOCKS, EPS, MOMENTUM, Conv, block
 from models.config import read_yaml
+from models.schema import is_number
 from utils.errors import UserError, first_line
 
 # What a block raises that is given the wrong arguments.
-BUILD_ERRORS = (TypeError, ValueError, IndexError, KeyError, AssertionError, RuntimeError, ArithmeticError)
+BUILD_ERRORS = (TypeError, ValueError, IndexError, KeyError, AttributeError, AssertionError, RuntimeError,
+                ArithmeticError)
+# Of a model. The largest of the repository's yamls has 144,000,000 parameters; the loss weighs five levels.
+MOST_PARAMETERS, MOST_LAYERS, MOST_CHANNELS, MOST_LEVELS = 500_000_000, 500, 1_000_000, 5
+MOST_PIXELS = 64  # that a layer adds to a map, or the times by which it makes it larger
 ACTIVATIONS = {"nn.SiLU": nn.SiLU, "nn.ReLU": nn.ReLU, "nn.LeakyReLU": nn.LeakyReLU, "nn.Hardswish": nn.Hardswish,
                "nn.ReLU6": nn.ReLU6, "nn.Mish": nn.Mish, "nn.GELU": nn.GELU, "nn.Identity": nn.Identity}
 
@@ -34,6 +40,12 @@ class Detect(nn.Module):
 
     def __init__(self, nc: int, anchors: list[list[float]], ch: list[int]):
         super().__init__()
+        if not 1 <= len(ch) == len(anchors) <= MOST_LEVELS:
+            raise ValueError(f"{len(ch)} layers are read, there are {len(anchors)} rows of anchors; one for each, at "
+                             f"most {MOST_LEVELS}")
+        if len({len(row) for row in anchors}) > 1 or len(anchors[0]) < 2 or len(anchors[0]) % 2 or not all(
+                is_number(side) and side > 0 for row in anchors for side in row):
+            raise ValueError("a row of anchors is [width, height, width, height ...] in pixels, in all rows as many")
         self.nc, self.no = nc, nc + 5
         self.nl, self.na = len(anchors), len(anchors[0]) // 2
         # In grid units once Model has divided by the strides. A buffer, so that autoanchor's result travels with the
@@ -91,8 +103,11 @@ def build_layers(cfg: dict, ch: int) -> tuple[nn.Sequential, list[tuple[int, ...
     """
     layers: list[nn.Module] = []
     inputs: list[tuple[int, ...]] = []
-    channels = {-1: ch}
-    for i, row in enumerate(cfg["backbone"] + cfg["head"]):
+    channels, rows = {-1: ch}, cfg["backbone"] + cfg["head"]
+    if sum(_repeat(row, cfg) for row in rows) > MOST_LAYERS:
+        raise UserError(f"model yaml: with the numbers of its rows it has more than {MOST_LAYERS} layers; lower them, or "
+                        "depth_multiple")
+    for i, row in enumerate(rows):
         source, _, name, _ = row
         if name not in BLOCKS:
             raise UserError(f"model yaml, row {i}: no block named '{name}'; known are {', '.join(sorted(BLOCKS))} "
@@ -103,6 +118,8 @@ def build_layers(cfg: dict, ch: int) -> tuple[nn.Sequential, list[tuple[int, ...
             raise UserError(f"model yaml, row {i} ({name}): reads from layer {source}, which does not come before it")
         try:
             layer, channels[i] = _layer(row, cfg, [channels[j] for j in read])
+            if not channels[i] <= MOST_CHANNELS:
+                raise ValueError(f"{channels[i]} channels are too many")
         except BUILD_ERRORS as error:
             raise UserError(f"model yaml, row {i} ({name}): can't be built from {str(row[3])[:80]} "
                             f"({first_line(error, 100)})") from None
@@ -111,14 +128,20 @@ def build_layers(cfg: dict, ch: int) -> tuple[nn.Sequential, list[tuple[int, ...
     return nn.Sequential(*layers), inputs
 
 
+def _repeat(row: list, cfg: dict) -> int:
+    """How often a row's block comes."""
+    return max(round(row[1] * cfg.get("depth_multiple", 1.0)), 1) if row[1] > 1 else row[1]
+
+
 def _layer(row: list, cfg: dict, c1: list[int]) -> tuple[nn.Module, int]:
     """(layer, its output channels) of a row whose inputs have c1 channels."""
-    _, number, name, args = row
-    spec, args = BLOCKS[name], [_resolve(a, cfg) for a in args]
+    _, _, name, args = row
+    spec, args, repeat = BLOCKS[name], [_resolve(a, cfg) for a in args], _repeat(row, cfg)
     if spec.channels == "detect":
-        anchors = args[1] if isinstance(args[1], list) else [list(range(args[1] * 2))] * len(c1)
+        anchors = args[1] if isinstance(args[1], list) else [list(range(1, min(args[1], 100) * 2 + 1))] * len(c1)
+        if args[0] != cfg["nc"]:
+            raise ValueError(f"its first argument is the number of classes, {cfg['nc']}: write nc")
         return spec.cls(args[0], anchors, c1), 0
-    repeat = max(round(number * cfg.get("depth_multiple", 1.0)), 1) if number > 1 else number
     c2 = sum(c1) if spec.channels == "sum" else c1[0]
     if spec.channels == "first":
         c2 = math.ceil(args[0] * cfg.get("width_multiple", 1.0) / 8) * 8
@@ -145,12 +168,29 @@ class _Shapes(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         # Where channels do not agree the operation itself complains.
-        if func is torch.batch_norm and args[3] is not None and args[0].shape[1] == len(args[3]):
+        if func is torch.batch_norm and args[3] is not None and all(
+                part is None or len(part) == args[0].shape[1] for part in args[1:5]):
             return args[0].clone()  # what follows may work in place
         if func is torch.conv2d and len(args) == 7:
-            x, weight, _, *how, groups = args
-            if x.shape[1] == weight.shape[1] * groups:
+            x, weight, bias, *how, groups = args
+            if x.shape[1] == weight.shape[1] * groups and (bias is None or len(bias) == len(weight)):
                 return torch.conv2d(x[:, :1], weight[:1, :1], None, *how, 1).repeat(1, len(weight), 1, 1)
+        found = func(*args, **(kwargs or {}))
+        if isinstance(found, Tensor) and found.numel() > MOST_PARAMETERS:
+            raise ValueError(f"a map of {tuple(found.shape)} is too large")
+        return found
+
+
+class _Budget(TorchFunctionMode):
+    """Within it at most MOST_PARAMETERS numbers are made: what asks for more is refused before memory is taken."""
+
+    left = MOST_PARAMETERS
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func in (torch.empty, torch.zeros, torch.ones):
+            self.left -= math.prod(args[0] if isinstance(args[0], (tuple, list)) else args)
+            if self.left < 0:
+                raise ValueError(f"the model would have more than {MOST_PARAMETERS:,} parameters")
         return func(*args, **(kwargs or {}))
 
 
@@ -165,17 +205,19 @@ class Model(nn.Module):
     .masks   dict BN name -> bool mask over the channels of the first, dense model; empty when nothing was cut
     """
 
-    input_shape = (0, 0, 0, 0)  # (B, ch, H, W) may be anything
-
     def __init__(self, cfg: str | Path | dict = "yolov5s.yaml", ch: int = 3, nc: int | None = None,
                  anchors: int | list | None = None, names: dict[int, str] | None = None):
         super().__init__()
         self.yaml = read_yaml(cfg)
         ch = self.yaml["ch"] = self.yaml.get("ch", ch)
+        self.input_shape = (0, ch, 0, 0)  # B, H and W may be anything
         self.yaml["nc"] = int(nc or self.yaml.get("nc") or len(names or ()) or 80)
         if anchors:
             self.yaml["anchors"] = round(anchors) if isinstance(anchors, (int, float)) else anchors
-        self.model, self.inputs = build_layers(self.yaml, ch)
+        # On the meta device nothing is allocated; a slim checkpoint may have a very wide yaml.
+        with nullcontext() if torch.empty(0).is_meta else _Budget():
+            self.model, self.inputs = build_layers(self.yaml, ch)
+        self._require_small_steps()
         # Only what a later layer reads by number is kept during the forward pass.
         self.kept = frozenset(j for i, read in enumerate(self.inputs) for j in read if j != i - 1)
         self.names = dict(names) if names else {i: str(i) for i in range(self.yaml["nc"])}
@@ -227,32 +269,51 @@ class Model(nn.Module):
 
     def _set_activation(self, name: str) -> None:
         """Replace every block's SiLU by the class that the yaml names: `nn.ReLU()` or `nn.LeakyReLU(0.1)`, say."""
-        written = re.fullmatch(r"(nn\.\w+)(?:\(([0-9.e-]*)\))?", name.strip())
+        written = re.fullmatch(r"(nn\.\w+)(?:\((-?(?:\d+\.?\d*|\.\d+)(?:e-?\d\d?)?)?\))?", name.strip())
         cls = ACTIVATIONS.get(written[1]) if written else None
         if written is None or cls is None:
-            raise UserError(f"model yaml: activation '{name}' is not one of {', '.join(ACTIVATIONS)}")
+            raise UserError(f"model yaml: activation '{name[:60]}' is not one of {', '.join(ACTIVATIONS)}, with at "
+                            "most a number, as in nn.LeakyReLU(0.1)")
         for module in self.modules():
             if isinstance(module, Conv) and isinstance(module.act, nn.SiLU):
                 module.act = cls(float(written[2])) if written[2] else cls()
 
+    def _require_small_steps(self) -> None:
+        """UserError where a layer makes its map so much larger that no memory would hold it."""
+        for i, layer in enumerate(self.model):
+            for module in layer.modules():
+                given = [getattr(module, key, None) for key in ("size", "scale_factor", "padding", "output_padding")]
+                given += [module.stride] if isinstance(module, nn.ConvTranspose2d) else []
+                numbers = [n for value in given for n in (value if isinstance(value, (tuple, list)) else [value])]
+                if any(isinstance(n, (int, float)) and not n <= MOST_PIXELS for n in numbers):
+                    raise UserError(f"model yaml, row {i}: adds more than {MOST_PIXELS} pixels to a map, or makes it "
+                                    "more than so many times as large")
+
     def set_strides(self) -> None:
-        """Measure the strides with one blank image. UserError where the layers do not fit together."""
-        modes = [(module, module.training) for module in self.modules()]
+        """Measure the strides with one blank image. UserError where the layers, or the head and its anchors, do not fit
+        together."""
+        head, modes = self.detect, [(module, module.training) for module in self.modules()]
         self.eval()  # the blank image must leave the BN statistics alone
-        self.detect.train()
+        head.train()
         for size in (64, 256):  # a small image is the faster one, if it is large enough
             try:
                 with torch.no_grad(), _Shapes():
-                    sides = [y.shape[-2] for y in self.forward(torch.zeros(1, self.yaml["ch"], size, size))]
+                    maps = [y.shape[2:4] for y in self.forward(torch.zeros(1, self.yaml["ch"], size, size))]
             except BUILD_ERRORS as error:
                 if size == 64:
                     continue
                 raise UserError(f"model yaml: its layers do not fit together ({first_line(error, 120)})") from None
-            if min(sides) > 1:  # else it may have been rounded up
+            if min(min(sides) for sides in maps) > 1:  # else it may have been rounded up
                 break
         for module, training in modes:
             module.training = training
-        self.detect.stride.copy_(torch.tensor([size / side for side in sides]))
+        if any(height != width or size % width for height, width in maps):
+            levels = ", ".join(f"{height}x{width}" for height, width in maps)
+            raise UserError(f"model yaml: an image of {size}x{size} becomes maps of {levels}; the head needs whole "
+                            "strides, the same in both directions")
+        if head.anchors.shape != (head.nl, head.na, 2) or not bool((head.anchors > 0).all()):
+            raise UserError(f"model: its anchors are not {head.nl} times {head.na} widths and heights above 0")
+        head.stride.copy_(torch.tensor([size / width for _, width in maps]))
 
     def _scale_anchors(self) -> None:
         """Bring the anchors into the strides' order, and to grid units."""

@@ -7,6 +7,7 @@ import resource
 import sys
 import types
 import zipfile
+from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 
@@ -14,11 +15,12 @@ import pytest
 import torch
 from torch import nn
 
-from models import checkpoint
+from models import checkpoint, formats
 from models.common import BLOCKS, BlockSpec
 from models.yolo import Model, fused
 from tests.blocks import randomised
-from utils.errors import UserError
+from training.resume import restore_optimizer
+from utils.errors import NonFiniteError, UserError
 from utils.slimming import Masks, Pruner, slim
 from utils.slimming.equivalence import largest_difference
 
@@ -161,6 +163,140 @@ def test_what_a_model_is_survives_the_cut_and_the_file(tmp_path):
     assert all(len(m) == dict(first.named_modules())[n].num_features for n, m in model.masks.items())
     assert sum(int(m.sum()) for m in model.masks.values()) == sum(m.num_features for m in norms)
     assert largest_difference(slim(first, model.masks), model) < 1e-6  # the file holds fp32, and the rounds compose
+
+
+# Every entry has a form -----------------------------------------------------------------------------------------------
+
+def put(key: str, value: object) -> Callable[[dict], None]:
+    """Set a value at a path of keys."""
+    def change(data: dict) -> None:
+        *path, last = key.split("/")
+        for part in path:
+            data = data[part]
+        data[last] = value
+
+    return change
+
+
+TRAINED = {"epoch": 1, "updates": 3, "optimizer": {"state": {}, "param_groups": [{"params": [0, 1]}]}, "scaler": {},
+           "stopper": {"best": 0.5, "best_epoch": 0}, "rng": {"torch": torch.get_rng_state(), "cuda": []},
+           "hooks": {"SparsityHook": {"history": [torch.ones(8)], "target": None, "done": False}}}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    model = small()
+    masks = {"model.0.bn": torch.ones(len(model.model[0].bn.weight), dtype=torch.bool)}
+    model.masks = masks
+    path = tmp_path_factory.mktemp("saved") / "x.pt"
+    checkpoint.save(path, model, small(), training=TRAINED, imgsz=64, hyp={"lr0": 0.1}, data="x.yaml", gradual=True,
+                    opt={"data": "x.yaml", "imgsz": 64}, metrics={"difference": 0.0}, parent="y.pt",
+                    sparsity={"round_to": 8, "shortcuts": "skip"}, shrunk={"before": masks, "done": True})
+    return checkpoint.read(path)
+
+
+@pytest.mark.parametrize("key, value", [
+    ("yaml", 5), ("names", ["a", "b"]), ("names", {0: "a"}), ("names", {0: "a", 1: 5}), ("names", {0: "a", 7: "b"}),
+    ("names", {"0": "a", "1": "b"}), ("state_dict", {"a": 5}), ("ema", None), ("ema", 5), ("ema", {"a": "b"}),
+    ("masks", {"model.0.bn": torch.ones(3, dtype=torch.bool)}), ("masks", {"model.0.bn": torch.ones(8)}),
+    ("masks", {"x": torch.ones(8, dtype=torch.bool)}), ("masks/model.0.bn", torch.zeros(8, dtype=torch.bool)),
+    ("opt", 5), ("opt", [("data", "x")]), ("opt/data", 5), ("opt/imgsz", "64"), ("opt/imgsz", 8), ("opt/imgsz", 6.4),
+    ("opt/single_cls", "no"), ("opt/optimizer", "Lion"), ("opt/teacher", 5), ("opt/epochs", 10 ** 9),
+    ("opt/round_to", 0), ("opt/shortcuts", "all"), ("opt/hyp", [1]), ("opt/hyp", {"lr0": "x"}), ("opt/freeze", 3),
+    ("opt/x", torch.ones(1)), ("opt/target", ["x", 0.5]), ("imgsz", "x"), ("imgsz", 10 ** 9), ("imgsz", [64, 64]),
+    ("hyp", {"lr0": float("nan")}), ("hyp", 5), ("data", 5), ("parent", ["x"]), ("gradual", "yes"), ("metrics", 3),
+    ("metrics/difference", "x"), ("sparsity", None), ("sparsity/round_to", "x"), ("shrunk", 1), ("shrunk/before", 5),
+    ("shrunk/before", {"x": torch.ones(8, dtype=torch.bool)}), ("to_cut", [1]), ("to_cut", {"a": torch.ones(8)}),
+    ("to_cut", {"model.0.bn": torch.ones(3, dtype=torch.bool)}), ("training", 5), ("training", {"epoch": 1}),
+    ("training/epoch", "x"), ("training/epoch", -1), ("training/optimizer", [1]), ("training/optimizer/state", 5),
+    ("training/optimizer/param_groups", {}), ("training/rng", 5), ("training/rng/torch", torch.ones(5)),
+    ("training/rng/cuda", 5), ("training/scaler", {"scale": "x"}), ("training/stopper", 5), ("training/mean", 3),
+    ("training/hooks", 5), ("training/hooks/SparsityHook", 5), ("training/hooks/SparsityHook/history", [1]),
+    ("training/hooks/SparsityHook/target", {"score": 5}), ("x", 10 ** 100), ("x", {1, 2}), ("x", b"x")])
+def test_an_entry_of_another_kind_is_named(saved, tmp_path, key, value):
+    data = deepcopy(saved)
+    put(key, value)(data)
+    torch.save(data, tmp_path / "x.pt")
+    with pytest.raises(UserError) as caught:
+        checkpoint.read(tmp_path / "x.pt")
+    said = str(caught.value)
+    assert said.startswith(f"{tmp_path / 'x.pt'}: damaged: '") and key.split("/")[0] in said and "\n" not in said
+
+
+@pytest.mark.parametrize("inner", ["itself", "deep", "wide"])
+def test_nested_entries_come_to_an_end(saved, tmp_path, inner):
+    value: list = []
+    for _ in range({"itself": 0, "deep": 400, "wide": 40}[inner]):
+        value = [value] * (8 if inner == "wide" else 1)
+    if inner == "itself":
+        value.append(value)
+    torch.save({**saved, "opt": {"x": value}}, tmp_path / "x.pt")
+    with pytest.raises(UserError, match=r"'opt\.x' is nested"):
+        checkpoint.read(tmp_path / "x.pt")
+
+
+def first_of(name: str, value: float) -> Callable[[dict], None]:
+    return lambda state: state[name].view(-1)[:1].fill_(value)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("name", ["model.3.conv.weight", "model.0.bn.running_mean", "model.0.bn.running_var",
+                                  "model.24.m.0.bias", "model.24.anchors"])
+def test_weights_that_are_not_finite_are_refused_with_their_name(tmp_path, name, value):
+    checkpoint.save(tmp_path / "x.pt", model := small())
+    first_of(name, value)(state := model.state_dict())
+    checkpoint.save(tmp_path / "x.pt", model)
+    for use in (checkpoint.load, lambda path: formats.load(path, torch.device("cpu")),
+                lambda path: checkpoint.load_fitting(small(), path)):
+        with pytest.raises((NonFiniteError, UserError), match=rf"x\.pt: .*{name}"):
+            use(tmp_path / "x.pt")
+    first_of(name, 1e30)(state)  # its square is infinite, it is not
+    checkpoint.save(tmp_path / "x.pt", model)
+    assert checkpoint.load(tmp_path / "x.pt").state_dict()[name].max() == torch.tensor(1e30)
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda s: s.update({"model.3.conv.weight": s["model.3.conv.weight"].int()}), "is of torch.int32"),
+    (lambda s: s["model.3.bn.running_var"].fill_(-1), "a variance below 0"),
+    (lambda s: s.update({"model.3.bn.running_var": torch.ones(3)}), "do not fit"),
+    (lambda s: s.update({"model.24.m.0.bias": s["model.24.m.0.bias"][:5]}), "do not fit"),
+    (lambda s: s.update({"model.24.anchors": s["model.24.anchors"][:, :2]}), "its anchors are not 3 times 3"),
+    (lambda s: s["model.24.anchors"].zero_(), "its anchors are not 3 times 3")])
+def test_weights_that_build_no_whole_model_are_refused(tmp_path, change, words):
+    checkpoint.save(tmp_path / "x.pt", small())
+    data = torch.load(tmp_path / "x.pt", weights_only=True)
+    change(data["state_dict"])
+    torch.save(data, tmp_path / "x.pt")
+    with pytest.raises(UserError, match=words):
+        checkpoint.load(tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize("kind, words", [
+    ("as it was", None), ("Adam", "another optimizer"), ("SGD of other parameters", "other parameters"),
+    ("shape", "shape"), ("nan", "not finite"), ("index", "range"), ("rates", None)])
+def test_an_optimizer_takes_its_own_state_only(kind, words):
+    def stepped(cls: type, sizes: tuple[int, ...]) -> torch.optim.Optimizer:
+        parameters = [nn.Parameter(torch.ones(size)) for size in sizes]
+        made = cls(parameters, lr=0.1, **({"momentum": 0.9} if cls is torch.optim.SGD else {}))
+        sum(p.sum() for p in parameters).backward()
+        made.step()
+        return made
+
+    saved = stepped(torch.optim.Adam if kind == "Adam" else torch.optim.SGD,
+                    (2, 3, 4) if "other" in kind else (2, 3)).state_dict()
+    if kind in ("shape", "nan"):
+        saved["state"][0]["momentum_buffer"] = torch.ones(1) if kind == "shape" else torch.full((2,), float("nan"))
+    if kind == "index":
+        saved["state"][9] = saved["state"].pop(0)
+    saved["param_groups"][0] |= {"lr": "x", "fused": 7} if kind == "rates" else {}
+    optimizer = stepped(torch.optim.SGD, (2, 3))
+    if words is None:
+        restore_optimizer(optimizer, saved)
+        optimizer.step()
+        assert optimizer.param_groups[0]["lr"] == 0.1
+        return
+    with pytest.raises((ValueError, IndexError), match=words):
+        restore_optimizer(optimizer, saved)
 
 
 # The yaml in a file asks for what it likes ----------------------------------------------------------------------------

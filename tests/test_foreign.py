@@ -25,6 +25,8 @@ import sys
 import tempfile
 import timeit
 import webbrowser
+import zipfile
+from collections.abc import Callable
 from copy import deepcopy
 
 import numpy as np
@@ -139,6 +141,85 @@ def test_anchors_that_autoanchor_changed_come_along(mine, tmp_path, monkeypatch)
     assert loaded.yaml["anchors"][0][0] == pytest.approx(12.5)
 
 
+# Files of others, and damaged ones ------------------------------------------------------------------------------------
+
+def repacked(path: pathlib.Path, change: Callable[[bytes], bytes], compression: int = zipfile.ZIP_STORED) -> pathlib.Path:
+    """Another archive, of whose pickle something was changed."""
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(new := path.with_name("new.pt"), "w", compression) as out:
+        for item in old.infolist():
+            content = old.read(item)
+            out.writestr(item.filename, change(content) if item.filename.endswith("data.pkl") else content)
+    return new
+
+
+@pytest.mark.parametrize("prefix, words", [
+    ("yolov5.", None), ("ultralytics.nn.", "of the ultralytics package .* start from YOLOv5's own files"),
+    ("yolov6.", "refused, it names")])
+def test_the_package_of_a_file_says_what_it_is(mine, tmp_path, prefix, words):
+    """The yolov5 package of PyPI has YOLOv5's modules under its own name."""
+    torch.save({"model": to_yolov5(mine)}, tmp_path / "x.pt")
+    path = repacked(tmp_path / "x.pt", lambda pickled: pickled.replace(b"cmodels.", f"c{prefix}models.".encode()))
+    if words is None:
+        assert checkpoint.load(path).names == mine.names
+        return
+    with pytest.raises(UserError, match=words):
+        checkpoint.load(path)
+
+
+def bomb() -> list:
+    inner: list = ["a"]
+    for _ in range(40):
+        inner = [inner] * 8
+    return inner
+
+
+def cyclic(whole: nn.Module) -> None:
+    whole.model[0]._modules["again"] = whole.model[0]
+
+
+def endless(whole: nn.Module) -> None:
+    whole.model[0]._modules["deeper." * 100] = nn.Sequential()
+
+
+def attribute(name: str, value: object) -> Callable[[nn.Module], None]:
+    return lambda whole: whole.__dict__.__setitem__(name, value)
+
+
+def weight(value: torch.Tensor) -> Callable[[nn.Module], None]:
+    return lambda whole: whole.model[3].conv._parameters.__setitem__("weight", value)
+
+
+@pytest.mark.parametrize("change, words", [
+    (cyclic, None), (attribute("stride", [8, 16, 32]), None), (endless, "nested without end"),
+    (attribute("stride", ["a"]), "not of YOLOv5"), (attribute("stride", None), "not of YOLOv5"),
+    (attribute("names", 5), "'names' must be a mapping, not 5"), (attribute("names", {0: "a", 7: "b"}), "numbered from 0"),
+    (attribute("names", [["a"], "b", "c"]), None), (attribute("names", bomb()), "without end"),
+    (attribute("yaml", {"backbone": bomb()}), "without end"), (attribute("yaml", {}), "needs the keys"),
+    (attribute("yaml", 5), "holds no YOLOv5 model"), (attribute("_modules", 5), "not of YOLOv5"),
+    (attribute("_modules", {"model": 5}), "do not fit"),
+    (weight(torch.zeros(1).half().expand(10 ** 10)), "fewer numbers"), (weight(torch.ones(3).to_sparse()), "unusual kind"),
+    (weight(torch.ones(3)), "do not fit")])
+def test_a_damaged_yolov5_file_is_read_or_refused(mine, tmp_path, change, words):
+    change(whole := to_yolov5(mine))
+    torch.save({"model": whole}, tmp_path / "x.pt")
+    if words is None:
+        checkpoint.load(tmp_path / "x.pt")
+        return
+    with pytest.raises(UserError, match=words) as caught:
+        checkpoint.load(tmp_path / "x.pt")
+    assert "\n" not in str(caught.value) and str(caught.value).startswith(str(tmp_path / "x.pt"))
+
+
+@pytest.mark.parametrize("format", [[], {}, 5, "deep"])
+def test_a_format_that_is_no_text(tmp_path, format):
+    deep: list = []
+    for _ in range(400):
+        deep = [deep]
+    torch.save({"format": deep if format == "deep" else format}, tmp_path / "x.pt")
+    with pytest.raises(UserError, match="holds no YOLOv5 model"):
+        checkpoint.load(tmp_path / "x.pt")
+
+
 # Hostile files --------------------------------------------------------------------------------------------------------
 
 class Call:
@@ -219,10 +300,23 @@ def test_no_call_is_ever_made(tmp_path, monkeypatch, name, place):
     assert (tmp_path / "victim").read_text() == "precious"
 
 
+def test_tuples_as_a_key_do_not_end_the_interpreter(tmp_path):
+    torch.save({"a": 1}, tmp_path / "x.pt")
+    path = repacked(tmp_path / "x.pt", lambda _: b"\x80\x02}()" + b"\x85" * 10 ** 6 + b"K\x01u.")
+    with pytest.raises(UserError, match="nested without end"):
+        checkpoint.read(path)
+
+
+def test_a_compressed_file_is_refused_before_it_takes_memory(tmp_path):
+    torch.save({"a": torch.zeros(10 ** 6)}, tmp_path / "x.pt")
+    with pytest.raises(UserError, match="larger than the file"):
+        checkpoint.read(repacked(tmp_path / "x.pt", bytes, zipfile.ZIP_DEFLATED))
+
+
 def test_a_huge_declared_tensor_allocates_nothing(mine, tmp_path):
     checkpoint.save(tmp_path / "x.pt", mine)
     data = torch.load(tmp_path / "x.pt", weights_only=True)
     data["state_dict"]["model.0.conv.weight"] = torch.zeros(1).expand(10 ** 12, 3, 6, 6)
     torch.save(data, tmp_path / "x.pt")
-    with pytest.raises(UserError, match="do not fit"):
+    with pytest.raises(UserError, match="fewer numbers"):
         checkpoint.load(tmp_path / "x.pt")

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import io
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,14 +15,25 @@ import torch
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch import nn
 
-from models import checkpoint
+import train
+import train_sparsity
+from finetune_pruned import gradual_cut, known_teacher
+from models import checkpoint, formats
 from models.config import read_yaml
+from models.formats.yolov5 import to_yolov5
 from models.yolo import Model
-from training.settings import read_hyp
+from prune import pruning_parser
+from training.distributed import process_group
+from training.interruption import listen
+from training.settings import read_hyp, resolve
+from training.start import start_options
 from utils.data.config import read_data
 from utils.data.image_files import parse_labels
-from utils.errors import UserError
+from utils.errors import NonFiniteError, UserError
+from utils.options import training_parser
+from utils.slimming import Pruner
 
 pytestmark = pytest.mark.slow
 BOUNDED = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
@@ -107,11 +119,11 @@ def whole(folder) -> bytes:
     return (folder / "whole.pt").read_bytes()
 
 
-def must_read_or_refuse(path: Path) -> None:
+def must_read_or_refuse(path: Path, use: Callable[[Path], object] = checkpoint.load) -> None:
     try:
-        checkpoint.build(checkpoint.read(path), path=path)
-    except UserError as error:
-        assert "\n" not in str(error)
+        use(path)
+    except (UserError, NonFiniteError) as error:
+        assert "\n" not in str(error) and len(str(error)) < 1000
 
 
 @BOUNDED
@@ -140,3 +152,120 @@ def test_checkpoints_with_other_entries(folder, whole, change):
     data = torch.load(io.BytesIO(whole), weights_only=True)
     torch.save({**data, **change}, folder / "entries.pt")
     must_read_or_refuse(folder / "entries.pt")
+
+
+# Checkpoints of which one value, at any depth, is another one ---------------------------------------------------------
+
+def bomb(levels: int, width: int) -> list:
+    """Lists of the same list: levels deep, width ** levels values when they are written out."""
+    inner: list = [1]
+    for _ in range(levels):
+        inner = [inner] * width
+    return inner
+
+
+def endless() -> list:
+    """A list that holds itself."""
+    inner: list = []
+    inner.append(inner)
+    return inner
+
+
+tensors = st.sampled_from([torch.zeros(()), torch.ones(3), torch.full((2, 3), float("nan")), torch.zeros(0),
+                           torch.ones(5056, dtype=torch.uint8), torch.zeros(1).expand(10 ** 9), torch.ones(4).bool()])
+anything = values | tensors | st.sampled_from([10 ** 9, -(10 ** 30), 10 ** 5000, b"x", (1, 2)]) | st.builds(
+    bomb, st.sampled_from([12, 3000]), st.sampled_from([1, 8])) | st.builds(endless)
+
+
+def of_tensor(draw: Callable, value: torch.Tensor) -> object:
+    """A tensor of another type, length or content."""
+    if not value.numel():
+        return value
+    one = value.detach().clone().flatten()[:1]
+    infinite = value.detach().float().index_put((torch.zeros((), dtype=torch.int64),) * value.dim(), torch.tensor(np.inf))
+    return draw(st.sampled_from([infinite, one, value.detach().flatten()[:-1], value.detach().int(), one.expand(
+        value.shape), torch.cat((value.detach(), value.detach())) if value.dim() else one]))
+
+
+def mutate(draw: Callable, value: object) -> object:
+    """A copy in which one value, at a depth and place that are drawn, is another one, missing or added."""
+    inner: dict = {}
+    if isinstance(value, (dict, list, tuple)):
+        inner = dict(value) if isinstance(value, dict) else dict(enumerate(value))
+    elif isinstance(value, nn.Module):
+        inner = dict(vars(value))
+    how = draw(st.integers(0, 9))
+    if not inner or how == 0:
+        return of_tensor(draw, value) if isinstance(value, torch.Tensor) and how % 2 else draw(anything)
+    key = draw(st.sampled_from(sorted(inner, key=str)))
+    if how == 1:
+        del inner[key]
+    elif how == 2:
+        inner[draw(scalars)] = draw(anything)
+    else:
+        inner[key] = mutate(draw, inner[key])
+    if isinstance(value, nn.Module):
+        changed = type(value).__new__(type(value))
+        changed.__dict__.update({k: v for k, v in inner.items() if isinstance(k, str)})
+        return changed
+    return inner if isinstance(value, dict) else type(value)(inner.values())
+
+
+SECONDS = settings(BOUNDED, max_examples=60)
+
+
+@pytest.fixture(scope="module")
+def trained(tiny, cfg, tmp_path_factory) -> dict[str, Path]:
+    """A dense, a slim and a training's checkpoint, one of YOLOv5."""
+    folder = tmp_path_factory.mktemp("trained")
+    train_sparsity.main(list(map(str, [
+        "--data", tiny, "--weights", "", "--cfg", cfg, "--epochs", 1, "--imgsz", 64, "--batch-size", 4, "--workers", 0,
+        "--target-sparsity", 0.5, "--image-weights", "--noplots", "--device", "cpu", "--project", folder])))
+    paths = {"dense": folder / "exp/weights/best.pt", "training": folder / "exp/weights/last.pt",
+             "slim": folder / "slim.pt", "foreign": folder / "foreign.pt"}
+    model = checkpoint.load(paths["training"])
+    read = checkpoint.read(paths["training"])
+    checkpoint.save(paths["slim"], Pruner(model, 64).rank().cut(percent=0.5).slim, opt=read["opt"], imgsz=64,
+                    parent=str(paths["training"]), gradual=True)
+    torch.save({"epoch": -1, "model": to_yolov5(model), "ema": None, "opt": {"imgsz": 64}}, paths["foreign"])
+    return paths
+
+
+def start(path: Path) -> None:
+    """What the scripts do with a checkpoint before anything is computed."""
+    model, data = formats.load(path, torch.device("cpu"))
+    model(torch.zeros(1, 3, 64, 64))
+    flags = ["--weights", str(path), "--device", "cpu", "--workers", "0"]
+    options = pruning_parser("", ["torch"]).parse_args(flags)
+    resolve(options, data)
+    start_options(training_parser("").parse_args(flags))
+    known_teacher(data)
+    gradual_cut(data, frozen=False)
+
+
+def resume(path: Path) -> None:
+    """--resume, up to the first step."""
+    opt = train_sparsity.parse(["--resume", str(path), "--workers", "0", "--device", "cpu"])
+    opt.epochs, opt.given = 2, [*opt.given, "epochs"]
+    with process_group("cpu") as world, listen(1) as signals:
+        train.build_run(opt, world, [train_sparsity.SparsityHook()], signals).log.close()
+
+
+@pytest.mark.parametrize("kind, use", [("dense", start), ("slim", start), ("training", start), ("training", resume),
+                                       ("foreign", start)])
+def test_checkpoints_with_a_value_of_another_kind(trained, folder, kind, use):
+    use(trained[kind])  # which is well as it is
+    original = torch.load(trained[kind], weights_only=False)
+
+    @SECONDS
+    @given(draw=st.data())
+    def mutated(draw):
+        path = folder / "exp" / "weights" / "last.pt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.save(mutate(draw.draw, original), path)
+        except (RecursionError, TypeError, AttributeError):
+            return  # nobody can write that
+        must_read_or_refuse(path, use)
+
+    mutated()

@@ -87,6 +87,91 @@ def test_bad_yaml_is_refused_in_one_line(change, words):
         Model(cfg)
 
 
+def small(**changes: object) -> dict:
+    return {**read_yaml("yolov5n.yaml"), "width_multiple": 0.125, **changes}
+
+
+def with_row(i: int, *row: object) -> dict:
+    """A small model with another row: those of the backbone are numbered first."""
+    cfg = small()
+    part = cfg["backbone"] if 0 <= i < len(cfg["backbone"]) else cfg["head"]
+    part[i if part is cfg["backbone"] or i < 0 else i - len(cfg["backbone"])] = list(row)
+    return cfg
+
+
+def nested(levels: int, width: int) -> list:
+    inner: list = [64]
+    for _ in range(levels):
+        inner = [inner] * width
+    return inner
+
+
+SIX = [[1, 2]] * 6
+
+
+@pytest.mark.parametrize("cfg, words", [
+    # the head, its anchors and its inputs
+    (with_row(-1, [17, 20, 23, 22], 1, "Detect", ["nc", "anchors"]), "4 layers are read, there are 3 rows of anchors"),
+    (with_row(-1, [17, 20], 1, "Detect", ["nc", "anchors"]), "2 layers are read, there are 3 rows"),
+    (with_row(-1, 17, 1, "Detect", ["nc", "anchors"]), "1 layers are read, there are 3 rows"),
+    (with_row(-1, [17, 20, 23] * 2, 1, "Detect", ["nc", SIX]), "at most 5"),
+    (with_row(-1, [17, 20, 23], 1, "Detect", [7, "anchors"]), "write nc"),
+    (small(anchors=[[[10, 13], [16, 30], [33, 23]]] * 3), "a row of anchors is"),
+    (small(anchors=[[10, 13, 16]] * 3), "a row of anchors is"),
+    (small(anchors=[[10, 13], [16, 30, 33, 23], [30, 61]]), "a row of anchors is"),
+    (small(anchors=[[10, 0]] * 3), "a row of anchors is"),
+    (small(anchors=[[10, float("nan")]] * 3), "a row of anchors is"),
+    (small(anchors=[["a", "b"]] * 3), "a row of anchors is"),
+    (small(anchors=[]), "there are 0 rows of anchors"),
+    (small(anchors=10 ** 9), "anchors must be a number up to 100"),
+    # numbers
+    *((small(ch=ch), "ch must be a whole number") for ch in (0, "x", None, True, 10 ** 9)),
+    *((small(nc=nc), "nc must be a whole number") for nc in (0, "x", 10 ** 9)),
+    *((small(depth_multiple=d), "depth_multiple must be") for d in (0, "x", True, float("nan"), float("inf"))),
+    (small(depth_multiple=99), "more than 500 layers"),
+    (small(width_multiple=99), "more than 500,000,000 parameters"),
+    (with_row(0, -1, 10 ** 9, "Conv", [64, 6, 2, 2]), "more than 500 layers"),
+    (with_row(2, -1, 10 ** 9, "C3", [128]), "more than 500 layers"),
+    (with_row(11, -1, 10 ** 9, "nn.Upsample", [None, 2, "nearest"]), "more than 500 layers"),
+    *((with_row(0, -1, n, "Conv", [64, 6, 2, 2]), r"row 0 must be \[from") for n in (0, -1, True, 1.5)),
+    (with_row(1, -1, 1, "Conv", [128, 10 ** 5, 2]), "more than 500,000,000 parameters"),
+    (with_row(1, -1, 1, "Conv", [10 ** 400]), "beyond 64 bits"),
+    (with_row(11, -1, 1, "nn.Upsample", [None, 1000, "nearest"]), "row 11: adds more than 64 pixels"),
+    (with_row(1, -1, 1, "nn.ZeroPad2d", [10 ** 6]), "row 1: adds more than 64 pixels"),
+    (with_row(1, -1, 1, "Contract", [10 ** 4]), "channels are too many"),
+    # strides
+    *((small(backbone=[[-1, 1, "Conv", [64, 3, s]]], head=[[[0], 1, "Detect", ["nc", [[9, 9]]]]]), "needs whole strides")
+      for s in (3, [2, 1])),
+    # activations
+    *((small(activation=a), "activation '.*' is not one of") for a in (
+        "nn.LeakyReLU(-)", "nn.LeakyReLU(e)", "nn.LeakyReLU(1e999)", "nn.LeakyReLU(0.1", 5, ["nn.SiLU"])),
+    (small(activation="nn.GELU(3)"), "do not fit together"),
+    # structure
+    (small(backbone=nested(40, 8)), "nested too deeply, or without end"),
+    (small(backbone=nested(5000, 1)), "nested too deeply, or without end")])
+def test_a_yaml_that_is_no_whole_model_is_refused_at_once(cfg, words):
+    with pytest.raises(UserError, match=words) as caught:
+        Model(cfg)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+
+
+def test_a_yaml_that_holds_itself_is_refused():
+    cfg = small()
+    cfg["backbone"].append(cfg["backbone"])
+    with pytest.raises(UserError, match="without end"):
+        Model(cfg)
+
+
+@pytest.mark.parametrize("name", ["nn.LeakyReLU(0.1)", "nn.LeakyReLU(.1)", "nn.LeakyReLU(1e-2)", "nn.ReLU()", "nn.SiLU"])
+def test_activations_that_are_known(name):
+    assert Model(small(activation=name)).stride.tolist() == [8, 16, 32]
+
+
+def test_a_number_of_anchors_alone_builds():
+    model = Model(small(anchors=2))
+    assert model.detect.anchors.shape == (3, 2, 2) and bool((model.detect.anchors > 0).all())
+
+
 @pytest.mark.parametrize("name", ["yolov5n.yaml", "yolov5n6.yaml", "yolov5-p7.yaml", "yolov5-p2.yaml",
                                   "yolov5s-transformer.yaml", "yolov3-tiny.yaml"])
 def test_strides_are_those_of_a_real_forward_pass(name):

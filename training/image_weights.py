@@ -27,7 +27,10 @@ class ImageWeights(Hook):
         return {"class_map": self.class_map.tolist()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.class_map = np.array(state["class_map"])
+        class_map = np.array(state["class_map"])
+        if class_map.shape != self.class_map.shape:
+            raise ValueError(f"image weights are not of {len(self.class_map)} classes")
+        self.class_map = class_map
         self._apply()
 
     def _apply(self) -> None:

@@ -2,18 +2,21 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from collections.abc import Callable
 from contextlib import ExitStack
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from models import checkpoint
+from models.yolo import BUILD_ERRORS
 from training.distributed import device_of_before, first_process
 from training.run import Run
-from training.settings import trained_data
+from training.settings import resolve, trained_data
 from utils.data.config import read_data
-from utils.errors import NonFiniteError, UserError
+from utils.errors import UserError, first_line
 from utils.files import command_line, in_use, newest
 from utils.text import read_yaml_mapping
 
@@ -23,11 +26,9 @@ def require_finite(run: Run) -> None:
 
     Such a model is neither validated nor saved.
     """
+    after = f" after epoch {run.iteration // len(run.loader) + 1}; nothing of it was saved, {mend(run)}"
     for model in (run.model, run.ema.ema):
-        for key, value in model.state_dict().items():
-            if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-                epoch = run.iteration // len(run.loader) + 1
-                raise NonFiniteError(f"{key} is not finite after epoch {epoch}; nothing of it was saved, {mend(run)}")
+        checkpoint.require_finite(model.state_dict(), "", after)
 
 
 def mend(run: Run) -> str:
@@ -96,7 +97,7 @@ def resumed_options(opt: Namespace, path: Path) -> tuple[Namespace, dict[str, An
     data = checkpoint.read(path)
     if not data.get("training"):
         raise UserError(f"{path}: holds weights only, nothing to resume; start from it with --weights {path}")
-    before = Namespace(**{**vars(opt), **data["opt"]})  # a flag that is newer than the file has its default
+    before = Namespace(**{**vars(opt), **(data.get("opt") or {})})  # a flag that is newer than the file has its default
     if before.script != opt.script:
         raise UserError(f"{path}: was made by {before.script}; resume it with: python {before.script} --resume {path}")
     for name in opt.given:
@@ -114,7 +115,7 @@ def resumed_options(opt: Namespace, path: Path) -> tuple[Namespace, dict[str, An
         before.amp = None  # on a GPU it is the default; the run may go on on a CPU
     on_cpu = before.device == "cpu" or not torch.cuda.is_available()
     before.sync_bn &= not on_cpu or "sync_bn" in opt.given  # a CPU has none; who asks for it is told
-    del before.given
+    before = resolve(before)
     if data["training"]["epoch"] >= before.epochs:
         raise UserError(f"{path}: all {before.epochs} epochs are done; give more, "
                         f"as in --resume {path} --epochs {before.epochs * 2}")
@@ -145,23 +146,68 @@ def newest_run(script: str) -> Path:
     return max(found, key=lambda weights: weights.stat().st_mtime)
 
 
+def fitting(put_back: Callable[[Run, dict[str, Any]], None]) -> Callable[[Run, dict[str, Any]], None]:
+    """A function that gives a run what a checkpoint holds. UserError where it does not fit there."""
+    @wraps(put_back)
+    def checked(run: Run, held: dict[str, Any]) -> None:
+        try:
+            put_back(run, held)
+        except BUILD_ERRORS as error:
+            if not run.resumed:
+                raise
+            raise UserError(f"{run.opt.resume}: its training state does not fit its model ({first_line(error)}); "
+                            f"start from the weights: --weights {run.opt.resume}") from error
+
+    return checked
+
+
+@fitting
 def restore(run: Run, data: dict[str, Any]) -> None:
-    """Put a resumed checkpoint's training state back."""
+    """Put a resumed checkpoint's training state back. NonFiniteError where it holds a NaN."""
     training = data["training"]
     run.epoch, run.batches_done = training["epoch"], training.get("batches_done", 0)
     run.mean = training.get("mean", run.mean)
+    if run.batches_done >= len(run.loader) or run.mean.shape != (3,):
+        raise ValueError(f"{run.batches_done} of {len(run.loader)} batches of an epoch are done")
     for split, loader in (("train", run.loader), ("val", run.val_loader)):
         was, now = data.get("images", {}).get(split), len(loader.dataset)
         if was not in (None, now) and run.world.main:
             print(f"note: {run.opt.data}: {split} has {now} images now, {was} when the run was saved")
-    run.optimizer.load_state_dict(training["optimizer"])
+    restore_optimizer(run.optimizer, training["optimizer"])
     if training["scaler"] and run.scaler.is_enabled():  # empty where the run had none
         run.scaler.load_state_dict(training["scaler"])
+    checkpoint.require_finite(data["ema"], f"{run.opt.resume}: ema.", "; start from another checkpoint")
     run.ema.ema.load_state_dict(data["ema"])
     run.ema.updates = training["updates"]
     run.stopper.best, run.stopper.best_epoch = training["stopper"]["best"], training["stopper"]["best_epoch"]
 
 
+def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """Give an optimizer its momenta back; rates and decay are those of the options.
+
+    ValueError where they are of other parameters, or of another optimizer.
+    """
+    own = optimizer.state_dict()["param_groups"]
+    if [list(group["params"]) for group in saved["param_groups"]] != [group["params"] for group in own]:
+        raise ValueError("the optimizer has other parameters")
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    keys = {"momentum_buffer"} if isinstance(optimizer, torch.optim.SGD) else {"step", "exp_avg", "exp_avg_sq"}
+    for i, state in saved["state"].items():
+        values = {key: torch.as_tensor(value) for key, value in state.items() if value is not None}
+        if state.keys() != keys or any(value.shape != (() if key == "step" else parameters[i].shape)
+                                       or not bool(value.isfinite().all()) for key, value in values.items()):
+            raise ValueError(f"the optimizer's state of parameter {i} is of another optimizer or shape, or not finite")
+    optimizer.load_state_dict({"state": saved["state"], "param_groups": own})
+
+
+@fitting
+def start_hooks(run: Run, resumed: dict[str, Any]) -> None:
+    """Start every hook; those of a run that goes on look into its checkpoint, `resumed`."""
+    for hook in run.hooks:
+        hook.start(run)
+
+
+@fitting
 def restore_hooks(run: Run, training: dict[str, Any]) -> None:
     """Give every hook its state back, and the random generators, which the start of a hook may have used.
 
@@ -171,11 +217,6 @@ def restore_hooks(run: Run, training: dict[str, Any]) -> None:
     if torch.cuda.is_available():
         torch.cuda.set_rng_state_all(training["rng"]["cuda"][:torch.cuda.device_count()])
     states = training["hooks"]
-    if isinstance(states, list):  # files from before hooks had names: in the order of the script's own hooks
-        own = [hook.name for hook in run.hooks if hook.name != "ImageWeights"]
-        states = dict(zip(own, states))
-        if len(training.get("class_map", ())) == run.model.detect.nc and len(own) < len(run.hooks):
-            states["ImageWeights"] = {"class_map": training["class_map"]}
     for hook in run.hooks:
         if hook.name in states:
             hook.load_state_dict(states[hook.name])

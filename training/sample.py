@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from models.inference import require_rgb
 from models.yolo import Model, on_device
 from training.loss import DetectionLoss, scale_gains
 from utils.data.config import read_data
@@ -27,8 +28,10 @@ class TrainingSample:
 
     def __init__(self, opt: Namespace, model: Model, count: int, device: torch.device):
         self.opt, self.stride, self.count, self.device = opt, int(model.stride.max()), count, device
+        self.model = model
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        require_rgb(self.model, self.opt.weights)
         opt, config = self.opt, read_data(self.opt.data, needed=("train",))
         if not config.train:
             raise UserError(f"{config.file}: has no 'train:' entry, whose images --score taylor, --reconstruct, "

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from models import checkpoint
+from models.inference import require_rgb
 from models.yolo import Model, set_anchors, with_classes
 from training.autoanchor import fit_anchors
 from training.distributed import World, broadcast
@@ -47,8 +48,14 @@ def start_options(opt: Namespace) -> Namespace:
 
 def start_model(opt: Namespace, names: dict[int, str], resumed: dict[str, Any], world: World) -> Model:
     """From a resumed run, a checkpoint (slim ones stay slim), a yaml, or a yaml with a checkpoint's weights."""
+    model = _start_model(opt, names, resumed, world)
+    require_rgb(model, opt.cfg or opt.weights or "the model")
+    return model
+
+
+def _start_model(opt: Namespace, names: dict[int, str], resumed: dict[str, Any], world: World) -> Model:
     if resumed:
-        model = checkpoint.build(resumed, ema=False)
+        model = checkpoint.build(resumed, path=opt.resume, ema=False)
         if other := other_names(names, model.names):
             raise UserError(f"{opt.data}: {other} as the run that goes on does; --data may name the same set at "
                             f"another place, --weights {opt.resume} starts a run on another set")

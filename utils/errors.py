@@ -18,7 +18,7 @@ class UserError(Exception):
 
 
 class NonFiniteError(Exception):
-    """Training met a NaN or an infinity. The message is one line that names the batch and what helps."""
+    """A training, or a file's weights, hold a NaN or an infinity. The message is one line that names where."""
 
 
 class Interrupted(Exception):

@@ -214,6 +214,8 @@ class TargetSparsity:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take state_dict()'s values back."""
+        if not state["score"].shape == state["dead"].shape == self.score.shape:
+            raise ValueError(f"the state is not of {len(self.score)} channels")
         self.settled = state.get("settled", False)
         self.share = state.get("share", self.share)
         self.score.copy_(state["score"])
