@@ -119,9 +119,11 @@ class _Tracer(fx.Tracer):
         return _Proxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if type(m) in PASSTHROUGH:
+            return True
         if isinstance(m, (Convolution, _BatchNorm)):
             return is_plain(m) or m in self.opaque
-        return type(m) in PASSTHROUGH or super().is_leaf_module(m, module_qualified_name)
+        return super().is_leaf_module(m, module_qualified_name)
 
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
         try:
