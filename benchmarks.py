@@ -22,12 +22,14 @@ from export import CPU, megabytes
 from models import checkpoint, formats
 from models.formats import PRECISIONS, Detector, Format, export_options
 from models.yolo import Model, fused, on_device, whole_strides
+from training.settings import resolve
 from utils.data.calibration import CalibrationImages
 from utils.data.config import read_data
 from utils.device import select_device
 from utils.errors import UserError, first_line, run_cli
 from utils.files import new_run_folder
-from utils.options import HelpfulParser, add_common, at_least, resolve
+from utils.options import add_common
+from utils.parser import HelpfulParser, at_least
 from utils.plots.slimming import plot_latencies
 from utils.slimming.cost import profile
 from utils.slimming.timing import medians, synchronize
@@ -129,7 +131,7 @@ class Calibration:
             opt = self.opt
             config = read_data(opt.data, needed=("train",))
             self.images = CalibrationImages(config, (opt.imgsz, opt.imgsz), opt.calibration_images,
-                                            batch=opt.batch_size)
+                                            batch=opt.batch_size, single_cls=opt.single_cls)
         return self.images
 
 

@@ -5,12 +5,13 @@
 """
 from __future__ import annotations
 
+import os
+import uuid
 from argparse import Namespace
-from contextlib import closing
+from collections import Counter
+from contextlib import closing, suppress
 from functools import partial
-from itertools import count
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
@@ -19,14 +20,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from models import formats
-from models.inference import detect
-from models.yolo import whole_strides
+from models.inference import detect, image_size
 from utils.boxes import cut_out, label_rows, nms
 from utils.data.sources import Frame, frames
 from utils.device import select_device
 from utils.errors import UserError, run_cli
-from utils.files import new_run_folder, write_text
-from utils.options import HelpfulParser, add_detection_flags, add_imgsz_flag, add_run_flags, at_least
+from utils.files import UniqueNames, atomic, new_run_folder, printable, safe_name, write_text
+from utils.options import add_detection_flags, add_imgsz_flag, add_run_flags
+from utils.parser import HelpfulParser, at_least
 from utils.plots.detections import draw_boxes
 
 
@@ -54,19 +55,61 @@ def parse(argv: list[str] | None = None) -> Namespace:
     return parser.parse_args(argv)
 
 
-class Output:
-    """What detect.py writes: pictures and videos with boxes, label files, crops."""
+class Video:
+    """A video that is being written. It gets its name when it is finished, and only if it is whole.
 
-    def __init__(self, folder: Path, names: dict[int, str], opt: Namespace):
-        self.folder, self.names, self.opt = folder, names, opt
-        self.video: tuple[str, Any] | None = None
-        self.stems: dict[Path, str] = {}
-        self.taken: set[str] = set()
+    OpenCV says nothing of a full disk, so what it has written is opened again.
+    """
+
+    def __init__(self, path: Path, size: tuple[int, int], fps: float):
+        self.path, self.size, self.frames = path, size, 0
+        self.half_written = path.with_name(f".{uuid.uuid4().hex}.mp4")  # its ending tells OpenCV the format
+        name = str(self.half_written)
+        writer = cv2.VideoWriter(name, cv2.VideoWriter.fourcc(*"mp4v"), fps, size) if printable(name) == name else None
+        if writer is None or not writer.isOpened():
+            raise UserError(f"{path}: OpenCV can't write an mp4 there; --nosave --save-txt writes the boxes only")
+        self.writer = writer
+
+    def add(self, image: np.ndarray) -> None:
+        """The next frame, (h, w, 3) BGR. OpenCV would drop one of another size, without a word."""
+        self.writer.write(image if image.shape[1::-1] == self.size else cv2.resize(image, self.size))
+        self.frames += 1
+
+    def close(self) -> None:
+        """Finish the file. UserError where frames are missing in it."""
+        self.writer.release()
+        written = cv2.VideoCapture(str(self.half_written))
+        found = int(written.get(cv2.CAP_PROP_FRAME_COUNT)) if written.isOpened() else 0
+        written.release()
+        if found < self.frames:
+            with suppress(OSError):
+                self.half_written.unlink()
+            raise UserError(f"{self.path}: can't be written ({found} of {self.frames} frames got into it: is the disk "
+                            "full?); free some space or choose another --project")
+        os.replace(self.half_written, self.path)
+
+
+class Output:
+    """What detect.py writes: pictures and videos with boxes, label files, crops. The folder is made with the first."""
+
+    def __init__(self, names: dict[int, str], opt: Namespace):
+        self.names, self.opt = names, opt
+        self.made: Path | None = None
+        self.videos: dict[Path, Video] = {}
+        self.stems, self.classes = UniqueNames(), UniqueNames()
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        self.made = self.made or new_run_folder(self.opt.project, self.opt.name, self.opt.exist_ok)
+        return self.made
 
     def add(self, frame: Frame, found: Tensor) -> None:
         """One frame and its (n, 6) detections in its pixels: x1, y1, x2, y2, confidence, class."""
-        own = self._own_stem(frame.path)
+        own = self.stems(frame.path, frame.path.stem)
         stem = own if frame.number is None else f"{own}_{frame.number}"
+        if frame.number is not None and frame.path.is_file():  # an image beside it may be called like a frame
+            stem = self.stems((frame.path, frame.number), stem)
         if self.opt.save_txt:
             rows = label_rows(found, frame.image.shape, self.opt.save_conf)
             write_text(self.folder / "labels" / f"{stem}.txt", rows)
@@ -82,18 +125,9 @@ class Output:
             self._show(frame, drawn)
 
     def close(self) -> None:
-        """Finish the video that is open."""
-        if self.video:
-            self.video[1].release()
-            self.video = None
-
-    def _own_stem(self, path: Path) -> str:
-        """The name of a file's results, without its ending. A second file of the same name gets a number."""
-        if path not in self.stems:
-            numbered = (f"{path.stem}_{n}" if n > 1 else path.stem for n in count(1))
-            self.stems[path] = next(stem for stem in numbered if stem not in self.taken)
-            self.taken.add(self.stems[path])
-        return self.stems[path]
+        """Finish the videos that are open."""
+        while self.videos:
+            self.videos.popitem()[1].close()
 
     def _name(self, cls: float) -> str:
         return self.names.get(int(cls), str(int(cls)))
@@ -107,26 +141,22 @@ class Output:
         for i, row in enumerate(found.tolist()):
             crop = cut_out(image, row)
             if crop.size:
-                folder = self.folder / "crops" / self._name(row[5]).replace("/", "_")
-                folder.mkdir(parents=True, exist_ok=True)
-                _write_image(folder / f"{stem}_{i}.jpg", crop)
+                name = self._name(row[5])
+                _write_image(self.folder / "crops" / self.classes(name, safe_name(name)) / f"{stem}_{i}.jpg", crop)
 
     def _write_picture(self, frame: Frame, stem: str, drawn: np.ndarray) -> None:
         if frame.number is None:
             _write_image(self.folder / f"{stem}{frame.path.suffix}", drawn)
             return
-        target = str(self.folder / f"{stem}.mp4")
-        if self.video is None or self.video[0] != target:
-            self.close()
-            size = drawn.shape[1], drawn.shape[0]
-            self.video = target, cv2.VideoWriter(target, cv2.VideoWriter.fourcc(*"mp4v"), frame.fps, size)
-            if not self.video[1].isOpened():
-                raise UserError(f"{target}: this OpenCV can't write mp4; --nosave --save-txt writes the boxes only")
-        self.video[1].write(drawn)
+        if frame.path not in self.videos:
+            if not self.opt.source.endswith(".streams"):  # those come in turns, files one after the other
+                self.close()
+            self.videos[frame.path] = Video(self.folder / f"{stem}.mp4", (drawn.shape[1], drawn.shape[0]), frame.fps)
+        self.videos[frame.path].add(drawn)
 
     def _show(self, frame: Frame, drawn: np.ndarray) -> None:
         try:
-            cv2.imshow(str(frame.path), drawn)
+            cv2.imshow(printable(str(frame.path)), drawn)
             cv2.waitKey(1)
         except cv2.error:
             raise UserError("--view-img: this OpenCV has no windows; pip uninstall opencv-python-headless, "
@@ -134,10 +164,13 @@ class Output:
 
 
 def _write_image(path: Path, image: np.ndarray) -> None:
-    """cv2.imwrite, also for names that OpenCV can't handle on Windows."""
+    """cv2.imwrite, whole or not at all, and for names that OpenCV can't handle."""
     suffix = path.suffix.lower() if path.suffix.lower() in (".jpg", ".jpeg", ".png", ".bmp", ".webp") else ".jpg"
-    _, data = cv2.imencode(suffix, image)
-    path.with_suffix(suffix).write_bytes(data.tobytes())
+    done, data = cv2.imencode(suffix, image)
+    if not done:
+        raise UserError(f"{path}: {image.shape[1]} x {image.shape[0]} pixels don't fit into a {suffix}; add --nosave")
+    with atomic(path.with_suffix(suffix)) as temporary:
+        temporary.write_bytes(data.tobytes())
 
 
 @torch.inference_mode()
@@ -146,23 +179,26 @@ def main(argv: list[str] | None = None) -> Path:
     opt = parse(argv)
     device = select_device(opt.device, half=opt.half)
     model, data = formats.load(opt.weights, device, opt.half, opt.augment)
-    imgsz = whole_strides(opt.imgsz or data.get("imgsz") or 640, model.stride)
+    imgsz = image_size(model, opt.imgsz, data.get("imgsz"))
+    pixels = imgsz if not model.input_shape[2] else " x ".join(map(str, dict.fromkeys(model.input_shape[2:])))
     suppress = partial(nms, conf=opt.conf_thres, iou=opt.iou_thres, classes=opt.classes, agnostic=opt.agnostic_nms,
                        max_det=opt.max_det)
-    folder = new_run_folder(opt.project, opt.name, opt.exist_ok)
-    output, counts = Output(folder, model.names, opt), dict.fromkeys(model.names, 0)
-    seconds, shown = 0.0, 0
+    output, counts = Output(model.names, opt), dict.fromkeys(model.names, 0)
+    seconds, shown, skipped = 0.0, 0, Counter[str]()
     with closing(output):  # Ctrl-C ends a camera's run, and its video is whole
-        for frame in tqdm(frames(opt.source, opt.vid_stride), desc="detecting", disable=None, leave=False):
+        for frame in tqdm(frames(opt.source, opt.vid_stride, skipped), desc="detecting", disable=None, leave=False):
             found = detect(model, [frame.image], imgsz, device, suppress)
             seconds, shown = seconds + sum(found.seconds), shown + 1
             for cls in found.boxes[0][:, 5].int().tolist():
                 counts[cls] = counts.get(cls, 0) + 1
             output.add(frame, found.boxes[0])
+    if not shown:
+        (reason, times), = skipped.most_common(1)
+        raise UserError(f"--source {opt.source}: nothing could be looked at: {reason} ({times} of {skipped.total()})")
     summary = ", ".join(f"{n} {model.names.get(c, c)}" for c, n in counts.items() if n) or "nothing"
     ms = seconds / max(shown, 1) * 1000
-    print(f"{shown} pictures: {summary}; {ms:.1f} ms each at {imgsz} px. Results in {folder}")
-    return folder
+    print(f"{shown} pictures: {summary}; {ms:.1f} ms each at {pixels} px. Results in {output.folder}")
+    return output.folder
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from __future__ import annotations
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 from typing import Any
 
 import numpy as np
@@ -24,11 +24,13 @@ from models import checkpoint, formats
 from models.formats import Detector, ExportOptions, Format, export_options
 from models.formats.format import Decoded
 from models.yolo import Model, fused, on_device
+from training.settings import trained_data
 from utils.data.calibration import CalibrationImages
 from utils.data.config import read_data
 from utils.data.loader import DetectionLoader, validation_loader
 from utils.errors import UserError, run_cli
-from utils.options import HelpfulParser, add_imgsz_flag, add_seed_flag, at_least, trained_data
+from utils.options import add_imgsz_flag, add_seed_flag
+from utils.parser import HelpfulParser, at_least
 from utils.tables import text_table, write_csv
 from val import evaluate, require_same_classes
 
@@ -81,6 +83,8 @@ def chosen_formats(opt: Namespace) -> list[Format]:
             if opt.precision not in fmt.precisions:
                 has = [f.name for f in known.values() if opt.precision in f.precisions]
                 raise UserError(f"--include {fmt.name}: has no {opt.precision} here; {', '.join(has)} have")
+            if opt.dynamic and not fmt.dynamic:
+                print(f"{fmt.name}: is of a fixed size; --dynamic has no effect on it")
         return wanted
     found = []
     for fmt in known.values():
@@ -112,7 +116,11 @@ def options_of(opt: Namespace, model: Model, trained: dict[str, Any]) -> ExportO
     config = read_data(opt.data, needed=("train",))
     if not opt.single_cls:
         require_same_classes(opt, model.names, config.names)
-    images = CalibrationImages(config, (size[0], size[-1]), opt.calibration_images, opt.seed, opt.batch_size)
+    images = CalibrationImages(config, (size[0], size[-1]), opt.calibration_images, opt.seed, opt.batch_size,
+                               opt.single_cls)
+    if not len(images):
+        raise UserError(f"--data {opt.data}: none of {opt.calibration_images} train images can be decoded to measure "
+                        "activations on; replace them")
     return replace(options, calibration=images, keep=tuple(opt.int8_keep))
 
 
@@ -195,7 +203,11 @@ def main(argv: list[str] | None = None) -> list[Path]:
     written = {}
     for fmt in chosen:
         path = written[fmt.name] = fmt.path(weights, opt.precision)
-        fmt.write(model, path, options)
+        try:
+            fmt.write(model, path, options)
+        except OSError as error:  # of what is written on the way
+            raise UserError(f"{path}: can't be written ({error.strerror}); free some space there and in {gettempdir()}"
+                            ) from None
         print(f"{fmt.name}: {path} ({megabytes(path):.2f} MB)")
         if fmt.load is not None and not opt.int8:
             worst = largest_difference(model, fmt.load(path, CPU), options)

@@ -21,8 +21,9 @@ from models.yolo import Model
 from train import train
 from training.gradual import GradualCut
 from training.run import Hook, Run
+from training.settings import resolve
 from utils.errors import UserError, run_cli
-from utils.options import resolve, training_parser
+from utils.options import training_parser
 from utils.slimming import slim
 from utils.slimming.graph import Masks
 from utils.slimming.surgery import last_masks

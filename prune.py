@@ -26,20 +26,73 @@ from models.yolo import Model, whole_strides
 from training.repair import repair
 from training.resume import newest_run
 from training.sample import IMAGES, TrainingSample
+from training.settings import read_hyp, resolve
 from utils.device import select_device
 from utils.errors import UserError, run_cli
 from utils.files import command_line, copy_file, new_run_folder, write_json
-from utils.options import pruning_parser, read_hyp, resolve
+from utils.options import add_common
+from utils.parser import HelpfulParser, at_least, fraction, fractions, named_fraction
 from utils.plots.page import Page
 from utils.plots.slimming import plot_gammas, plot_kept, plot_sensitivity, plot_sweep
 from utils.slimming import TARGETS, Pruner, PruneResult, Rules, report
 from utils.slimming.cost import profile
 from utils.slimming.graph import UnknownNormError
-from utils.slimming.ranking import NothingToCutError, knee
+from utils.slimming.ranking import MIN_SHARE, SCORES, knee
 from utils.tables import write_csv
 from val import accuracy, dataset_loader, pictures
 
 OUTPUT = "pruned_model.pt"
+
+
+def pruning_parser() -> HelpfulParser:
+    """The flags."""
+    parser = HelpfulParser(__doc__)
+    add = parser.add_argument
+    add("--weights", help="checkpoint to cut (not given: last.pt of the newest sparsity run)")
+    add("--percent", type=fraction(one=False, hint="0.5 cuts half of the prunable channels"), default=0.5,
+        help="share of the prunable channels (those that --keep and --shortcuts let go) to cut, 0..1")
+    add("--cfg", help="model yaml to check the checkpoint against; never needed")
+    add_common(parser, "runs/prune")
+    add("--target", type=named_fraction(TARGETS, "params=0.5, flops=0.5, latency=0.6 or map-drop=0.01"),
+        help="cut as much as this takes, instead of --percent: params=0.5, flops=0.5, latency=0.6 (what is left), "
+             "map-drop=0.01")
+    add("--runtime", choices=["torch", *runtimes()], default="torch",
+        help="what --target latency and --sweep measure in, and the table as well")
+    add("--int8", action="store_true", help="... in 8 bits, where the runtime has it")
+    add("--latency-batch", type=at_least(1), default=1, help="with --target latency and --sweep: images a batch")
+    add("--sweep", type=fractions,
+        help="first:last:step; show what each of these percents would give, and write no model")
+    add("--sensitivity", action="store_true",
+        help="show what cutting --percent of each layer alone would give, and write no model")
+    add("--score", choices=["auto", *SCORES], default="auto",
+        help="what channels are ranked by; auto: gamma, and where gammas do not tell channels apart taylor, which is "
+             "what the loss on training images would lose")
+    add("--per-flop", action="store_true", help="rank by score per FLOP that goes with the channel: faster models")
+    add("--min-channels", type=at_least(1), default=1, help="channels that every layer keeps")
+    add("--min-share", type=fraction(), default=MIN_SHARE,
+        help="share of its channels that every layer keeps at least, unless their score is 0; 0..1")
+    add("--round-to", type=at_least(1), help="layers that are cut keep a multiple of this, 8 say; "
+                                             "default: what the sparsity training did, else 1")
+    add("--shortcuts", choices=["skip", "joint"], help="channels that shortcuts couple stay (skip), or go all "
+        "at once (joint); default: what the sparsity training did, else skip")
+    add("--keep", nargs="+", default=[], metavar="PATTERN", help="BatchNorms that stay whole, such as 'model.0.*'")
+    add("--reconstruct", action="store_true", help="refit the weights that are left by least squares, on training "
+        "images: for cuts that take channels that the model uses; includes --absorb")
+    add("--absorb", action="store_true", help="move the mean of the cut channels into the layers that read them")
+    add("--recalibrate", type=at_least(0), default=0, metavar="N",
+        help="measure the BatchNorms' statistics anew on N random training images, augmented as in training")
+    add("--strict", action="store_true",
+        help="refuse a cut above the limit (the smallest of the layers' largest gammas)")
+    add("--noval", action="store_true", help="do not measure accuracy and speed")
+    parser.apart("--percent", ["--target"], "{} finds out how much to cut")
+    parser.apart("--percent", ["--sweep"], "{} has percents of its own")
+    parser.apart("--sweep", ["--sensitivity"], "shows whole cuts, {} layer by layer")
+    for show in ("--sweep", "--sensitivity"):
+        parser.apart(show, ["--target", "--strict", "--reconstruct", "--absorb", "--recalibrate"],
+                     "only shows, {} is for a cut")
+        parser.apart(show, ["--noval"], "measures, {} forbids it")
+    parser.needs(["--latency-batch"], "--target latency", "--sweep")
+    return parser
 
 
 def rank(model: Model, opt: Namespace, device: torch.device) -> Pruner[Model]:
@@ -56,8 +109,6 @@ def rank(model: Model, opt: Namespace, device: torch.device) -> Pruner[Model]:
                               stopwatch(opt.runtime, opt.imgsz, device, opt.latency_batch,
                                         "int8" if opt.int8 else "fp32"))
         return pruner.rank(opt.score, rules, opt.per_flop)
-    except NothingToCutError as error:
-        raise UserError(f"{error} (a fused or exported model? give the file from before fusing)") from None
     except UnknownNormError as error:
         raise UserError(f"--keep: {error}; the names are in the table that prune.py prints") from None
     except ValueError as error:
@@ -93,7 +144,7 @@ def explore(pruner: Pruner[Model], opt: Namespace) -> Path:
     """--sweep and --sensitivity: what cuts would give, as a table, a csv and a picture. No model is written."""
     rows = pruner.sweep([0.0, *opt.sweep]) if opt.sweep else pruner.sensitivity(opt.percent)
     if opt.score == "auto":
-        print(report.score_note(pruner.score, IMAGES))
+        print(report.score_note(rows[-1]["score"] if opt.sweep else pruner.score_for(opt.percent), IMAGES))
     folder = new_run_folder(opt.project, opt.name, opt.exist_ok)
     if opt.sweep:
         best = knee([row["percent"] for row in rows], [row["mAP50-95"] for row in rows])
@@ -169,7 +220,7 @@ def write_page(folder: Path, opt: Namespace, score: str, stages: list[dict[str, 
 
 def main(argv: list[str] | None = None, copy: bool = True) -> Path:
     """Command line -> slim checkpoint, of which a copy lies in the working directory; returns the run's folder."""
-    opt = pruning_parser(__doc__, ["torch", *runtimes()]).parse_args(argv)
+    opt = pruning_parser().parse_args(argv)
     if not opt.weights:
         opt.weights = str(newest_run("train_sparsity.py"))
         print(f"--weights not given: taking the newest sparsity run, {opt.weights}")

@@ -14,6 +14,7 @@ import os
 import shlex
 from argparse import Namespace
 from collections.abc import Mapping
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from models.yolo import whole_strides
 from training.distillation import refuse_other_kind
 from training.distributed import World, device_of_before
 from training.pipeline import PRUNE, STATE, Pipeline, Progress, Stage, known_pipeline
+from training.settings import DEFAULTS, absolute, hyp_file, resolve
 from training.sparsity import SparsityPlan, frozen_norms
 from training.start import freeze, start_model
 from utils.data.config import DataConfig, other_names, read_data
@@ -42,11 +44,11 @@ from utils.data.loader import validation_loader
 from utils.device import select_device
 from utils.errors import UserError, run_cli
 from utils.files import command_line, in_use, new_run_folder, write_json
-from utils.options import DEFAULTS, absolute, hyp_file, pipeline_parser, resolve
-from utils.parser import HelpfulParser
-from utils.plots.page import Page
+from utils.options import training_parser
+from utils.parser import HelpfulParser, at_least, named_fraction
+from utils.plots.page import Page, headline
 from utils.plots.slimming import plot_gamma_history, plot_kept, plot_tradeoff
-from utils.slimming import Rules, report
+from utils.slimming import TARGETS, Rules, report
 from utils.slimming.cost import profile
 from utils.slimming.target_sparsity import TargetSparsity
 from val import pictures
@@ -59,6 +61,24 @@ OWN = ("weights", "cfg", "data", "imgsz", "single_cls", "target", "epochs", "rou
        "resume", "project", "name", "exist_ok", "teacher", "teacher_weight", "workers", "device")
 LEAST_IMAGES = 2
 LEAST_MAP = 1e-3  # mAP50-95 below which a teacher has nothing to teach
+
+
+def pipeline_parser() -> HelpfulParser:
+    """The flags: those of a training, and what the whole is to reach."""
+    parser = training_parser(__doc__, "runs/slim")
+    add = parser.add_argument
+    add("--target", type=named_fraction(TARGETS, "flops=0.5, params=0.5, latency=0.6 or map-drop=0.01"),
+        default=("flops", 0.5),
+        help="what is to be left: flops=0.5, params=0.5, latency=0.6 (see --runtime), or map-drop=0.01, the mAP50-95 "
+             "on val that a cut may cost before fine-tuning")
+    add("--runtime", choices=["torch", *runtimes()], default="torch",
+        help="what --target latency and the table's milliseconds are measured in; in 8 bits with --int8")
+    add("--rounds", type=at_least(1), default=1, help="become sparse and slim in so many trainings")
+    add("--export", nargs="+", choices=[*formats(), "all"], metavar="FORMAT",
+        help="in the end write these formats of export.py, such as onnx")
+    add("--int8", action="store_true", help="with --export and --runtime: in 8 bits")
+    parser.set_defaults(epochs=None)
+    return parser
 
 
 def begin(opt: Namespace, parser: HelpfulParser) -> Pipeline:
@@ -277,7 +297,8 @@ def write_page(pipeline: Pipeline, rows: list[dict[str, Any]], timed: str) -> No
     """report.html and its pictures: the pipeline as one file."""
     folder, device = pipeline.folder, select_device(pipeline.device)
     before, after = checkpoint.load(pipeline.before), checkpoint.load(pipeline.after)
-    loader = validation_loader(read_data(pipeline.data), "val", pipeline.imgsz, 10, int(after.stride.max()), workers=0,
+    config, imgsz = read_data(pipeline.data), pipeline.imgsz
+    loader = validation_loader(config, "val", imgsz, 10, int(after.stride.max()), workers=0,
                                single_cls=pipeline.single_cls)
     histories = {stage.name: list(np.load(file, allow_pickle=False)) for stage in pipeline.stages
                  if (file := folder / stage.name / "gammas.npy").is_file()}
@@ -291,10 +312,15 @@ def write_page(pipeline: Pipeline, rows: list[dict[str, Any]], timed: str) -> No
         drawn["BatchNorm scales over the epochs"] = plot_gamma_history(histories, folder / "gamma_history.png")
     commands = [pipeline.command, *(pipeline.done[stage.name]["command"] for stage in pipeline.stages)]
     title = f"Slimmed to {pipeline.target[0]}={pipeline.target[1]:g}"
-    facts = [reached(pipeline, rows), f"{pipeline.epochs} epochs in all.", f"ms: the median of an image; {timed}."]
+    known = {**DEFAULTS, **config.defaults}
+    model = (known["weights"] if pipeline.weights is None else pipeline.weights) or pipeline.cfg or known["cfg"]
+    threads = f"{torch.get_num_threads()} threads" if device.type == "cpu" else str(device)
+    facts = [f"{Path(model).stem} on {config.file.stem}, {imgsz} px, {date.today()}", reached(pipeline, rows),
+             f"{pipeline.epochs} epochs in all", f"ms: the median of an image; {timed}"]
     tables = {"Models": rows, "Stages": stage_rows(pipeline)}
     pairs = pictures([before, after], loader, device)
-    Page(title, facts, tables, drawn, pairs, commands).write(folder / "report.html")
+    head = headline(rows[0], rows[1], f"{timed.removesuffix(', batch 1').replace('torch', 'PyTorch')}, {threads}")
+    Page(title, facts, tables, drawn, pairs, commands, head).write(folder / "report.html")
 
 
 def largest_difference(pipeline: Pipeline) -> float:
@@ -328,7 +354,7 @@ def main(argv: list[str] | None = None) -> Path:
     """Command line -> slim.pt; returns the pipeline's folder."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("slim.py: runs in one process; under torchrun start the commands that it prints")
-    parser = pipeline_parser(__doc__, ["torch", *runtimes()], [*formats(), "all"])
+    parser = pipeline_parser()
     opt = parser.parse_args(argv)
     if opt.resume:
         pipeline = known_pipeline(opt.resume, opt.project)

@@ -10,7 +10,7 @@ This is train.py with one hook. The next step is: python prune.py --percent 0.5
 from __future__ import annotations
 
 import os
-from argparse import Namespace
+from argparse import BooleanOptionalAction, Namespace
 from collections.abc import Sequence
 from copy import deepcopy
 from typing import Any
@@ -23,11 +23,13 @@ from training.sparsity import SparsityPlan, frozen_norms
 from training.sparsity_report import SparsityReport
 from training.start import start_options
 from utils.errors import UserError, run_cli
-from utils.options import add_sparsity_flags, training_parser
+from utils.options import training_parser
+from utils.parser import HelpfulParser, at_least, fraction, named_fraction
 from utils.slimming.cost import profile
 from utils.slimming.surgery import slim
 from val import evaluate
 
+FIGURES = ("flops", "params")  # of TARGETS: those that are counted, not measured
 ENOUGH = 0.1  # of the channels: --shrink cuts when so many more are 0 for good; each cut takes a second or two
 
 
@@ -132,6 +134,46 @@ def settle(opt: Namespace) -> Namespace:
     if opt.percent is None and not opt.target:
         opt.percent = opt.target_sparsity or 0.5
     return opt
+
+
+def add_sparsity_flags(parser: HelpfulParser) -> None:
+    """The flags of train_sparsity.py that train.py does not have."""
+    add = parser.add_argument
+    half = "0.5 takes half of the prunable channels to 0"
+    add("--st", action=BooleanOptionalAction, default=True, help="sparsity training; --no-st trains without it")
+    add("--sparsity", choices=["l1", "target"],
+        help="l1: the penalty of --sr (default); target: --target-sparsity, 0.5 where that is not given")
+    add("--sr", type=at_least(0, float),
+        help="strength of the L1 penalty on the BN scales (0.0001; 0 with --target-sparsity)")
+    add("--sr-bias", type=at_least(0, float), help="strength of the L1 penalty on the BN shifts (10 * sr)")
+    add("--target-sparsity", type=fraction(zero=False, one=False, hint=half),
+        help="share of the prunable channels that are exactly 0 in the end, 0..1 "
+             "(as many as fill up blocks of --round-to)")
+    add("--target", type=named_fraction(FIGURES, "flops=0.5 or params=0.5"),
+        help="instead of a share of channels: as many as leave this share of the FLOPs, or of the parameters")
+    add("--shrink", action="store_true",
+        help="with --target-sparsity or --target: cut the zeros in the run, which goes on, faster, with the slim model")
+    add("--per-flop", action=BooleanOptionalAction, default=True,
+        help="with --target-sparsity: rank channels by importance per FLOP, which makes the slim model faster; "
+             "--no-per-flop: by importance")
+    add("--round-to", type=at_least(1), metavar="N",
+        help="with --target-sparsity: channels go in blocks, so that what is left of a layer is a multiple of N, as "
+             "fast kernels want it; 1: one by one (16, or less where layers are too narrow for a choice)")
+    add("--shortcuts", choices=["skip", "joint"], default="skip",
+        help="channels that shortcuts couple are left alone (skip), or taken as one (joint)")
+    add("--keep", nargs="+", default=[], metavar="PATTERN", help="BatchNorms to leave alone, such as 'model.0.*'")
+    add("--only", nargs="+", default=[], metavar="PATTERN", help="act on no BatchNorms but these")
+    add("--percent", type=fraction(one=False),
+        help="the prune.py --percent that every epoch's preview is for (0.5, or --target-sparsity)")
+    add("--masked-val", type=at_least(0), default=0, metavar="N",
+        help="every N epochs also validate the model without those channels (0: never)")
+    parser.needs(["--teacher-weight"], "--teacher")
+    targets = ["--target-sparsity", "--target"]
+    parser.apart("--no-st", [*targets, "--sparsity", "--sr", "--sr-bias", "--shrink", "--round-to"],
+                 "trains without sparsity, {} asks for some")
+    parser.apart("--sparsity l1", [*targets, "--shrink", "--round-to"], "knows no {}")
+    parser.apart("--target", ["--target-sparsity"], "{} says it in another way")
+    parser.needs(["--shrink", "--round-to", "--per-flop", "--no-per-flop"], *targets, "--sparsity target")
 
 
 def parse(argv: list[str] | None = None) -> Namespace:

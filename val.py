@@ -18,8 +18,10 @@ from tqdm import tqdm
 
 from models import formats
 from models.detector import Detector
+from models.inference import image_size
 from models.yolo import Model, fused, on_device
 from training.distributed import gather, main_process
+from training.settings import resolve
 from utils.boxes import label_rows, nms, scale_boxes, xywh2xyxy
 from utils.data.coco import CocoResults
 from utils.data.config import other_names, read_data
@@ -27,9 +29,10 @@ from utils.data.dataset import DetectionDataset
 from utils.data.loader import Batch, DetectionLoader, validation_loader
 from utils.device import select_device
 from utils.errors import UserError, run_cli
-from utils.files import new_run_folder, newest, write_json, write_text
+from utils.files import UniqueNames, new_run_folder, newest, write_json, write_text
 from utils.metrics import APResult, ConfusionMatrix, ap_per_class, fitness, match
-from utils.options import HelpfulParser, add_common, add_detection_flags, resolve
+from utils.options import add_common, add_detection_flags
+from utils.parser import HelpfulParser
 from utils.slimming.timing import synchronize
 
 IOU_THRESHOLDS = torch.linspace(0.5, 0.95, 10)
@@ -166,7 +169,7 @@ def pictures(models: Sequence[Model], loader: DetectionLoader, device: torch.dev
              count: int = 10) -> list[tuple[str, list[np.ndarray]]]:
     """The first `count` images of a loader with what each model finds in them: (name, [(H, W, 3) uint8 RGB]).
 
-    Small ones are enlarged, so that captions are readable.
+    They are cut to the picture, without the grey around it. Small ones are enlarged, so that captions are readable.
     """
     from utils.plots.detections import MIN_CONFIDENCE, draw_boxes
 
@@ -175,11 +178,15 @@ def pictures(models: Sequence[Model], loader: DetectionLoader, device: torch.dev
         x = batch.images.to(device, torch.float32, memory_format=torch.channels_last) / 255
         found = [nms(model(x)[0].float(), MIN_CONFIDENCE, 0.45) for model in ready]
         for i, file in enumerate(batch.paths):
-            image, drawn = batch.images[i].permute(1, 2, 0).numpy(), []
-            times = max(480 // image.shape[1], 1)
+            (h0, w0), (ratios, pad) = batch.shapes[i]
+            left, top = (round(side - 0.1) for side in pad)  # as letterbox() pads
+            height, width = (round(side * ratio) for side, ratio in zip((h0, w0), ratios))
+            image = batch.images[i, :, top:top + height, left:left + width].permute(1, 2, 0).numpy()
+            times, drawn = max(480 // width, 1), []
             image = image.repeat(times, 0).repeat(times, 1)
             for model, detections in zip(ready, found):
-                boxes, classes = times * detections[i][:, :4].cpu().numpy(), detections[i][:, 5].int().tolist()
+                native = scale_boxes(x.shape[2:], detections[i], image.shape, ((1 / times, 1 / times), (left, top)))
+                boxes, classes = native[:, :4].cpu().numpy(), native[:, 5].int().tolist()
                 labels = [f"{model.names[c]} {score:.2f}" for score, c in zip(detections[i][:, 4].tolist(), classes)]
                 drawn.append(draw_boxes(image, boxes, labels, classes))
             shown.append((Path(file).name, drawn))
@@ -232,7 +239,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         print(f"--weights not given: taking the newest, {found}")
     device = select_device(opt.device, half=opt.half)
     model, data = formats.load(opt.weights, device, opt.half, opt.augment)
-    opt.imgsz = max(model.input_shape[2:]) or opt.imgsz
+    opt.imgsz = image_size(model, opt.imgsz, None) if any(model.input_shape[2:]) else opt.imgsz
     opt.batch_size = model.input_shape[0] or opt.batch_size
     opt = resolve(opt, data)
     # Without labels predictions may be what is wanted: of COCO's test images, or where --anns has the labels.
@@ -260,6 +267,9 @@ class Outputs:
 
     def __init__(self, folder: Path, dataset: DetectionDataset, names: dict[int, str], opt: Namespace):
         self.folder, self.dataset, self.names, self.opt = folder, dataset, names, opt
+        self.stems = UniqueNames()
+        for path in dataset.images if opt.save_txt else ():  # in their order: a second run gives the same names
+            self.stems(path, path.stem)
         self.coco = CocoResults(names, opt.anns, dataset.images) if opt.save_json or opt.anns else None
 
     def add(self, i: int, batch: Batch, detections: list[Tensor]) -> None:
@@ -269,7 +279,7 @@ class Outputs:
             native, path = scale_boxes(size, found, *geometry), Path(file)
             if self.opt.save_txt:
                 rows = label_rows(native, geometry[0], self.opt.save_conf)
-                write_text(self.folder / "labels" / f"{path.stem}.txt", rows)
+                write_text(self.folder / "labels" / f"{self.stems(path, path.stem)}.txt", rows)
             if self.coco is not None:
                 self.coco.add(native, path)
         if i < 3 and not self.opt.noplots:
@@ -301,8 +311,8 @@ def plot_curves(result: Evaluation, names: dict[int, str], folder: Path) -> None
     ap = result.ap
     listed = [names.get(int(c), str(c)) for c in ap.classes]
     plot_pr_curve(np.linspace(0, 1, 1000), ap.precision_at_recall, ap.ap50, listed, folder / "PR_curve.png")
-    for name, curve in (("F1", ap.f1_curve), ("P", ap.p_curve), ("R", ap.r_curve)):
-        plot_metric_curve(ap.px, curve, listed, folder / f"{name}_curve.png", ylabel=name)
+    for name, curve, label in (("F1", ap.f1_curve, "F1"), ("P", ap.p_curve, "precision"), ("R", ap.r_curve, "recall")):
+        plot_metric_curve(ap.px, curve, listed, folder / f"{name}_curve.png", ylabel=label)
     if result.confusion is not None:
         plot_confusion(result.confusion.matrix, names, folder / "confusion_matrix.png")
 

@@ -19,7 +19,7 @@ from models.yolo import Model, fused, on_device
 from utils.data.config import read_data
 from utils.data.loader import validation_loader
 from utils.errors import UserError
-from utils.options import HelpfulParser
+from utils.parser import HelpfulParser
 from utils.slimming.cost import profile
 from utils.slimming.timing import latency
 from val import evaluate

@@ -13,7 +13,7 @@ from pictures import plot_stages
 
 from utils.errors import run_cli
 from utils.files import new_run_folder
-from utils.options import HelpfulParser
+from utils.parser import HelpfulParser
 from utils.tables import text_table, write_csv
 
 FILES = {"dense": "runs/train/dense/weights/best.pt", "sparse": "runs/train/sparse/weights/last.pt",

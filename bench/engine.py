@@ -26,7 +26,7 @@ from models import checkpoint
 from models.pruning import model_pruner
 from models.yolo import Model
 from utils.errors import run_cli
-from utils.options import HelpfulParser
+from utils.parser import HelpfulParser
 from utils.slimming.ranking import MIN_SHARE, Rules
 
 

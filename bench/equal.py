@@ -28,8 +28,9 @@ from models.pruning import model_pruner
 from models.yolo import Model
 from utils.data.config import read_data
 from utils.errors import UserError, run_cli
-from utils.files import read_yaml_mapping, write_yaml
+from utils.files import write_yaml
 from utils.slimming.cost import profile
+from utils.text import read_yaml_mapping
 
 SIZES = {"bccd": 320, "aquarium": 416, "coco128": 320}
 BUDGETS = {"bccd": (30, 80), "aquarium": (30, 80), "coco128": (120,)}  # epochs in all
@@ -87,7 +88,7 @@ def measure(folder: Path, data: str, pipeline: str, epochs: int, seed: int) -> R
     saved = checkpoint.read(folder / SPARSE.format(name))
     whole = profile(Model("yolov5n.yaml", nc=len(saved["names"])), SIZES[data]).flops
     pruner = model_pruner(checkpoint.build(saved), SIZES[data]).rank()
-    left = pruner.preview(float((pruner.ranking.scores[pruner.ranking.groups] == 0).mean()))[2]
+    left = pruner.preview(pruner.ranking.leading_share(pruner.ranking.scores == 0))[2]
     yaml = folder / data / "data.yaml"
     test = common.map_on(checkpoint.build(saved), yaml, "test", SIZES[data]) if read_data(str(yaml)).test else ""
     return {"data": data, "epochs": epochs, "pipeline": pipeline, "seed": seed, "map": values[-1],

@@ -19,7 +19,7 @@ from equal import run_name
 import benchmarks
 from utils.errors import UserError, run_cli
 from utils.files import copy_file
-from utils.options import HelpfulParser
+from utils.parser import HelpfulParser
 from utils.plots.style import BLUE, GREY, INK, ORANGE, VERMILION, new_chart, save_figure
 
 # Pipeline of bench/equal.py -> title of its model, colour, points from a mark up to its label.

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from models.yolo import fused, on_device
 from utils.errors import UserError, run_cli
-from utils.options import HelpfulParser
+from utils.parser import HelpfulParser
 from utils.slimming.timing import medians
 
 IMGSZ, BLOCK, BATCHES = 640, 16, (1, 32)

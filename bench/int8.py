@@ -19,7 +19,7 @@ from models.yolo import fused, on_device
 from utils.data.config import read_data
 from utils.data.loader import validation_loader
 from utils.errors import run_cli
-from utils.options import HelpfulParser
+from utils.parser import HelpfulParser
 from val import evaluate
 
 CPU = torch.device("cpu")

@@ -24,7 +24,7 @@ from train import validate
 from training.run import Hook, Run
 from utils.errors import UserError, run_cli
 from utils.files import scratch, write_yaml
-from utils.options import HelpfulParser
+from utils.parser import HelpfulParser
 
 FIRST = 10  # the epoch after which nothing should grow any more
 TRAIN = ["--weights", "", "--cfg", "models/yolov5n.yaml", "--imgsz", "64", "--batch-size", "4", "--workers", "2",

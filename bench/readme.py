@@ -13,7 +13,7 @@ from columns import ROOT, TABLES, formatted, grouped, read_results, spread
 
 from utils.errors import UserError, run_cli
 from utils.files import write_text
-from utils.options import HelpfulParser
+from utils.parser import HelpfulParser
 from utils.tables import markdown_table
 
 PAGES = (ROOT / "README.md", ROOT / "README.zh-CN.md", *sorted((ROOT / "docs").glob("*.md")),

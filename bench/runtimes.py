@@ -22,7 +22,7 @@ from models.formats import export_options, runtimes
 from models.pruning import model_pruner
 from models.yolo import Model
 from utils.errors import run_cli
-from utils.options import HelpfulParser
+from utils.parser import HelpfulParser
 from utils.slimming import Rules
 from utils.slimming.timing import medians
 

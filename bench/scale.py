@@ -24,7 +24,7 @@ from columns import ROOT, Row, publish
 
 from utils.errors import UserError, run_cli
 from utils.files import scratch
-from utils.options import HelpfulParser
+from utils.parser import HelpfulParser
 
 LINKS = 20_000        # to one file; some file systems allow no more than 65,000
 PER_FOLDER = 10_000   # images

@@ -37,10 +37,11 @@ from models.yolo import Model, on_device
 from training.loss import DetectionLoss, scale_gains
 from training.optimizer import ModelEMA, build_optimizer
 from training.run import Hook, Run
+from training.settings import read_hyp
 from utils.data.loader import Batch
 from utils.errors import UserError, run_cli
 from utils.files import scratch
-from utils.options import HelpfulParser, read_hyp
+from utils.parser import HelpfulParser
 from utils.slimming import Pruner
 from utils.slimming.graph import batch_norms
 from utils.slimming.sparsity import GammaL1

@@ -19,13 +19,13 @@ from torch import Tensor, nn
 
 from models.augmented import TestTimeAugmentation
 from models.detector import Detector
-from models.inference import detect
+from models.inference import detect, image_size
 from models.yolo import Model
 from utils.boxes import cut_out, nms, xyxy2xywh
 from utils.data.image_files import UNREADABLE, decode, read_header, reason_of
 from utils.downloads import fetch
 from utils.errors import UserError
-from utils.files import atomic, new_run_folder
+from utils.files import UniqueNames, atomic, new_run_folder, safe_name
 from utils.plots.detections import draw_boxes
 
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
@@ -81,6 +81,8 @@ class AutoShape(nn.Module):
         then its decoded (B, N, nc + 5).
         """
         model = self.model
+        if isinstance(model, nn.Module):
+            model.eval()  # whatever .train() was called: its BatchNorms are part of its convolutions
         if augment:
             if not isinstance(model, Model):
                 raise UserError("augment=True: not with an exported model, whose size may be fixed; load the .pt")
@@ -90,7 +92,7 @@ class AutoShape(nn.Module):
                 return model(images.to(self.device, model.dtype))[0].clone()
         several = images if isinstance(images, (list, tuple)) else [images]
         loaded = [read_image(image, i) for i, image in enumerate(several)]
-        return self._detect(model, loaded, size or self.imgsz)
+        return self._detect(model, loaded, image_size(model, size, self.imgsz, "size"))
 
     def _detect(self, model: Detector, loaded: list[tuple[np.ndarray, str]], size: int) -> Detections:
         suppress = partial(nms, conf=self.conf, iou=self.iou, classes=self.classes, agnostic=self.agnostic,
@@ -104,10 +106,8 @@ class AutoShape(nn.Module):
                 found = detect(model, batch, size, self.device, suppress)
             boxes += [b.clone() for b in found.boxes]  # a clone may be changed in place; what inference_mode makes not
             seconds, shape = seconds + found.seconds, found.shape
-        files: list[str] = []
-        for i, (_, name) in enumerate(loaded):
-            stem = Path(name).stem
-            files.append(f"{stem}_{i}.jpg" if f"{stem}.jpg" in files else f"{stem}.jpg")
+        unique = UniqueNames()
+        files = [f"{unique(i, safe_name(Path(name).stem), i)}.jpg" for i, (_, name) in enumerate(loaded)]
         ms = tuple((seconds * 1000 / max(len(loaded), 1)).tolist())
         return Detections([image for image, _ in loaded], boxes, files, self.names, (len(loaded), *shape[1:]), ms)
 
@@ -260,13 +260,13 @@ class Detections:
         save: write them, too, as save_dir/crops/<class>/<image>_<number>.jpg. They are exactly the box, as those of
         detect.py --save-crop.
         """
-        crops = []
+        crops, classes = [], UniqueNames()
         folder = _new_folder(save_dir, exist_ok) if save else None
         for image, found, file in zip(self.ims, self.pred, self.files):
             for i, row in enumerate(found):
                 name, cut = self._name(row[5]), cut_out(image, row.tolist())
                 if folder is not None and cut.size:
-                    place = folder / "crops" / name.replace("/", "_")
+                    place = folder / "crops" / classes(name, safe_name(name))
                     _write_jpg(place / f"{Path(file).stem}_{i}.jpg", cut)
                 crops.append({"box": list(row[:4]), "conf": row[4], "cls": row[5], "label": f"{name} {row[4]:.2f}",
                               "im": cut[..., ::-1]})

@@ -6,9 +6,8 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from utils.errors import UserError
+from utils.text import read_yaml_mapping
 
 FOLDER = Path(__file__).resolve().parent
 
@@ -23,11 +22,7 @@ def read_yaml(cfg: str | Path | dict) -> dict:
     else:
         known = ", ".join(sorted(p.name for p in FOLDER.glob("*.yaml")))
         raise UserError(f"--cfg {cfg}: no such file; the models here are {known}")
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8", errors="replace"))
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not a readable yaml ({str(error).splitlines()[0]})") from None
-    return _checked(data, str(path))
+    return _checked(read_yaml_mapping(path, "--cfg"), str(path))
 
 
 def _checked(data: Any, where: str) -> dict:

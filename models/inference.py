@@ -13,6 +13,7 @@ from models.detector import Detector
 from models.yolo import whole_strides
 from utils.boxes import letterbox, scale_boxes
 from utils.data.augmentations import to_tensor_layout
+from utils.errors import UserError
 from utils.slimming.timing import synchronize
 
 
@@ -23,6 +24,20 @@ class Found:
     boxes: list[Tensor]                    # per image (n, 6), float32 on the CPU: xyxy in its pixels, confidence, class
     shape: torch.Size                      # (B, 3, H, W) that the model saw
     seconds: tuple[float, float, float]    # letterbox, model, NMS
+
+
+def image_size(model: Detector, asked: int | None, usual: int | None, flag: str = "--imgsz") -> int:
+    """The longest side in pixels to detect at: what was asked for, or the `usual` one, in whole strides.
+
+    A file of a fixed size has its own. UserError, which names `flag`, where another one was asked for.
+    """
+    fixed, wanted = model.input_shape[2:], whole_strides(asked or usual or 640, model.stride)
+    if not any(fixed):
+        return wanted
+    if asked and max(fixed) not in (asked, wanted):
+        raise UserError(f"{flag} {asked}: this file takes images of {fixed[0]} x {fixed[1]} (height x width) only; "
+                        "leave it out, or export with --dynamic")
+    return max(fixed)
 
 
 def prepare(images: Sequence[np.ndarray], imgsz: int | tuple[int, int], stride: int, square: bool, device: torch.device,
@@ -48,7 +63,7 @@ def detect(model: Detector, images: Sequence[np.ndarray], imgsz: int, device: to
     start = time.perf_counter()
     stride = int(torch.as_tensor(model.stride).max())
     height, width = model.input_shape[2:]
-    size = (height, width) if height != width else whole_strides(imgsz, stride)  # a file of an oblong shape has its own
+    size = (height, width) if height else whole_strides(imgsz, stride)  # a file of a fixed size has its own
     x = prepare(images, size, stride, bool(height), device, model.dtype)
     synchronize(device)
     prepared = time.perf_counter()

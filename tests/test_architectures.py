@@ -11,7 +11,7 @@ from models.pruning import model_pruner
 from models.yolo import Model
 from tests.blocks import randomised
 from training.loss import DetectionLoss, scale_gains
-from utils.options import read_hyp
+from training.settings import read_hyp
 from utils.slimming import Pruner, trace
 from utils.slimming.cost import profile
 from utils.slimming.graph import batch_norms

@@ -188,6 +188,14 @@ def test_a_tensor_gives_what_nms_takes(model, photo):
     assert torch.equal(found[:, 4:], model(photo).xyxy[0][:, 4:])
 
 
+def test_training_mode_changes_nothing(model, photo):
+    expected, x = model(photo).xyxy[0], torch.rand(1, 3, 64, 64)
+    decoded = model(x)
+    for module in (model, model.model):
+        module.train()
+        assert torch.equal(model(photo).xyxy[0], expected) and torch.equal(model(x), decoded)
+
+
 def test_no_images(model):
     results = model([])
     assert len(results) == 0 and results.xyxy == [] and results.pandas().xyxy == [] and "(0, 3, 64, 64)" in str(results)

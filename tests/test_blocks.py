@@ -17,8 +17,8 @@ from models.formats.yolov5 import FORMAT, to_yolov5
 from models.yolo import Model, fused
 from tests.blocks import randomised
 from training.loss import DetectionLoss, scale_gains
+from training.settings import read_hyp
 from utils.errors import UserError
-from utils.options import read_hyp
 from utils.slimming import ChannelGraph, Masks, Pruner, Rules, masked, slim, trace
 from utils.slimming.cost import CostModel, profile
 from utils.slimming.equivalence import largest_difference

@@ -69,7 +69,7 @@ def test_conversion(coco: Path, tmp_path: Path, script) -> None:
     (["--json", "train=x.json", "--images", "train=photos", "val=photos"], "there is no --json of this split"),
     (["--json", "train=x.json", "--json", "val=none.json", "--images", "train=photos", "val=photos"], "no such file"),
     (["--json", "train=nameless.json", "--images", "train=photos"], "category 'dog' has no id"),
-    (["--json", "train=photos/a.jpg", "--images", "train=photos"], "not readable as JSON"),
+    (["--json", "train=photos/a.jpg", "--images", "train=photos"], "not a text file"),
     (["--json", "train=list.json", "--images", "train=photos"], "needs the lists"),
     (["--json", "train=x.json", "--images", "train=photos", "--out", "photos"], "overlaps")])
 def test_mistakes_are_one_line(coco: Path, script, flags: list[str], words: str) -> None:
@@ -190,3 +190,109 @@ def test_what_to_convert_must_be_given(tmp_path: Path) -> None:
     for flags in ([], ["--json", "train=a.json"], ["--coco", "a", "--json", "train=a.json"]):
         with pytest.raises(UserError, match="--coco"):
             coco_to_yolo.convert(coco_to_yolo.parse([*flags, "--out", str(tmp_path / "out")]))
+
+
+# What CVAT, Label Studio and others write ----------------------------------------------------------------------------
+
+def one_image(folder: Path, *annotations: dict, **changes: list) -> Path:
+    """A JSON for a.jpg, of 100 x 50, with these annotations; `changes` to its other lists."""
+    pictures(folder, "a.jpg")
+    rows = [{"id": 0, "image_id": 1, "category_id": 1, **row} for row in annotations]
+    data = {"images": [{"id": 1, "file_name": "a.jpg", "width": 100, "height": 50}], "annotations": rows,
+            "categories": [{"id": 1, "name": "dog"}], **changes}
+    (folder / "train.json").write_text(json.dumps(data))
+    return folder
+
+
+POLYGON = [[10, 10, 30, 10, 30, 30]]
+MASK = {"size": [50, 100], "counts": [10 * 50 + 10, *[20, 30] * 19, 20, 50 * 70 + 20]}
+
+
+@pytest.mark.parametrize("row", [
+    {"segmentation": POLYGON}, {"segmentation": POLYGON[0]}, {"segmentation": POLYGON, "bbox": []},
+    {"segmentation": POLYGON, "bbox": [0, 0, 0, 0]}, {"segmentation": POLYGON, "bbox": None},
+    {"segmentation": MASK}, {"segmentation": {"size": [50, 100], "counts": "lPUd0NRQNNRQN"}},
+    {"bbox": [10, 10, 20, 20], "iscrowd": "0"}, {"bbox": [10, 10, 20, 20], "image_id": "1", "category_id": 1.0}])
+def test_boxes_are_made_from_outlines_and_ids_are_texts(tmp_path: Path, row: dict) -> None:
+    """All of these used to be left out: nothing but background."""
+    if row.get("segmentation") == {"size": [50, 100], "counts": "lPUd0NRQNNRQN"}:
+        mask = pytest.importorskip("pycocotools.mask")
+        encoded = mask.frPyObjects(MASK, 50, 100)
+        row = {"segmentation": {"size": [50, 100], "counts": encoded["counts"].decode()}}
+    files, report = convert(one_image(tmp_path / "in", row), tmp_path / "out")
+    assert files == {"train/a": "0 0.200000 0.400000 0.200000 0.400000\n"}
+    assert ("box missing, made from the polygon or mask" in report) == ("segmentation" in row)
+
+
+@pytest.mark.parametrize("segmentation", [
+    [], [[]], [[1]], [[1, 1, 1, 1]], [["x", 1]], [[float("nan"), 1, 2, 3]], {}, 7, "text", [[10**400, 1, 2, 3]],
+    {"size": [50, 100], "counts": []}, {"size": [50, 100], "counts": [5000]}, {"size": [1], "counts": [1]},
+    {"size": [50, 100], "counts": [-1, 5001]}, {"size": [50, 100], "counts": "o" * 100_000},
+    {"size": [50, 100], "counts": "\U0001f415"}, {"size": ["a", None], "counts": ["b"]}])
+def test_outlines_without_an_area_are_left_out(tmp_path: Path, segmentation: object) -> None:
+    good = {"bbox": [10, 10, 20, 20]}
+    files, report = convert(one_image(tmp_path / "in", {"segmentation": segmentation}, good), tmp_path / "out")
+    assert files == {"train/a": "0 0.200000 0.400000 0.200000 0.400000\n"}
+    assert "left out: 1 x box missing or not numeric" in report
+
+
+@pytest.mark.parametrize(("rows", "words"), [
+    ([{"bbox": [1, 1, 9, 9], "iscrowd": 1}] * 3, r"no box is left \(crowd, kept with --keep-crowd: 3\)"),
+    ([{"bbox": [1, 1, 9, 9], "category_id": 7}], r"no box is left \(box of an unknown category: 1\)"),
+    ([{"bbox": [1, 1, 9, 9], "image_id": "2"}], r"no box is left \(box of an image that is not listed or missing: 1\)"),
+    ([], r"no box is left \(the annotations hold none\)")])
+def test_where_no_box_is_left_nothing_is_written(tmp_path: Path, rows: list[dict], words: str) -> None:
+    root = one_image(tmp_path / "in", *rows)
+    with pytest.raises(UserError, match=words):
+        convert(root, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_ids_of_all_kinds(tmp_path: Path) -> None:
+    """Categories sort by their ids: numbers, then texts."""
+    rows = [{"bbox": [10, 10, 20, 20], "category_id": c} for c in ("10", 2.0, "b")]
+    rows += [{"bbox": [1, 1, 9, 9], "category_id": [3], "image_id": {}}]
+    categories = [{"id": "b", "name": "pig"}, {"id": 10, "name": "cow"}, {"id": "2", "name": "ape"}]
+    images = [{"id": 1, "file_name": "a.jpg"}, {"id": "1", "file_name": "a.jpg"}, {"id": [1], "file_name": "a.jpg"}]
+    _, report = convert(one_image(tmp_path / "in", *rows, categories=categories, images=images), tmp_path / "out")
+    assert list(read_data(tmp_path / "out/data.yaml").names.values()) == ["cow", "ape", "pig"]
+    assert "1 x box of an unknown category" in report
+
+
+@pytest.mark.parametrize(("changes", "words"), [
+    ({"images": [3]}, "lists of objects"), ({"categories": [{"id": 1}]}, "has no name"),
+    ({"categories": [{"id": [1], "name": "dog"}]}, "has no id"), ({"categories": []}, "need a name each")])
+def test_other_structures_are_one_line(tmp_path: Path, changes: dict, words: str) -> None:
+    root = one_image(tmp_path / "in", {"bbox": [1, 1, 9, 9]}, **changes)
+    flags = ["--json", f"train={root / 'train.json'}", "--images", f"train={root}", "--out", str(tmp_path / "out")]
+    with pytest.raises(UserError, match=words):
+        coco_to_yolo.convert(coco_to_yolo.parse(flags))
+
+
+@pytest.mark.parametrize("name", ["sub\\a.jpg", "C:\\me\\set\\sub\\a.jpg", "..\\other\\a.jpg", "sub/a.jpg",
+                                  "/gone/a.jpg", "../gone/a.jpg"])
+def test_file_names_with_folders_of_any_system(tmp_path: Path, name: str) -> None:
+    annotated(tmp_path / "in/train.json", [name])
+    pictures(tmp_path / "in", "sub/a.jpg" if "sub" in name else "a.jpg")
+    assert set(convert(tmp_path / "in", tmp_path / "out")[0]) == {"train/a"}
+
+
+@pytest.mark.parametrize("name", ["../../evil.jpg", "x\0.jpg", "n" * 5000 + ".jpg", "\ud800.jpg", "..", "", "a.txt",
+                                  None])
+def test_file_names_that_lead_elsewhere_write_nothing_there(tmp_path: Path, name: str) -> None:
+    root = tmp_path / "deep/in"
+    annotated(root / "train.json", ["a.jpg", name])
+    pictures(root, "a.jpg")
+    pictures(tmp_path, "evil.jpg")
+    (root / "a.jpg").with_suffix(".txt").write_bytes((root / "a.jpg").read_bytes())
+    before = set(tmp_path.rglob("*"))
+    convert(root, tmp_path / "deep/out")
+    made = set(tmp_path.rglob("*")) - before
+    assert all(p.is_relative_to(tmp_path / "deep/out") for p in made)
+    assert not list((tmp_path / "deep/out/images").rglob("*.txt"))
+
+
+def test_a_json_in_utf16(tmp_path: Path) -> None:
+    root = one_image(tmp_path / "in", {"bbox": [10, 10, 20, 20]})
+    (root / "train.json").write_text((root / "train.json").read_text(), encoding="utf-16")
+    assert convert(root, tmp_path / "out")[0] == {"train/a": "0 0.200000 0.400000 0.200000 0.400000\n"}

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from models.yolo import Model
 from tests.blocks import randomised
 from utils.slimming import Pruner, slim
-from utils.slimming.equivalence import _outputs
+from utils.slimming.equivalence import outputs
 from utils.slimming.surgery import masked, masked_view
 
 
@@ -69,7 +69,7 @@ def test_the_check_computes_what_a_float64_copy_would():
         with torch.no_grad():
             wanted = [copied(torch.rand(n, 3, h, w, dtype=torch.float64, generator=generator)) for n, h, w in sizes]
         flat = [y for out in wanted for y in (out.values() if isinstance(out, dict) else (out[0], *out[1]))]
-        found = _outputs(model, 3, sizes, 3)
+        found = outputs(model, 3, sizes, 3)
         assert [y.dtype for y in found] == [torch.float64] * len(flat)
         assert all(torch.allclose(a, b, rtol=0, atol=1e-12 * float(b.abs().max())) for a, b in zip(found, flat))
         assert all(module.training for module in model.modules())

@@ -475,7 +475,7 @@ def test_a_download_address_is_told_and_code_is_not_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text, message", [
     ("- a\n", "mapping"), ("train: .\n", "names"), ("names: []\ntrain: .\n", "names"),
     ("names: [a]\n", "neither 'train:' nor"), ("names: [a, b]\nnc: 3\ntrain: .\n", "nc: 3"),
-    ("names: {0: a, 2: b}\ntrain: .\n", "without a gap"), ("names: [a]\ntrain: 3\n", "folder"),
+    ("names: {0: a, 2: b}\ntrain: .\n", "without a gap"), ("names: [a]\ntrain: {b: c}\n", "folder"),
     ("names: [a]\ntrain: .\nval: gone\n", "gone does not exist"), ("a: [", "yaml"),
     ("names: [a]\ntrain: .\nbuiltin: circles\n", "circles"), ("names: [a]\ntrain: .\ndefaults: 3\n", "defaults"),
     ("names: [a]\ntrain: .\npath: [x]\n", "path")])

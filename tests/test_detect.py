@@ -2,7 +2,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import time
+from collections import Counter
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -13,7 +17,7 @@ import detect
 from models import checkpoint, formats
 from models.yolo import Model
 from utils.data import sources
-from utils.data.sources import files, frames
+from utils.data.sources import Frame, files, frames
 from utils.errors import UserError
 
 pytestmark = pytest.mark.slow
@@ -93,6 +97,81 @@ def test_a_broken_video_among_others_is_skipped(video, tmp_path, capsys):
     assert "skipped" in capsys.readouterr().out
     with pytest.raises(UserError, match="can't be opened"):
         list(frames(str(tmp_path / "b.mp4")))
+
+
+def nothing_at(folder, kind):
+    """A --source that has nothing to look at, and the reason."""
+    (folder / "bad").mkdir()
+    for i in range(3):
+        (folder / "bad" / f"{i}.jpg").write_bytes(b"nothing")
+    (folder / "bad/z.mp4").write_bytes(b"nothing")
+    if kind == "pipe":
+        os.mkfifo(folder / "pipe.jpg")
+    lists = {"missing.txt": "a.jpg\nb.jpg\nbad/0.jpg\n", "empty.txt": "\n", "empty.streams": "",
+             "bad.streams": "bad/z.mp4", "utf16.txt": "a.jpg\n"}
+    for name, text in lists.items():
+        (folder / name).write_text(text, encoding="utf-16" if name == "utf16.txt" else "utf-8")
+    return {"folder": ("bad", r"not an image \(3 of 4\)"), "image": ("bad/0.jpg", "not an image"),
+            "list": ("missing.txt", r"No such file or directory \(2 of 3\)"), "video": ("bad/z.mp4", "can't be opened"),
+            "empty list": ("empty.txt", "is empty"), "empty streams": ("empty.streams", "is empty"),
+            "streams": ("bad.streams", "can't be opened"), "pipe": ("pipe.jpg", "not a file"),
+            "none": ("none", "no such"),
+            "camera": ("99", "can't be opened"), "digits": ("9" * 30, "no such"), "superscript": ("²", "no such"),
+            "UTF-16": ("utf16.txt", "No such file")}[kind]
+
+
+@pytest.mark.parametrize("kind", ["folder", "list", "image", "video", "empty list", "empty streams", "streams", "pipe",
+                                  "none", "camera", "digits", "superscript", "UTF-16"])
+def test_where_nothing_is_looked_at_detect_says_why_and_leaves_no_folder(teacher, tmp_path, monkeypatch, kind):
+    monkeypatch.chdir(tmp_path)
+    source, reason = nothing_at(tmp_path, kind)
+    with pytest.raises(UserError, match=reason) as caught:
+        detect.main(["--weights", str(teacher), "--source", source, "--device", "cpu"])
+    assert "\n" not in str(caught.value) and f"--source {source}" in str(caught.value)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_folder_of_digits_is_a_folder(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny.parent / "images/val", tmp_path / "2024")
+    assert len(list(frames("2024"))) == 6
+
+
+def test_streams_are_read_in_turns_videos_whole_and_cameras_by_their_newest_frame(video, tmp_path, monkeypatch):
+    """One was read to its end before the next, which for cameras is never."""
+    grab, read = sources._video_frames, []
+
+    def camera(line, every, name):
+        if "://" not in line:
+            yield from grab(line, every, name)
+            return
+        for number in range(200):
+            read.append(name)
+            yield Frame(np.zeros((8, 8, 3), np.uint8), Path(name), number)
+            time.sleep(0.001)
+
+    monkeypatch.setattr(sources, "_video_frames", camera)
+    shutil.copy(video, tmp_path / "v.mp4")
+    (tmp_path / "all.streams").write_text("rtsp://one\nv.mp4\nrtsp://two\nnone.mp4\n")
+    seen, skipped = [], Counter()
+    for frame in frames(str(tmp_path / "all.streams"), skipped=skipped):
+        seen.append((frame.path.name, frame.number))
+        time.sleep(0.02)
+    by_name = {name: [number for n, number in seen if n == name] for name, _ in seen}
+    assert by_name["v.mp4"] == list(range(6)) and skipped.total() == 1
+    for name in ("stream1.mp4", "stream3.mp4"):
+        assert by_name[name] == sorted(set(by_name[name])) and read.count(name) == 200 > len(by_name[name]) > 2
+    assert {name for name, _ in seen[:9]} == {"v.mp4", "stream1.mp4", "stream3.mp4"}
+
+
+def test_the_results_of_streams_in_turns_are_whole(teacher, video, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.mp4", "b.mp4"):
+        shutil.copy(video, tmp_path / name)
+    (tmp_path / "all.streams").write_text("a.mp4\nb.mp4\n")
+    folder = detect.main(["--weights", str(teacher), "--source", "all.streams", "--device", "cpu"])
+    assert sorted(p.name for p in folder.iterdir()) == ["a.mp4", "b.mp4"]
+    assert [len(list(frames(str(folder / name)))) for name in ("a.mp4", "b.mp4")] == [6, 6]
 
 
 def test_every_stream_of_a_list_has_its_own_name(monkeypatch, tmp_path):

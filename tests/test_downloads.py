@@ -10,6 +10,7 @@ import threading
 import time
 import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,8 +19,11 @@ import utils.downloads as downloads
 import utils.files as files
 from models import checkpoint
 from models.yolo import Model
+from training.settings import resolve
 from utils.data.config import read_data
+from utils.data.image_files import IMAGE_SUFFIXES
 from utils.errors import UserError
+from utils.options import training_parser
 
 
 def zipped(members: dict[str, bytes]) -> bytes:
@@ -131,6 +135,134 @@ def test_a_tar_with_a_link_out_is_refused(tmp_path):
         downloads.unpack(archive, tmp_path / "into")
 
 
+EVIL = {"set/images/a.jpg": b"x", "set/cv2.py": b"1/0", "cv2.py": b"1/0", "yaml/__init__.py": b"1/0", "train.so": b"",
+        "set/evil.pth": b"import os", "authorized_keys": b"", ".bashrc": b"", "__MACOSX/set/._a.jpg": b"", "b.txt": b""}
+
+
+@pytest.mark.parametrize("where", ["mine/set", "set", "~/set", "{root}/set", "deep/er/set"])
+def test_nothing_of_an_archive_gets_out_of_the_sets_folder_and_no_code_into_it(server, tmp_path, monkeypatch, capsys,
+                                                                               where):
+    url, pages = server
+    pages["/evil.zip"] = 200, zipped(EVIL), None, 0.0
+    (tmp_path / "home").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    path = data_yaml(tmp_path, f"{url}/evil.zip")
+    path.write_text(path.read_text().replace("mine/set", where.format(root=tmp_path)))
+    folder = read_data(path).train[0].parent
+    files = {p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file()} - {"data.yaml"}
+    inside = folder.relative_to(tmp_path).as_posix()
+    assert files == {f"{inside}/images/a.jpg", f"{inside}/b.txt"}
+    assert "6 files are left out" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", [".ssh", "~/.config/x", "a/.git/hooks"])
+def test_no_archive_is_unpacked_into_a_hidden_folder(server, tmp_path, monkeypatch, name):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path = data_yaml(tmp_path, f"{server[0]}/set.zip")
+    path.write_text(path.read_text().replace("mine/set", name))
+    with pytest.raises(UserError, match="is hidden"):
+        read_data(path)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_no_archive_is_unpacked_where_python_imports_from(server, tmp_path, monkeypatch):
+    for entry in ("lib/python", "zipped.zip"):
+        monkeypatch.syspath_prepend(str(tmp_path / entry))
+    repository = tmp_path / "repository"
+    (repository / "models").mkdir(parents=True)
+    (repository / "models/__init__.py").touch()
+    monkeypatch.setattr(downloads, "ROOT", repository)
+    for folder in (repository, tmp_path, "/", tmp_path / "lib", tmp_path / "lib/python", tmp_path / "zipped.zip",
+                   repository / "models/set", repository / "models/deep/set", tmp_path / "site-packages/cv2",
+                   repository / "models/../models/x"):
+        with pytest.raises(UserError, match="Python imports from it"):
+            downloads.fetch_folder(f"{server[0]}/set.zip", Path(folder), "mend")
+    assert not (tmp_path / "lib").exists()
+
+
+@pytest.mark.parametrize("name", [".", "..", "/", "~", "full"])
+def test_a_folder_that_is_there_is_left_as_it_is(server, tmp_path, monkeypatch, name):
+    url, pages = server
+    pages["/evil.zip"] = 200, zipped(EVIL), None, 0.0
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for folder in ("home", "yamls/full"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "mine.txt").touch()
+    path = data_yaml(tmp_path / "yamls", f"{url}/evil.zip")
+    path.write_text(path.read_text().replace("mine/set", name))
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match="images does not exist"):
+        read_data(path)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def tar_with(path, *members):
+    """A tar of (name, type, link or content)."""
+    with tarfile.open(path, "w") as file:
+        for name, kind, content in members:
+            info = tarfile.TarInfo(name)
+            info.type = kind
+            if kind == tarfile.REGTYPE:
+                info.size = len(content)
+                file.addfile(info, io.BytesIO(content))
+            else:
+                info.linkname = content
+                file.addfile(info)
+    return path
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE])
+@pytest.mark.parametrize("target", ["/etc", "../../out", "set/../../../out"])
+def test_links_out_of_an_archive_are_refused_whole(tmp_path, kind, target):
+    archive = tar_with(tmp_path / "a.tar", ("set/a.jpg", tarfile.REGTYPE, b"x"), ("set/l", kind, target),
+                       ("set/l/b.txt", tarfile.REGTYPE, b"x"))
+    with pytest.raises(UserError, match="can't be unpacked"):
+        downloads.unpack(archive, tmp_path / "into")
+    assert list(tmp_path.iterdir()) == [archive]
+
+
+def test_links_inside_an_archive_become_copies(tmp_path):
+    archive = tar_with(tmp_path / "a.tar", ("a.jpg", tarfile.REGTYPE, b"x"), ("b.jpg", tarfile.SYMTYPE, "a.jpg"),
+                       ("c.jpg", tarfile.LNKTYPE, "a.jpg"), ("d.jpg", tarfile.SYMTYPE, "none.jpg"))
+    assert downloads.unpack(archive, tmp_path / "into") == 1
+    assert {p.name: p.read_bytes() for p in (tmp_path / "into").iterdir() if not p.is_symlink()} == dict.fromkeys(
+        ("a.jpg", "b.jpg", "c.jpg"), b"x")
+    circle = tar_with(tmp_path / "b.tar", ("a.jpg", tarfile.SYMTYPE, "b.jpg"), ("b.jpg", tarfile.SYMTYPE, "a.jpg"))
+    with pytest.raises(UserError, match="can't be unpacked"):
+        downloads.unpack(circle, tmp_path / "circle")
+
+
+def test_windows_paths_of_an_archive_are_folders(tmp_path):
+    (tmp_path / "a.zip").write_bytes(zipped({"images\\a.jpg": b"x"}))
+    downloads.unpack(tmp_path / "a.zip", tmp_path / "into")
+    assert (tmp_path / "into/images/a.jpg").is_file()
+    for name in ("..\\a.jpg", "C:\\a.jpg", "C:a.jpg"):
+        (tmp_path / "b.zip").write_bytes(zipped({name: b"x"}))
+        with pytest.raises(UserError, match="outside"):
+            downloads.unpack(tmp_path / "b.zip", tmp_path / "none")
+
+
+@pytest.mark.parametrize("address", ["http://[::1/a.zip", "http:///a.zip", "http://x\x00y/a.zip", "http://ä/ü.zip",
+                                     f"http://127.0.0.1:9/{'a' * 300}.zip"])
+def test_an_address_that_is_none_is_one_line(tmp_path, address):
+    with pytest.raises(UserError, match="can't be fetched"):
+        downloads.fetch_folder(address, tmp_path / "set", "mend")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_archive_may_bring_every_kind_of_image():
+    assert IMAGE_SUFFIXES < downloads.ENDINGS
+
+
+def test_a_data_yaml_decides_no_folder_to_fetch_weights_into(tmp_path, tiny, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = tiny.read_text().replace("path: .", f"path: {tiny.parent}")
+    (tmp_path / "my.yaml").write_text(f"{text}defaults: {{weights: new/yolov5n.pt}}\n")
+    with pytest.raises(UserError, match="defaults: weights: there is no new/yolov5n.pt"):
+        resolve(training_parser("").parse_args(["--data", "my.yaml"]))
+    assert [p.name for p in tmp_path.iterdir()] == ["my.yaml"]
+
+
 def test_a_command_under_download_is_never_run(tmp_path):
     with pytest.raises(UserError, match="is not run"):
         read_data(data_yaml(tmp_path, "touch /tmp/run"))
@@ -163,7 +295,7 @@ def test_only_one_of_several_processes_fetches_and_unpacks_a_set(server, tmp_pat
     asked.clear()
     assert at_once(read_and_count, data_yaml(tmp_path, f"{url}/many.zip")) == [0, 0, 0]
     assert asked == ["/many.zip"]
-    assert sorted(p.name for p in (tmp_path / "mine").iterdir()) == ["licence.txt", "set"]
+    assert [p.name for p in (tmp_path / "mine").iterdir()] == ["set"] and (tmp_path / "mine/set/licence.txt").is_file()
 
 
 def load_and_leave(path):

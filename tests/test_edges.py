@@ -22,11 +22,13 @@ from training.distributed import device_of_rank
 from training.optimizer import EarlyStopping, build_optimizer
 from training.run import Hook, amp_name
 from training.sample import TrainingSample
+from training.settings import resolve
 from training.start import start_options
 from utils import device
 from utils.errors import NonFiniteError, UserError
 from utils.files import newest
-from utils.options import at_least, resolve, training_parser
+from utils.options import training_parser
+from utils.parser import at_least
 from utils.slimming.sparsity import GammaL1
 from val import evaluate
 
@@ -451,7 +453,7 @@ def test_calibration_images_are_a_random_subset_as_training_sees_them(tiny):
 
 
 def test_validators_name_the_flag_and_the_parser_knows_what_was_given():
-    from utils.options import HelpfulParser
+    from utils.parser import HelpfulParser
 
     parser = HelpfulParser("")
     parser.add_argument("--n", type=at_least(1))

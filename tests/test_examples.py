@@ -20,8 +20,8 @@ from tests.blocks import Net, randomised
 from tests.conftest import ROOT
 from tests.test_blocks import check_cut
 from training.loss import DetectionLoss, scale_gains
+from training.settings import read_hyp
 from utils.errors import UserError
-from utils.options import read_hyp
 from utils.slimming import Pruner, Rules, trace
 
 EXAMPLE = ROOT / "examples" / "yolov5n-attention.yaml"

@@ -20,10 +20,12 @@ from models.common import BLOCKS, Conv, block
 from models.config import read_yaml
 from models.formats import ExportOptions, Format, formats, register
 from models.yolo import Model
+from prune import pruning_parser
 from tests.blocks import randomised
 from train import train
 from training.run import Hook, Run
-from utils.options import pruning_parser, resolve, training_parser
+from training.settings import resolve
+from utils.options import training_parser
 from utils.slimming import SCORES, TARGETS, Pruner, Target, TracedModel, group_mean, register_passthrough, slim
 from utils.slimming.cost import profile
 from utils.slimming.equivalence import largest_difference
@@ -124,7 +126,7 @@ def test_a_score_with_gradients_on_data():
     assert scores[pruner.graph.group[pruner.graph.norms["1.bn"][2]]] == pytest.approx(abs(change), rel=0.05)
     with pytest.raises(ValueError, match=r"give Pruner\(..., losses=\)"):
         Pruner(network, 16).rank("taylor")
-    assert pruning_parser("", ["torch"]).parse_args(["--score", "taylor"]).score == "taylor"
+    assert pruning_parser().parse_args(["--score", "taylor"]).score == "taylor"
 
 
 # A target -------------------------------------------------------------------------------------------------------------

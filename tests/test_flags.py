@@ -8,15 +8,18 @@ import detect
 import export
 import train_sparsity
 import val
+from prune import pruning_parser
+from slim import pipeline_parser
 from utils.errors import UserError
-from utils.options import HelpfulParser, pipeline_parser, pruning_parser, training_parser
+from utils.options import training_parser
+from utils.parser import HelpfulParser
 
 W = ["--weights", "x.pt"]
 PARSERS = {
     "train": lambda argv: training_parser("").parse_args(argv),
     "sparsity": lambda argv: train_sparsity.parse([*argv, "--resume", "x"]),
-    "slim": lambda argv: pipeline_parser("", ["torch"], ["onnx"]).parse_args(argv),
-    "prune": lambda argv: pruning_parser("", ["torch"]).parse_args(argv),
+    "slim": lambda argv: pipeline_parser().parse_args(argv),
+    "prune": lambda argv: pruning_parser().parse_args(argv),
     "val": val.parse,
     "detect": lambda argv: detect.parse([*W, "--source", "x", *argv]),
     "export": lambda argv: export.parse([*W, *argv]),

@@ -2,20 +2,27 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import shutil
+import zipfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import detect
 import export
 import val
 from models import checkpoint, formats
-from models.formats import onnx, quantized
+from models.autoshape import AutoShape
+from models.formats import onnx, quantized, torchscript
 from models.formats.format import FileDetector
 from models.inference import detect as detect_images
 from models.yolo import Model
 from tests.blocks import random_masks, randomised
+from tests.test_result_files import full_disk
 from utils.boxes import nms
 from utils.data.calibration import CalibrationImages
 from utils.data.config import read_data
@@ -388,3 +395,166 @@ def test_int8_of_a_model_of_a_single_class(cfg, tiny, tmp_path):
 def test_names_in_a_list_are_numbered():
     """Files of older YOLOv5 hold names so."""
     assert FileDetector({"names": "['cat', 'dog']", "stride": "32"}, (1, 3, 64, 64)).names == {0: "cat", 1: "dog"}
+
+
+# TorchScript: a program -----------------------------------------------------------------------------------------------
+
+class Stock(torch.nn.Module):
+    """What YOLOv5's own export traces: it gives a tuple."""
+
+    def __init__(self, model: Model, wrap: str):
+        super().__init__()
+        self.model, self.wrap = model.eval(), wrap
+
+    def forward(self, images):
+        decoded = self.model(images)[0]
+        return {"tuple": (decoded,), "both": (decoded, [decoded]), "masks": (torch.cat((decoded, decoded), 2), decoded),
+                "classes": decoded[:, 0], "v8": decoded.transpose(1, 2)}[self.wrap]
+
+
+def stock_file(path: Path, cfg: Path, wrap: str = "tuple") -> Path:
+    torch.manual_seed(0)
+    traced = torch.jit.trace(Stock(randomised(Model(str(cfg), nc=2, names=NAMES)), wrap), torch.rand(1, 3, 64, 64),
+                             strict=False, check_trace=False)
+    config = json.dumps({"shape": [1, 3, 64, 64], "stride": 32, "names": NAMES})
+    traced.save(str(path), _extra_files={"config.txt": config})
+    return path
+
+
+@pytest.mark.parametrize("wrap", ["tuple", "both"])
+def test_torchscript_of_yolov5_is_run_and_said_to_be_a_program(cfg, tiny, tmp_path, monkeypatch, capsys, wrap):
+    monkeypatch.chdir(tmp_path)
+    path = stock_file(tmp_path / "stock.torchscript", cfg, wrap)
+    for main, flags in ((val.main, ["--data", str(tiny), "--batch-size", "4", "--workers", "0", "--noplots"]),
+                        (detect.main, ["--source", str(tiny.parent / "images/val")])):
+        capsys.readouterr()
+        main(["--weights", str(path), "--device", "cpu", *flags])
+        said = [line for line in capsys.readouterr().out.splitlines() if "program" in line]
+        assert len(said) == 1 and said[0].startswith(f"{path}: ") and "trust" in said[0]
+
+
+@pytest.mark.parametrize("wrap", ["masks", "classes", "v8"])
+def test_torchscript_of_other_models_is_refused_in_one_line(cfg, tmp_path, wrap):
+    detector = formats.load(stock_file(tmp_path / "other.torchscript", cfg, wrap), CPU)[0]
+    with pytest.raises(UserError, match="no YOLOv5 detector of 2 classes"):
+        detector(torch.rand(1, 3, 64, 64))
+
+
+def test_the_line_comes_before_the_program_runs_and_not_for_our_own_files(cfg, tmp_path, monkeypatch, capsys):
+    model = randomised(Model(str(cfg), nc=2, names=NAMES)).eval()
+    torchscript.write(model, own := tmp_path / "own.torchscript", formats.export_options(model, (1, 3, 64, 64)))
+    formats.load(own, CPU)
+    assert capsys.readouterr().out == ""
+    path = stock_file(tmp_path / "stock.torchscript", cfg)
+    monkeypatch.setattr(torch.jit, "load", lambda *_, **__: pytest.fail(capsys.readouterr().out))
+    with pytest.raises(pytest.fail.Exception, match="program"):
+        formats.load(path, CPU)
+
+
+METADATA = [{}, {"names": {}}, {"names": "[" * 5000}, {"stride": 0}, {"stride": "1e999"}, {"shape": [1, 3, -64, 64]},
+            {"shape": [1, 3]}, {"shape": "x"}, {"imgsz": "inf"}, {"names": 5}, {"names": {"a": "b"}}]
+
+
+@pytest.mark.parametrize("change", METADATA)
+def test_metadata_of_others_is_checked_whole(tmp_path, change):
+    good = {"names": ["a"], "stride": 32, "shape": [1, 3, 64, 64], "imgsz": [64, 64]}
+    config = {**good, **change} if change else {}
+    try:
+        shape = config["shape"]
+        FileDetector(config, shape)
+    except (ValueError, KeyError, TypeError):
+        pass
+    else:
+        pytest.fail("taken")
+    with zipfile.ZipFile(tmp_path / "a.torchscript", "w") as file:
+        file.writestr("a/extra/config.txt", json.dumps(config))
+    with pytest.raises(UserError, match="not a TorchScript detector"):
+        formats.load(tmp_path / "a.torchscript", CPU)
+
+
+# Flags that a file can't follow ---------------------------------------------------------------------------------------
+
+def oblong(cfg: Path, folder: Path) -> Path:
+    model = randomised(Model(str(cfg), nc=2, names=NAMES)).eval()
+    torchscript.write(model, path := folder / "oblong.torchscript", formats.export_options(model, (1, 3, 64, 96)))
+    return path
+
+
+def test_another_size_than_the_files_is_refused_and_the_files_is_told(cfg, tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    path, source = oblong(cfg, tmp_path), tiny.parent / "images/val/001.png"
+    for main, flags in ((detect.main, ["--source", str(source)]), (val.main, ["--data", str(tiny), "--noplots"])):
+        with pytest.raises(UserError, match="--imgsz 320: this file takes images of 64 x 96"):
+            main(["--weights", str(path), "--imgsz", "320", *flags])
+    assert not (tmp_path / "runs").exists()
+    for size in ([], ["--imgsz", "96"]):
+        detect.main(["--weights", str(path), "--source", str(source), *size])
+        assert "at 64 x 96 px" in capsys.readouterr().out
+    shaped = AutoShape(*formats.load(path, CPU)[:1], CPU, 96)
+    assert shaped(source).s == (1, 3, 64, 96)
+    with pytest.raises(UserError, match="size 320: "):
+        shaped(source, size=320)
+
+
+@pytest.mark.parametrize("name", RUNTIMES)
+def test_half_and_a_file_do_not_go_together(tmp_path, name):
+    (path := tmp_path / f"a{formats.formats()[name].suffix}").touch()
+    with pytest.raises(UserError, match="--half: not with"):
+        formats.load(path, CPU, half=True)
+
+
+@pytest.mark.parametrize("flags", ["--seed 1", "--noval", "--int8-keep x", "--calibration-images 3", "--data x"])
+def test_flags_of_int8_without_int8_are_refused(flags):
+    with pytest.raises(UserError, match=f"{flags.split()[0]}: has an effect with --int8 only"):
+        export.parse(["--weights", "x.pt", *flags.split()])
+
+
+@pytest.mark.parametrize("parse", [partial(detect.parse, ["--weights", "x", "--source", "x", "--save-conf"]),
+                                   partial(val.parse, ["--save-conf"])])
+def test_save_conf_needs_save_txt(parse):
+    with pytest.raises(UserError, match="add that"):
+        parse()
+
+
+# A full disk, a single class ------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", formats.formats())
+def test_a_full_disk_is_one_line_and_leaves_nothing(cfg, tmp_path, name):
+    """PyTorch's save() of TorchScript ended the process."""
+    installed(name)
+    checkpoint.save(tmp_path / "m.pt", randomised(Model(str(cfg), nc=2, names=NAMES)).eval(), imgsz=64)
+    with full_disk(30_000), pytest.raises(UserError, match="can't be written"):
+        export.main(["--weights", str(tmp_path / "m.pt"), "--include", name])
+    assert [p.name for p in tmp_path.iterdir()] == ["m.pt"]
+
+
+def test_a_full_disk_under_openvinos_own_files_is_one_line(cfg, tmp_path, monkeypatch):
+    installed("openvino")
+    import openvino
+
+    def full(model, path, **options):
+        Path(path).write_text("half")
+        raise RuntimeError("basic_ios::clear: iostream error")
+
+    monkeypatch.setattr(openvino, "save_model", full)
+    model = randomised(Model(str(cfg), nc=2, names=NAMES)).eval()
+    fmt = formats.formats()["openvino"]
+    with pytest.raises(UserError, match="can't be written .*iostream error"):
+        fmt.write(model, tmp_path / "m_openvino", formats.export_options(model, (1, 3, 64, 64)))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_calibration_on_nothing_is_refused(teacher, tiny, monkeypatch):
+    monkeypatch.setattr(export, "CalibrationImages", lambda *_: [])
+    opt = export.parse(["--weights", str(teacher), "--int8", "--data", str(tiny), "--imgsz", "64"])
+    with pytest.raises(UserError, match="none of 100 train images can be decoded"):
+        export.options_of(opt, checkpoint.load(teacher), {})
+
+
+def test_calibration_images_of_a_single_class_may_have_any_labels(tiny, tmp_path):
+    shutil.copytree(tiny.parent, tmp_path / "set")
+    (tmp_path / "set/labels/train/001.txt").write_text("7 .5 .5 .2 .2\n")
+    config = read_data(tmp_path / "set" / tiny.name)
+    assert len(CalibrationImages(config, (64, 64), 5, single_cls=True)) == 5
+    with pytest.raises(UserError, match="class 7"):
+        CalibrationImages(config, (64, 64), 5)

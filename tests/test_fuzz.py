@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 from models import checkpoint
 from models.config import read_yaml
 from models.yolo import Model
+from training.settings import read_hyp
 from utils.data.config import read_data
 from utils.data.image_files import parse_labels
 from utils.errors import UserError
-from utils.options import read_hyp
 
 pytestmark = pytest.mark.slow
 BOUNDED = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))

@@ -1,9 +1,12 @@
 """Rules of the channel graph: transposed convolutions, operations in space, gates, BatchNorms without a scale."""
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.common import Conv
@@ -233,3 +236,126 @@ def test_absorb_does_not_look_through_a_batchnorm_without_scale():
     masks = {"stem.bn": torch.arange(16) > 7}
     repaired = absorb(model, graph, masks, [torch.rand(2, 3, 16, 16)])
     assert torch.equal(repaired.block.second.running_mean, model.block.second.running_mean)
+
+
+# BatchNorms and convolutions of others --------------------------------------------------------------------------------
+
+class Renamed(nn.BatchNorm2d):
+    """PyTorch's under another name."""
+
+
+class NormAct(nn.BatchNorm2d):
+    """BatchNorm, dropout, activation."""
+
+    def __init__(self, channels: int, act: nn.Module | None = None):
+        super().__init__(channels)
+        self.drop, self.act = nn.Dropout2d(0.1), act or nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.drop(super().forward(x)))
+
+
+class Written(NormAct):
+    """The same, with PyTorch's own lines written out, as in timm."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        torch._assert(x.ndim == 4, "images")
+        if self.training and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+        statistics = self.running_mean, self.running_var
+        x = F.batch_norm(x, *statistics, self.weight, bias=self.bias, training=self.training, eps=self.eps)
+        return self.act(self.drop(x))
+
+
+class Scaled(nn.BatchNorm2d):
+    """A second scale, which the graph does not know."""
+
+    def __init__(self, channels: int):
+        super().__init__(channels)
+        self.gain = nn.Parameter(torch.rand(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.gain[:, None, None]
+
+
+class Centred(nn.BatchNorm2d):
+    """The scale is 1 + gamma: a gamma of 0 makes no channel 0."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight + 1, self.bias, self.training)
+
+
+class Swapped(nn.BatchNorm2d):
+    """It multiplies by what is called its bias."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.batch_norm(x, self.running_mean, self.running_var, self.bias, self.weight, self.training)
+
+
+class Branching(nn.BatchNorm2d):
+    """It can't be traced."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if x.dim() == 4 else x
+
+
+class RenamedConv(nn.Conv2d):
+    """PyTorch's under another name."""
+
+
+class Standardised(nn.Conv2d):
+    """It convolves with a function of its weights."""
+
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return super()._conv_forward(x, weight - weight.mean(), bias)
+
+
+class Padded(nn.Conv2d):
+    """It can't be traced."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.pad(x, (0, 1)) if x.shape[-1] % 2 else x)
+
+
+class Own(nn.Module):
+    """A convolution and a BatchNorm between others."""
+
+    def __init__(self, conv: type[nn.Conv2d] = nn.Conv2d, norm: nn.Module | None = None):
+        super().__init__()
+        self.before, self.conv, self.norm = Conv(16, 16, 1), conv(16, 12, 1), norm or nn.BatchNorm2d(12)
+        self.after = Conv(12, 16, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.after(self.norm(self.conv(self.before(x))))
+
+
+# Name -> the block, and the BatchNorms of before and norm that can be cut.
+OWN: dict[str, tuple[Callable[[], nn.Module], set[str]]] = {
+    "renamed": (lambda: Own(norm=Renamed(12)), {"before.bn", "norm"}),
+    "with an activation": (lambda: Own(norm=NormAct(12)), {"before.bn", "norm"}),
+    "written out": (lambda: Own(norm=Written(12)), {"before.bn", "norm"}),
+    "with a gate": (lambda: Own(norm=NormAct(12, nn.Sigmoid())), {"before.bn"}),
+    "with a strange activation": (lambda: Own(norm=Written(12, nn.Softplus())), {"before.bn"}),
+    "with two scales": (lambda: Own(norm=Scaled(12)), {"before.bn"}),
+    "with 1 + gamma": (lambda: Own(norm=Centred(12)), {"before.bn"}),
+    "swapped": (lambda: Own(norm=Swapped(12)), {"before.bn"}),
+    "with a branch": (lambda: Own(norm=Branching(12)), {"before.bn"}),
+    "renamed convolution": (lambda: Own(RenamedConv), {"before.bn", "norm"}),
+    "standardised convolution": (lambda: Own(Standardised), set()),
+    "convolution with a branch": (lambda: Own(Padded), set())}
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("name", OWN)
+def test_layers_of_others_are_cut_where_that_is_exact_and_stay_whole_elsewhere(name, seed):
+    make, free = OWN[name]
+    torch.manual_seed(seed)
+    model = randomised(Net(make()), seed)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    graph = trace(model)
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert {n.removeprefix("block.") for n, ids in graph.norms.items() if not graph.frozen[ids].any()} == {
+        *free, "stem.bn", "after.bn"}
+    assert bool(graph.notes) == ("norm" not in free)
+    narrow, _ = check_cut(model, seed, 16)
+    check_cut(narrow, seed + 1, 16)

@@ -250,9 +250,12 @@ CASES: dict[str, tuple[Callable[[Path], object], str, str, int]] = {
         "has no 'test:' entry", 2),
     "path is a number": (
         data_yaml("path: 3\nval: images/val\nnames: [a, b]\n"), VAL,
-        "'path:' must be a folder", 2),
+        "3/images/val does not exist; correct 'path:'", 2),
     "split is a number": (
         data_yaml("path: my\nval: 3\nnames: [a, b]\n"), VAL,
+        "my/3 does not exist; correct 'path:'", 2),
+    "split is a mapping": (
+        data_yaml("path: my\nval: {a: b}\nnames: [a, b]\n"), VAL,
         "'val:' must be a folder", 2),
     "unknown defaults": (
         data_yaml("path: my\nval: images/val\nnames: [a, b]\ndefaults: {lr: 3}\n"), VAL,
@@ -379,6 +382,15 @@ CASES: dict[str, tuple[Callable[[Path], object], str, str, int]] = {
     "sweep of one number": (
         nothing, f"{PRUNE} --sweep 0.5",
         "--sweep 0.5: give first:last:step", 2),
+    "sweep of too many": (
+        nothing, f"{PRUNE} --sweep 0.1:0.9:1e-9",
+        "--sweep 0.1:0.9:1e-9: give a larger step; at most 1000", 2),
+    "sweep of steps of almost nothing": (
+        nothing, f"{PRUNE} --sweep 0.1:0.9:5e-324",
+        "--sweep 0.1:0.9:5e-324: give a larger step", 2),
+    "sweep of no step": (
+        nothing, f"{PRUNE} --sweep 0.1:0.9:nan",
+        "--sweep 0.1:0.9:nan: give first:last:step", 2),
     "negative sr": (
         nothing, f"{SPARSITY} --sr -1",
         "--sr -1: must be at least 0", 2),

@@ -10,8 +10,8 @@ from torch import nn
 
 from models.yolo import Model
 from training.optimizer import EarlyStopping, ModelEMA, Schedule, build_optimizer, ema_tau
+from training.settings import read_hyp
 from utils.errors import UserError
-from utils.options import read_hyp
 
 HYP = {"lr0": 0.01, "lrf": 0.01, "momentum": 0.937, "warmup_epochs": 3.0, "warmup_momentum": 0.8, "warmup_bias_lr": 0.1}
 

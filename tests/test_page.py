@@ -6,6 +6,7 @@ import io
 import re
 import shutil
 import subprocess
+from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -13,11 +14,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from utils.plots.page import Page
-from utils.plots.slimming import plot_tradeoff
+from utils.plots.page import Page, digits, headline
+from utils.plots.slimming import plot_kept, plot_tradeoff
+from utils.plots.style import class_colour
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome", "headless_shell")
-VOID = {"meta", "link", "img"}
+VOID = {"meta", "link", "img", "source"}
 
 
 class Reader(HTMLParser):
@@ -51,21 +53,27 @@ def page(tmp_path_factory) -> Path:
     rng = np.random.default_rng(0)
     models = [{"model": "before", "ms": 5.0, "map": 0.5}, {"model": "slim <b>", "ms": 3.0, "map": 0.49}]
     picture = plot_tradeoff(models, folder / "tradeoff.png")
+    layers = [{"layer": f"model.{i}.bn", "original": 64, "remaining": 32, "prunable": True} for i in range(57)]
+    kept = plot_kept(layers, folder / "channels.png")
+    cost = [{"figure": "ms an image (onnxruntime on the CPU, batch 16)", "dense": 1234.5, "after": 1.5, "left": 0.5}]
     pairs = [(f"{i} & <i>.jpg", [rng.integers(0, 255, (400, 900, 3), np.uint8)] * 2) for i in range(10)]
-    return Page("A <title>", ["asked flops=0.5", ""], {"Models": models, "None": []},
-                {"Accuracy": picture, "Missing": folder / "missing.png"}, pairs,
-                ["python slim.py --name 'a & b'"]).write(folder / "report.html")
+    return Page("A <title>", ["asked flops=0.5", ""], {"Models": models, "None": [], "Cost": cost},
+                {"Accuracy": picture, "Missing": folder / "missing.png", "Channels": kept}, pairs,
+                ["python slim.py --name 'a & b'"], "1.67 times as <fast>").write(folder / "report.html")
 
 
 def test_it_is_whole_and_refers_to_nothing_outside(page):
     text = page.read_text(encoding="utf-8")
     reader = Reader()
     reader.feed(text)
-    assert reader.open == [] and len(reader.images) == 1 + 2 * 10
+    assert reader.open == [] and len(reader.images) == 2 + 2 * 10
+    assert len(reader.references) == 1 + 3 + 2 * 10  # the icon; the channels have a narrow form
     assert all(reference.startswith("data:") for reference in reader.references)
     assert not re.search(r"https?://|url\(|@import|<script", text)
     words = " ".join(reader.words)
-    assert all(word in words for word in ("slim <b>", "A <title>", "3 & <i>.jpg", "--name 'a & b'", "0.490"))
+    assert all(word in words for word in ("slim <b>", "A <title>", "3 & <i>.jpg", "--name 'a & b'", "0.490",
+                                          "1.67 times as <fast>", "5.00"))
+    assert reader.words.count("before") == reader.words.count("slim") + 1 == 11  # in the table, above each picture
     assert "Missing" not in words and "None" not in words
     for word in ('name="viewport"', "max-width: 100%", "prefers-color-scheme: dark"):
         assert word in text
@@ -82,15 +90,35 @@ def test_a_browser_shows_its_images(page, tmp_path):
     if browser is None:
         pytest.skip(f"no browser: none of {', '.join(BROWSERS)} is installed")
     sizes = "[...document.images].map(i => i.naturalWidth * i.clientWidth).join(' ')"
-    probe = f"<script>onload = () => {{ document.title = {sizes} }}</script>"
-    (tmp_path / "page.html").write_text(page.read_text(encoding="utf-8") + probe, encoding="utf-8")
-    for width in (390, 1280):  # a phone, a desk
+    beyond = ("Math.max(document.documentElement.scrollWidth - innerWidth, "
+              "...[...document.querySelectorAll('td:first-child')].map(cell => cell.clientWidth - innerWidth / 2))")
+    probe = f"<script>onload = () => {{ parent.document.title += {sizes} + ' beyond ' + ({beyond}) }}</script>"
+    text = page.read_text(encoding="utf-8").replace("</head>", probe + "</head>")
+    for width in (375, 1280):  # a phone, a desk; the browser's own window may not be as narrow
+        frame = f'<title></title><iframe width="{width}" height="800" srcdoc="{escape(text)}"></iframe>'
+        (tmp_path / "page.html").write_text(f'<meta charset="utf-8">{frame}', encoding="utf-8")
         done = subprocess.run([browser, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr",
-                               f"--window-size={width},900", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom",
+                               "--window-size=1400,900", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom",
                                (tmp_path / "page.html").as_uri()], capture_output=True, text=True, timeout=120)
-        found = re.search(r"<title>([\d ]+)</title>", done.stdout)
-        assert found and found[1].count(" ") == 20 and all(int(n) > 0 for n in found[1].split())
+        found = re.search(r"<title>([\d ]+) beyond (-?[\d.]+)</title>", done.stdout)
+        assert found and found[1].count(" ") == 21 and all(int(n) > 0 for n in found[1].split())
+        # Nothing is wider than the page: tables scroll by themselves. The column that stays leaves room for the others.
+        assert float(found[2]) <= 0
         assert "CONSOLE" not in done.stderr
+
+
+@pytest.mark.parametrize("value,text", [
+    (0.0, "0.000"), (0.6354, "0.635"), (0.9999, "1.00"), (7.125, "7.12"), (9.999, "10.0"), (78.16, "78.2"),
+    (99.96, "100"), (1234.5, "1,234"), (-0.02, "-0.020"), (float("nan"), "nan")])
+def test_digits(value, text):
+    assert digits(value) == text
+
+
+def test_headline():
+    before = {"model": "before", "mAP50-95 val": 0.649, "parameters": 1765270, "MB": 7.1, "ms": 78.0}
+    after = {"model": "slim", "mAP50-95 val": 0.6354, "parameters": 372157, "MB": 1.49, "ms": 50.3}
+    assert headline(before, after, "PyTorch, 2 threads") == (
+        "1.55 times as fast (78.0 -> 50.3 ms, PyTorch, 2 threads), mAP50-95 0.649 -> 0.635, 7.10 -> 1.49 MB")
 
 
 def test_points_at_nothing_are_drawn(tmp_path):
@@ -99,7 +127,7 @@ def test_points_at_nothing_are_drawn(tmp_path):
 
 @pytest.mark.slow
 def test_pictures_show_what_each_model_finds(tiny, teacher, monkeypatch):
-    """With detections: a caption and a box in the colour of its class, enlarged alike."""
+    """With detections: a caption and a box in the colour of its class, enlarged alike. No grey around the picture."""
     import torch
 
     import val
@@ -109,14 +137,17 @@ def test_pictures_show_what_each_model_finds(tiny, teacher, monkeypatch):
 
     model = checkpoint.load(teacher)
     loader = validation_loader(read_data(str(tiny)), "val", 64, 4, 32, workers=0)
-    found = [torch.tensor([[4.0, 4, 40, 40, 0.875, 1]]), torch.zeros(0, 6)]
-    monkeypatch.setattr(val, "nms", lambda decoded, *_: [found[i % 2] for i in range(len(decoded))])
+    beyond = torch.tensor([[-9.0, -9, 200, 200, 0.875, 1]])  # of the picture, as a box in the grey around it
+    found = [torch.tensor([[20.0, 20, 60, 60, 0.875, 1]]), torch.zeros(0, 6), beyond, torch.zeros(0, 6)]
+    monkeypatch.setattr(val, "nms", lambda decoded, *_: found[:len(decoded)])
     shown = val.pictures([model, model], loader, torch.device("cpu"), count=5)
     assert [name for name, _ in shown] == [f"{i:03d}.png" for i in range(5)]
-    pixels = next(iter(loader)).images.permute(0, 2, 3, 1).numpy()
+    batch = next(iter(loader))
+    assert batch.images.shape[2:] == (64, 96)  # letterboxed
+    pixels = batch.images.permute(0, 2, 3, 1).numpy()[:, 8:56, 16:80]
     for i, (_, (first, second)) in enumerate(shown):
-        times = first.shape[1] // pixels[0].shape[1]
-        enlarged = pixels[i % 4].repeat(times, 0).repeat(times, 1) if i < 4 else None
-        assert times > 1 and np.array_equal(first, second)
-        if enlarged is not None:
+        assert first.shape == (7 * 48, 7 * 64, 3) and np.array_equal(first, second)
+        if i < 4:
+            enlarged = pixels[i].repeat(7, 0).repeat(7, 1)
             assert np.array_equal(first, enlarged) == (i % 2 == 1)
+    assert (shown[2][1][0][200, 0] == class_colour(1)).all()  # the part of its outline that is beyond lies on the edge

@@ -1,6 +1,7 @@
 """Plots: every function writes a picture of a sensible size for ordinary, empty and extreme inputs."""
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import warnings
@@ -13,8 +14,12 @@ import numpy as np
 import pytest
 import torch
 from matplotlib import MatplotlibDeprecationWarning
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 
-from utils.plots import slimming
+import val
+from utils.metrics import AXIS, APResult
+from utils.plots import detections, slimming, style, training
 from utils.plots.detections import (
     MAX_SIDE,
     detections_to_targets,
@@ -47,6 +52,15 @@ def _quiet() -> Iterator[None]:
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(0)
+
+
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """The figures that are drawn, in place of their files."""
+    drawn: list[Figure] = []
+    for module in (detections, slimming, training):
+        monkeypatch.setattr(module, "save_figure", lambda figure, path: drawn.append(figure) or path)
+    return drawn
 
 
 def check(path: Path, longest: int = 3000) -> np.ndarray:
@@ -92,6 +106,21 @@ def test_captions_stay_inside(box: list[int]) -> None:
 def test_draw_boxes_takes_any_caption(label: str) -> None:
     out = draw_boxes(np.zeros((64, 48, 3), np.uint8), np.array([[10.0, 5, 30, 40]]), [label], [200])
     assert out.any() and out.shape == (64, 48, 3)
+
+
+@pytest.mark.parametrize("count,spread", [(2, 0.0), (12, 3.0), (40, 60.0), (300, 150.0)])
+def test_captions_do_not_cover_each_other(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, count: int,
+                                          spread: float) -> None:
+    plates: list[tuple[int, int, int, int]] = []
+    draw = detections._draw_caption
+    monkeypatch.setattr(detections, "_draw_caption",
+                        lambda *args: (draw(*args), plates.clear(), plates.extend(args[-1])))
+    boxes = rng.normal((100, 100, 200, 180), spread, (count, 4))
+    draw_boxes(np.zeros((300, 400, 3), np.uint8), boxes, ["cell 0.50"] * count, [0] * count)
+    x1, y1, x2, y2 = np.array(plates).T
+    covered = (x1[:, None] <= x2) & (x2[:, None] >= x1) & (y1[:, None] <= y2) & (y2[:, None] >= y1)
+    assert len(plates) >= min(count, 10) and covered.sum() == len(plates)  # each only itself
+    assert min(x1.min(), y1.min()) >= 0 and x2.max() < 400 and y2.max() < 300
 
 
 def test_draw_boxes_leaves_out_what_is_not_finite() -> None:
@@ -153,6 +182,40 @@ def test_confusion(tmp_path: Path, rng: np.random.Generator, classes: int) -> No
     check(plot_confusion(matrix, {i: f"é 红 {i}" for i in range(classes)}, tmp_path / "full.png"))
 
 
+def test_confusion_has_counts_and_shares(tmp_path: Path, figures: list[Figure]) -> None:
+    """False detections are a share of the row's, in a colour of their own: not of a column that has no true class."""
+    plot_confusion(np.array([[90, 4, 6], [0, 16, 1000], [10, 0, 0]]), {0: "a", 1: "b"}, tmp_path / "c.png")
+    ax = figures[0].axes[0]
+    assert sorted(text.get_text() for text in ax.texts) == sorted(
+        ["90\n0.90", "4\n0.20", "6\n0.06", "16\n0.80", "1,000\n0.98", "10\n0.10"])
+    true, false = (image.get_array() for image in ax.images)
+    assert true.count() == 4 and true[:, -1].mask.all()
+    assert false.count() == 2 and false[:, :-1].mask.all()
+
+
+def test_precision_and_recall_are_written_alike(tmp_path: Path, figures: list[Figure],
+                                                monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "results.csv").write_text(f"{COLUMNS}\n0{',0.5' * 13}\n")
+    plot_results(tmp_path / "results.csv", tmp_path / "r.png")
+    nothing = APResult(*np.zeros((2, 0)), np.zeros((0, 10)), np.zeros(0, int), AXIS, *np.zeros((4, 0, 1000)))
+    val.plot_curves(val.Evaluation(nothing, np.zeros(3), {}, 0, np.zeros(0)), {}, tmp_path)
+    assert len(figures) == 5
+    texts = [text.get_text() for figure in figures for text in figure.findobj(Text)]
+    assert {"precision", "recall", "precision and recall"} <= set(texts)
+    assert not any(re.search(r"Precision|Recall|\b[PR]\b", text) for text in texts)
+
+
+def test_results_of_one_class(tmp_path: Path, figures: list[Figure]) -> None:
+    """No chart of a class loss that is 0; equal learning rates as one line; the first epoch is 1."""
+    rows = [f"{i},0.1,0.2,0,0,0,0,0,0.1,0.2,0,{lr},{lr},0.01" for i, lr in enumerate((0.1, 0.2, 0.3))]
+    (tmp_path / "results.csv").write_text("\n".join([COLUMNS, *rows]) + "\n")
+    plot_results(tmp_path / "results.csv", tmp_path / "r.png")
+    charts = {ax.get_title(loc="left"): ax for ax in figures[0].axes if ax.lines}
+    assert list(charts) == ["box loss", "obj loss", "precision and recall", "mAP", "learning rate"]
+    assert [line.get_label() for line in charts["learning rate"].lines] == ["lr0, lr1", "lr2"]
+    assert all(line.get_xdata().tolist() == [1, 2, 3] for ax in charts.values() for line in ax.lines)
+
+
 @pytest.mark.parametrize("header,rows,charts", [
     (COLUMNS, ["0" + ",0.5" * 13], 6),
     (COLUMNS, ["0,1,,,,nan,inf,,,,,,,"], 6),
@@ -197,6 +260,12 @@ def test_gamma_history(tmp_path: Path, runs: dict[str, list[np.ndarray]]) -> Non
     check(plot_gamma_history(runs, tmp_path / "h.png"))
 
 
+def test_gamma_history_starts_at_epoch_1(tmp_path: Path, figures: list[Figure]) -> None:
+    plot_gamma_history({"a": [np.ones(3)] * 4}, tmp_path / "h.png")
+    ax = figures[0].axes[0]
+    assert ax.lines[0].get_ydata().tolist() == [1, 2, 3, 4] and ax.get_ylim() == (0.5, 4.5)
+
+
 @pytest.mark.parametrize("layers", [1, 90])
 def test_kept_grows_with_the_layers(tmp_path: Path, rng: np.random.Generator, layers: int) -> None:
     original = rng.integers(1, 1024, layers)
@@ -207,6 +276,7 @@ def test_kept_grows_with_the_layers(tmp_path: Path, rng: np.random.Generator, la
             for n, a, b, p in zip(names, original.tolist(), kept.tolist(), prunable)]
     image = check(plot_kept(rows, tmp_path / "k.png"), 4000)
     assert image.shape[0] >= 20 * layers
+    assert check(style.narrow_form(tmp_path / "k.png"), 4000).shape[1] < image.shape[1] / 2
 
 
 def test_sweep_and_sensitivity(tmp_path: Path) -> None:
@@ -234,7 +304,7 @@ def test_no_global_state(tmp_path: Path) -> None:
     code = f"""
 import sys, numpy as np
 from pathlib import Path
-from utils.plots import detections, slimming, training
+from utils.plots import detections, slimming, style, training
 assert not any(m.split(".")[0] == "matplotlib" for m in sys.modules), "the import loads matplotlib"
 import matplotlib
 def settings():  # asking for the backend would import pyplot

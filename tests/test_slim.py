@@ -10,12 +10,12 @@ import pytest
 import slim
 from models import checkpoint
 from models.yolo import Model
+from slim import pipeline_parser
 from tests import crash
 from tests.blocks import randomised
 from tests.test_crash import run_with
 from training.pipeline import Pipeline, known_pipeline
 from utils.errors import UserError
-from utils.options import pipeline_parser
 from utils.slimming.cost import profile
 from utils.slimming.targets import TARGETS, Target
 
@@ -132,7 +132,7 @@ def test_what_can_be_known_at_the_start_is_refused_there(flags, tmp_path, change
 
 def begun(*flags: object) -> Pipeline:
     """The pipeline that these flags begin."""
-    parser = pipeline_parser("", ["torch"], [])
+    parser = pipeline_parser()
     return slim.begin(parser.parse_args(list(map(str, flags))), parser)
 
 

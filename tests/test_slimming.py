@@ -10,7 +10,7 @@ import torch
 import torchvision
 from torch import nn
 
-from models.common import Conv
+from models.common import Bottleneck, Conv
 from models.yolo import Model
 from tests.blocks import random_masks, randomised
 from utils.slimming import SCORES, Masks, Pruner, Rules, compose_masks, masked, slim, trace
@@ -100,7 +100,7 @@ def test_channels_are_ranked_by_order_when_all_scores_are_equal(model):
 def test_the_smallest_go_first_and_the_safe_threshold_leaves_every_layer_a_channel(model):
     pruner = Pruner(model, 64).rank()
     prunable = pruner.graph.prunable()
-    safe = pruner.safe_threshold(prunable)
+    safe = pruner.safe_threshold()
     masks = pruner.preview(safe.percent)[0]
     cut = torch.cat([pruner.norms[n].weight.detach()[~m] for n, m in masks.items()])
     kept = torch.cat([pruner.norms[n].weight.detach()[m & prunable[n]] for n, m in masks.items()])
@@ -286,9 +286,62 @@ def test_a_sweep_shows_the_cuts_that_auto_would_make(net):
         norm.weight.data[::4] = 0.05
     assert [row["score"] for row in pruner.rank("auto").sweep([0.0, 0.2, 0.6])] == ["gamma", "gamma", "taylor"]
     assert [pruner.rank("auto").cut(percent).score for percent in (0.2, 0.6)] == ["gamma", "taylor"]
-    pruner.rank("auto").sensitivity(0.6)
-    assert pruner.score == "taylor"
+    assert [pruner.score_for(percent) for percent in (0.6, 0.2)] == ["taylor", "gamma"]
     assert {row["score"] for row in pruner.rank("gamma").sweep([0.0, 0.6])} == {"gamma"}
+
+
+def test_a_cut_depends_on_its_arguments_only(net):
+    """A cut for which gammas do not tell used to make taylor the score of all later cuts."""
+    def pruner() -> Pruner:
+        torch.manual_seed(1)
+        images = torch.rand(2, 3, 32, 32)
+        return Pruner(net, 32, losses=lambda model: [model(images).square().mean()]).rank("auto")
+
+    with torch.no_grad():
+        net[1].weight.fill_(1.0)
+        net[3].weight.copy_(torch.tensor([1.0, 0.9, 0.05, 0.04, 1.0, 1.0]))
+    asked = [{"percent": 0.6}, {"percent": 0.14}, {"target": ("params", 0.5)}, {"percent": 0.0}, {"percent": 0.6}]
+    together, alone = pruner(), [pruner().cut(**how) for how in asked]
+    for how, expected in zip(asked, alone):
+        result = together.cut(**how)
+        assert result.score == expected.score and result.report == expected.report
+        assert all(torch.equal(result.masks[name], mask) for name, mask in expected.masks.items())
+    assert [result.score for result in alone] == ["taylor", "gamma", "taylor", "gamma", "taylor"]
+    assert all(map(torch.equal, together.preview(0.6)[0].values(), alone[0].masks.values()))
+
+
+SHARES = [Rules(), Rules(keep=("0.bn",)), Rules(keep=("1.cv2.bn",), coupled=True), Rules(coupled=True),
+          Rules(min_share=0.5), Rules(min_share=0.25, round_to=4), Rules(min_channels=9, keep=("3.*",))]
+
+
+@pytest.mark.parametrize("score, empty", [("gamma", False), ("gamma", True), ("l1", False)])
+@pytest.mark.parametrize("rules", SHARES, ids=str)
+def test_every_share_is_one_of_the_channels_that_may_go(rules, score, empty):
+    """Kept layers and those that share channels with them used to count for --percent, and not for the hints."""
+    torch.manual_seed(0)
+    net = randomised(nn.Sequential(Conv(3, 16, 3), Bottleneck(16, 16), Conv(16, 24, 3, 2), Conv(24, 12, 1),
+                                   nn.Conv2d(12, 2, 1)))
+    norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
+    with torch.no_grad():
+        for norm in norms:
+            zeros = norm.num_features // 3 if norm is not norms[-1] or not empty else norm.num_features
+            norm.weight[:zeros] = norm.bias[:zeros] = 0.0
+    pruner = Pruner(net, 32).rank(score, rules)
+    first = pruner.cut(0.4)
+    held = {"0.bn": "0.bn" in rules.keep or not rules.coupled or "1.cv2.bn" in rules.keep,
+            "1.cv2.bn": not rules.coupled or "1.cv2.bn" in rules.keep, "3.bn": "3.*" in rules.keep}
+    assert all(bool(first.prunable[name].any()) != stays for name, stays in held.items())
+    total = sum(int(mask.sum()) for mask in first.prunable.values())
+    gone = sum(int((~mask).sum()) for mask in first.masks.values())
+    assert len(first.gammas) == total == pruner.ranking.total
+    assert first.achieved == gone / total and gone <= round(0.4 * total)
+    unused, below = pruner.cut(first.unused), pruner.rank("gamma", rules).cut(first.safe.percent)
+    assert Pruner(net, 32).rank(score, rules, per_flop=True).safe_threshold() == first.safe
+    for name, norm in pruner.norms.items():
+        cut = ~unused.masks[name]
+        assert bool((norm.weight[cut] == 0).all() and (norm.bias[cut] == 0).all())
+    assert below.threshold < first.safe.gamma or not first.safe.percent
+    assert first.unused > 0 or score == "l1" or rules.round_to > 1
 
 
 @pytest.mark.parametrize("change", [{"min_channels": 0}, {"round_to": 0}, {"min_share": 1.1}, {"min_share": -0.1}])

@@ -1,6 +1,7 @@
 """The VOC converter: every oddity of real annotations, on folders made for it, and BCCD as a whole."""
 from __future__ import annotations
 
+import json
 import os
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
@@ -69,7 +70,8 @@ def convert_one(folder: Path, tmp_path: Path) -> Callable[..., tuple[str, str]]:
     def convert(objects: str = thing(), flags: tuple[str, ...] = (), stem: str = "a",
                 **keywords: Any) -> tuple[str, str]:
         add(folder, stem, objects, **keywords)
-        lists(folder, train=f"{stem}\n")
+        add(folder, "z")  # without any box there is nothing to convert
+        lists(folder, train=f"{stem}\nz\n")
         before = contents(folder)
         report = run(folder, tmp_path / "out", "--classes", "cat", "dog", *flags)
         assert contents(folder) == before
@@ -114,6 +116,82 @@ def test_objects(convert_one: Callable[..., tuple[str, str]], objects: str, labe
         assert counted in report
     else:
         assert "repaired" not in report and "left out" not in report
+
+
+def shape(inner: str) -> str:
+    return f"<object><name>cat</name>{inner}</object>"
+
+
+def points(*pairs: tuple[int, int]) -> str:
+    return "".join(f"<x{i}>{x}</x{i}><y{i}>{y}</y{i}>" for i, (x, y) in enumerate(pairs, 1))
+
+
+def rotated(angle: object) -> str:
+    """A box of 40 x 20 around the middle of the picture."""
+    return shape(f"<robndbox><cx>50</cx><cy>40</cy><w>40</w><h>20</h><angle>{angle}</angle></robndbox>")
+
+
+CORNERS = ((10, 20), (30, 20), (30, 60), (10, 60))          # pixel edges: the box of ROW
+
+
+@pytest.mark.parametrize(("objects", "label", "counted"), [
+    (shape(f"<polygon>{points(*CORNERS)}</polygon>"), ROW, "1 x box missing, made from the polygon"),
+    (shape("<polygon>" + "".join(f"<pt><x>{x}</x><y>{y}</y></pt>" for x, y in CORNERS) + "</polygon>"), ROW,
+     "1 x box missing, made from the polygon"),
+    (shape(f"<bndbox><xmin/></bndbox><polygon>{points(*CORNERS)}</polygon>"), "", "1 x box missing or not numeric"),
+    (shape(f"<bndbox>{points(*CORNERS)}</bndbox>"), ROW, "1 x box missing, made from the polygon"),
+    (thing()[:-9] + f"<polygon>{points((1, 1), (2, 2), (3, 1))}</polygon></object>", ROW, ""),   # its bndbox counts
+    (shape(f"<polygon>{points((1, 1), (2, 1), (3, 1))}</polygon>"), "", "1 x box missing or not numeric"),
+    (shape("<polygon><x1>nan</x1><y1>1</y1></polygon>"), "", "1 x box missing or not numeric"),
+    (rotated(0), "0 0.500000 0.500000 0.400000 0.250000\n", "1 x box rotated, made upright around it"),
+    (rotated(1.5707963), "0 0.500000 0.500000 0.200000 0.500000\n", "1 x box rotated, made upright around it"),
+    (rotated(90), "0 0.500000 0.500000 0.200000 0.500000\n", "1 x box rotated, made upright around it"),
+    (rotated("nan"), "", "1 x box missing or not numeric")])
+def test_polygons_and_rotated_boxes(convert_one: Callable[..., tuple[str, str]], objects: str, label: str,
+                                    counted: str) -> None:
+    """They used to be left out, and so a whole set was converted without a box."""
+    text, report = convert_one(objects)
+    assert text == label
+    assert counted in report if counted else "made" not in report
+
+
+@pytest.mark.parametrize(("objects", "reason"), [
+    (thing(extra="<difficult>1</difficult>") * 2, "difficult object, kept with --keep-difficult: 2"),
+    (thing((30, 21, 30, 60)) + thing(name=""), "box empty: 1, box without a class name: 1"),
+    ("<item/>", "the annotations hold none")])
+def test_where_no_box_is_left_nothing_is_written(folder: Path, tmp_path: Path, objects: str, reason: str) -> None:
+    add(folder, "a", objects)
+    lists(folder, train="a\n")
+    with pytest.raises(UserError) as error:
+        run(folder, tmp_path / "out")
+    assert str(error.value) == f"--voc: no box is left ({reason})" and not (tmp_path / "out").exists()
+    add(folder, "b")
+    lists(folder, val="b\n")
+    with pytest.raises(UserError, match="--voc: train: no box is left"):
+        run(folder, tmp_path / "out")
+    with pytest.raises(UserError, match=r"object of class 'cat', not in --classes: 1"):
+        run(folder, tmp_path / "out", "--splits", "val", "--classes", "dog")
+
+
+@pytest.mark.parametrize(("head", "encoding"), [
+    ('<?xml version="1.0" encoding="GB2312"?>', "gb2312"), ("<?xml version='1.0' encoding='big5'?>", "big5"),
+    ('<?xml version="1.0" encoding="Shift_JIS"?>', "shift_jis"), ('<?xml version="1.0" encoding="utf-16"?>', "utf-16"),
+    ('<?xml version="1.0" encoding="utf-16"?>', "utf-8"), ("", "utf-8-sig"), ("", "utf-16"),
+    ('<?xml version="1.0" encoding="UTF-8" standalone="yes"?>', "utf-8")])
+def test_encodings_of_xml(folder: Path, tmp_path: Path, head: str, encoding: str) -> None:
+    """expat knows neither GB2312 nor Big5."""
+    add(folder, "a", xml=f"{head}<annotation>{thing(name='中')}</annotation>".encode(encoding))
+    lists(folder, train="a\n")
+    run(folder, tmp_path / "out")
+    assert read_data(tmp_path / "out/data.yaml").names == {0: "中"}
+
+
+def test_a_list_in_utf16(folder: Path, tmp_path: Path) -> None:
+    add(folder, "größe")
+    lists(folder, train="")
+    (folder / "ImageSets/Main/train.txt").write_text("größe\n", encoding="utf-16")
+    run(folder, tmp_path / "out")
+    assert os.listdir(tmp_path / "out/images/train") == ["größe.jpg"]
 
 
 def test_difficult_objects_are_kept_on_demand(convert_one: Callable[..., tuple[str, str]]) -> None:
@@ -171,7 +249,7 @@ def test_odd_names(convert_one: Callable[..., tuple[str, str]], tmp_path: Path, 
     assert text == ROW
     assert "left out" not in report
     data = read_data(tmp_path / "out/data.yaml")
-    assert [p.stem for p in data.train[0].iterdir()] == [stem]
+    assert sorted(p.stem for p in data.train[0].iterdir()) == sorted([stem, "z"])
 
 
 @pytest.mark.parametrize("filename", ["other.jpg", "C:\\pictures\\other.jpg", "a"])
@@ -197,8 +275,10 @@ BOMB = '<!DOCTYPE a [<!ENTITY b "cat">]><annotation><object><name>&b;</name></ob
 @pytest.mark.parametrize(("xml", "reason"), [
     ("<annotation><object>", "XML broken"),
     ("", "XML broken"),
-    (b"\xff\xfe\x00nonsense", "XML broken"),
-    ('<?xml version="1.0" encoding="klingon"?><annotation/>', "XML broken"),
+    (b"\xff\xfe\x00nonsense", "XML not in the encoding"),
+    ('<?xml version="1.0" encoding="klingon"?><annotation/>', "XML not in the encoding"),
+    ('<?xml version="1.0" encoding="zip"?><annotation/>', "XML not in the encoding"),
+    (f"<annotation>{thing(name='鱼')}</annotation>".encode("gbk"), "XML not in the encoding"),
     (BOMB, "XML with a DOCTYPE or entities"),
     (BOMB.encode("utf-16"), "XML with a DOCTYPE or entities"),
     ("<!doctype html><annotation/>", "XML with a DOCTYPE or entities"),
@@ -337,8 +417,9 @@ def test_class_order(folder: Path, tmp_path: Path) -> None:
 def test_no_class_at_all(folder: Path, tmp_path: Path) -> None:
     add(folder, "a", "")
     lists(folder, train="a\n")
-    with pytest.raises(UserError, match="--classes"):
+    with pytest.raises(UserError, match=r"--voc: no box is left \(the annotations hold none\)"):
         run(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 # -------------------------------------------------------------------------------------------------------------- output
@@ -399,6 +480,34 @@ def test_second_call_removes_only_what_the_first_has_made(folder: Path, tmp_path
     left = {p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").rglob("*") if p.is_file()}
     assert left == {yolo_layout.MARKER, "data.yaml", "notes.txt", "images/train/mine.jpg", "images/train/b.jpg",
                     "labels/train/b.txt"}
+
+
+def test_a_list_of_files_that_leads_elsewhere_removes_nothing(folder: Path, tmp_path: Path) -> None:
+    """The list in a folder that a stranger has made: by name, by a link, or as nonsense."""
+    add(folder, "a")
+    lists(folder, train="a\n")
+    out, mine = tmp_path / "out", tmp_path / "mine"
+    (mine / "sub").mkdir(parents=True)
+    (mine / "sub/thesis.txt").write_text("mine")
+    (out / "images").mkdir(parents=True)
+    (out / "images/link").symlink_to(mine)
+    names = ["images/link/sub/thesis.txt", "images/../../mine/sub/thesis.txt", str(mine / "sub/thesis.txt"), "images"]
+    (out / yolo_layout.MARKER).write_text(json.dumps({"files": names}))
+    run(folder, out)
+    assert (mine / "sub/thesis.txt").read_text() == "mine"
+    for nonsense in ("[]", '{"files": [1]}', "[" * 9000, '{"files": 3}'):
+        (out / yolo_layout.MARKER).write_text(nonsense)
+        with pytest.raises(UserError, match="damaged|not readable"):
+            run(folder, out)
+
+
+def test_equal_names_of_the_greatest_length(tmp_path: Path) -> None:
+    roots = [tmp_path / f"VOC{year}" for year in (2007, 2008, 2009)]
+    for root in roots:
+        add(root, "ä" * 125)
+        lists(root, train="ä" * 125 + "\n")
+    run(roots, tmp_path / "out")
+    assert len(os.listdir(tmp_path / "out/images/train")) == len(os.listdir(tmp_path / "out/labels/train")) == 3
 
 
 def test_foreign_output_is_refused(folder: Path, tmp_path: Path) -> None:

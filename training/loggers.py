@@ -1,11 +1,11 @@
 """Where a run's numbers go: results.csv and TensorBoard. One row and one step an epoch."""
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 from typing import Any
 
 from utils.files import write_text
+from utils.tables import read_results
 
 
 class RunLogger:
@@ -20,8 +20,7 @@ class RunLogger:
         self.path = folder / "results.csv"
         self.rows: list[dict[str, Any]] = []
         if start_epoch and self.path.is_file():
-            with open(self.path, newline="", encoding="utf-8") as file:
-                self.rows = [row for row in csv.DictReader(file) if int(row["epoch"]) < start_epoch]
+            self.rows = [row for row in read_results(self.path) if row["epoch"] < start_epoch]
         self.tb = SummaryWriter(str(folder), purge_step=start_epoch)
 
     def epoch(self, epoch: int, values: dict[str, float]) -> None:

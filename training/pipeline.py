@@ -1,7 +1,6 @@
 """The pipeline from a model to a slim one: its stages, what is done of them, and how long the rest takes."""
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 from training.run import Hook, Run
 from utils.errors import UserError
 from utils.files import newest, write_json
+from utils.text import read_json
 
 STATE = "slim.json"
 PRUNE = "prune.py"
@@ -116,9 +116,9 @@ def known_pipeline(resume: str | bool, project: str) -> Pipeline:
     for folder in (path.absolute(), *path.absolute().parents):
         if (folder / STATE).is_file():
             try:
-                data = json.loads((folder / STATE).read_text(encoding="utf-8"))
+                data = read_json(folder / STATE)
                 return Pipeline(folder, **{**data, "target": tuple(data["target"])})
-            except (ValueError, TypeError, KeyError):
+            except (UserError, TypeError, KeyError):
                 raise UserError(f"{folder / STATE}: damaged, or of another version; start a new pipeline: "
                                 "--weights with the best of its stages") from None
     raise UserError(f"--resume {path}: no {STATE} there or above; give the folder of a slim.py run")

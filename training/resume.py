@@ -11,10 +11,11 @@ import torch
 from models import checkpoint
 from training.distributed import device_of_before, first_process
 from training.run import Run
+from training.settings import trained_data
 from utils.data.config import read_data
 from utils.errors import NonFiniteError, UserError
-from utils.files import command_line, in_use, newest, read_yaml_mapping
-from utils.options import trained_data
+from utils.files import command_line, in_use, newest
+from utils.text import read_yaml_mapping
 
 
 def require_finite(run: Run) -> None:

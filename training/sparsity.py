@@ -14,7 +14,6 @@ from models.yolo import Model
 from training.narrow import RemainingChannels
 from utils.errors import UserError
 from utils.slimming.graph import batch_norms, matching
-from utils.slimming.ranking import NothingToCutError
 from utils.slimming.sparsity import GammaL1
 from utils.slimming.target_sparsity import TargetSparsity
 from utils.slimming.targets import TARGETS
@@ -41,8 +40,6 @@ class SparsityPlan:
         self.opt, self.frozen = opt, frozen
         try:
             self.pruner = model_pruner(start, imgsz)
-        except NothingToCutError:
-            raise UserError(NO_NORMS) from None
         except ValueError as error:
             raise UserError(f"sparsity: {error}") from None
         # Their scales and shifts are those of the average, over the channels of the start: see look().
@@ -81,7 +78,7 @@ class SparsityPlan:
             raise UserError(f"{error}; prune.py's table shows the names") from None
         names = graph.prunable_norms(opt.shortcuts == "joint", (self.frozen & every) | keep | (every - only))
         if not names:
-            raise UserError(NO_NORMS)
+            raise UserError("; ".join([NO_NORMS, *graph.notes[:3]]))
         return names
 
     def _build_target(self, sizes: Sequence[int]) -> TargetSparsity:

@@ -70,8 +70,7 @@ class SparsityReport:
         stats = gamma_stats(gammas)
         rules = Rules(min_share=MIN_SHARE, round_to=plan.round_to, coupled=opt.shortcuts == "joint",
                       keep=tuple(opt.keep))
-        ranking = plan.pruner.rank(rules=rules).ranking
-        limit = plan.pruner.safe_threshold(ranking.prunable).percent
+        limit = plan.pruner.rank(rules=rules).safe_threshold().percent
         log["sparsity/sr"] = plan.penalty.coefficient(self.run.epoch)
         log.update({f"sparsity/{key}": value for key, value in stats.items()})
         log["sparsity/limit"] = limit

@@ -17,11 +17,11 @@ from models import checkpoint
 from models.yolo import Model, set_anchors, with_classes
 from training.autoanchor import fit_anchors
 from training.distributed import World, broadcast
+from training.settings import resolve
 from utils.data.config import other_names
 from utils.data.dataset import DetectionDataset
 from utils.errors import UserError
 from utils.files import in_use, new_run_folder
-from utils.options import resolve
 
 
 def start_options(opt: Namespace) -> Namespace:

@@ -1,19 +1,30 @@
 """Downloading weights and data sets: only where a user names something that is missing, and whole or not at all."""
 from __future__ import annotations
 
+import lzma
+import re
+import shutil
+import site
+import sys
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path, PurePosixPath
+from typing import IO, TypeVar
 
 from tqdm import tqdm
 
-from utils.errors import UserError
-from utils.files import atomic, exclusive, scratch
+from utils.errors import UserError, first_line
+from utils.files import ROOT, atomic, exclusive, scratch
 
 TIMEOUT = 20         # seconds without data
 BLOCK = 1 << 16      # bytes
+# What an archive may bring: images, labels, lists and texts, but nothing that Python or another program would run.
+ENDINGS = frozenset({".bmp", ".jpeg", ".jpg", ".mpo", ".png", ".tif", ".tiff", ".webp", ".csv", ".json", ".md", ".txt",
+                     ".xml", ".yaml", ".yml"})
+T = TypeVar("T")
 
 
 def fetch(url: str, path: Path, check: Callable[[Path], bool], mend: str) -> None:
@@ -34,7 +45,7 @@ def _fetch(url: str, path: Path, check: Callable[[Path], bool], mend: str) -> No
     with atomic(path) as temporary:
         try:
             size = _receive(url, temporary, path.name)
-        except (URLError, HTTPException, TimeoutError, ConnectionError) as error:
+        except (URLError, HTTPException, TimeoutError, ConnectionError, ValueError) as error:  # the last: no address
             reason = getattr(error, "reason", None) or error
             raise UserError(f"{url}: can't be fetched ({reason}); {mend}") from None
         received = temporary.stat().st_size
@@ -60,57 +71,90 @@ def _receive(url: str, path: Path, title: str) -> int:
 def fetch_folder(url: str, folder: Path, mend: str) -> None:
     """Download an archive and unpack it, so that `folder`, which is missing, is there whole or not at all.
 
-    The archive holds a folder of that name, whose neighbours get beside `folder` unless something is there; or all of
-    it belongs into `folder`. Errors and several processes as in fetch().
+    The archive holds a folder of that name, whose neighbours get into it unless something is there; or all of it
+    belongs into `folder`. Nothing of it gets anywhere else. UserError also for a folder that Python imports from.
+    Errors and several processes as in fetch().
     """
+    _refuse_imported(folder, mend)
     with exclusive(folder):
         if folder.exists():  # while this process has waited, another may have been here
             return
         print(f"{folder} is not there yet: fetching {url}")
         try:
             with scratch(folder) as temporary:
-                archive, content = temporary / url.rpartition("/")[2], temporary / "content"
+                archive, content = temporary / "archive", temporary / "content"
                 fetch(url, archive, is_archive, mend)
-                unpack(archive, content)
-                _move(content, folder)
+                if left_out := unpack(archive, content):
+                    print(f"{url}: {left_out} files are left out, which are no images, labels or texts")
+                if not any(content.iterdir()):
+                    raise UserError(f"{url}: holds no images and labels; {mend}")
+                inner = content / folder.name
+                if inner.is_dir():
+                    for entry in content.iterdir():
+                        if entry != inner and not (inner / entry.name).exists():
+                            entry.rename(inner / entry.name)
+                    content = inner
+                content.rename(folder)
         except OSError as error:
             raise UserError(f"{folder}: can't be written ({error.strerror}); {mend}") from None
 
 
-def _move(content: Path, folder: Path) -> None:
-    """Put what was unpacked where it belongs; `folder` comes last, because it says that all is there."""
-    inner = content / folder.name
-    if not inner.is_dir():
-        content.rename(folder)
-        return
-    for entry in content.iterdir():
-        if entry != inner and not (folder.parent / entry.name).exists():
-            entry.rename(folder.parent / entry.name)
-    inner.rename(folder)
+def _refuse_imported(folder: Path, mend: str) -> None:
+    """UserError for a folder that Python imports from, or that holds such a one or is in a package."""
+    folder = folder.resolve()
+    places = [Path(entry).resolve() for entry in (str(ROOT), *sys.path, site.getusersitepackages())]
+    packages = [p for p in folder.parents if p.name in ("site-packages", "dist-packages")
+                or (p.is_relative_to(ROOT) and (p / "__init__.py").exists())]
+    if packages or any(place.is_relative_to(folder) for place in places):
+        raise UserError(f"{folder}: no archive is unpacked there, for Python imports from it; {mend}")
 
 
-def unpack(archive: Path, folder: Path) -> None:
-    """Unpack a .zip or .tar* into `folder`. UserError, before anything is written, for members outside the folder."""
+def unpack(archive: Path, folder: Path) -> int:
+    """Write the files of a .zip or .tar* that have one of ENDINGS into `folder`; returns how many are left out.
+
+    Hidden files don't count: they are notes of the system that packed them. No link is made: one to a file of the
+    archive becomes a copy. UserError, before anything is written, for members and links that lead outside.
+    """
     try:
         if zipfile.is_zipfile(archive):
-            with zipfile.ZipFile(archive) as file:
-                _refuse_outside(file.namelist(), archive, folder)
-                file.extractall(folder)
-            return
+            with zipfile.ZipFile(archive) as packed:
+                files = {member.filename: member for member in packed.infolist() if not member.is_dir()}
+                return _write_members(archive, folder, files, packed.open)
         with tarfile.open(archive) as tar:
-            _refuse_outside(tar.getnames(), archive, folder)
-            tar.extractall(folder, filter="data")  # refuses links out of the folder and devices, ignores owners
-    except (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, RuntimeError) as error:  # the last: encrypted
-        raise UserError(f"{archive}: can't be unpacked ({error})") from None
+            members = {member.name: member for member in tar.getmembers() if not member.isdir()}
+            for member in members.values():
+                tarfile.data_filter(member, str(folder))  # refuses links out of the folder, and devices
+            return _write_members(archive, folder, members, tar.extractfile)
+    except (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, lzma.LZMAError, RuntimeError, ValueError
+            ) as error:  # RuntimeError: encrypted, of an unknown compression, or links in a circle
+        raise UserError(f"{archive}: can't be unpacked ({first_line(error)})") from None
+
+
+def _write_members(archive: Path, folder: Path, members: Mapping[str, T],
+                   open_member: Callable[[T], IO[bytes] | None]) -> int:
+    """Write an archive's files, by their names in it, into the new `folder`; returns how many are left out."""
+    targets = {name: PurePosixPath(name.replace("\\", "/")) for name in members}  # some programs write Windows' paths
+    for name, target in targets.items():
+        if target.is_absolute() or ".." in target.parts or re.match("[A-Za-z]:", name):
+            raise UserError(f"{archive}: refused, its member '{name}' would lie outside of {folder}")
+    folder.mkdir(parents=True)
+    left_out = 0
+    for name, target in targets.items():
+        if any(part.startswith((".", "__MACOSX")) for part in target.parts):
+            continue
+        source = None
+        if target.suffix.lower() in ENDINGS:
+            with suppress(KeyError):  # a link to something that is not in the archive
+                source = open_member(members[name])
+        if source is None:
+            left_out += 1
+            continue
+        (folder / target).parent.mkdir(parents=True, exist_ok=True)
+        with source, open(folder / target, "wb") as file:
+            shutil.copyfileobj(source, file)
+    return left_out
 
 
 def is_archive(path: Path) -> bool:
     """Whether this is a .zip or .tar* file."""
     return zipfile.is_zipfile(path) or tarfile.is_tarfile(path)
-
-
-def _refuse_outside(names: list[str], archive: Path, folder: Path) -> None:
-    root = folder.resolve()
-    for name in names:
-        if not (root / name).resolve().is_relative_to(root):
-            raise UserError(f"{archive}: refused, its member '{name}' would lie outside of {folder}")

@@ -2,12 +2,15 @@
 from __future__ import annotations
 
 import gc
+import io
 import re
 import sys
 import threading
 from argparse import ArgumentParser
 from collections.abc import Callable
 from typing import Any
+
+LONGEST = 2000  # characters of a message
 
 
 class UserError(Exception):
@@ -35,7 +38,13 @@ class OneLineParser(ArgumentParser):
 
 
 def run_cli(main: Callable[[], object]) -> None:
-    """Run a script's main and turn its expected failures into one line on stderr and an exit code."""
+    """Run a script's main and turn its expected failures into one line on stderr and an exit code.
+
+    A letter that the system's encoding lacks, in a class or a file name, is printed as its number: \\u8272.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     loud = threading.excepthook
     # TensorBoard writes in a thread, which hands its OSError on to the next call: no need to print it twice.
     threading.excepthook = lambda args: None if isinstance(args.exc_value, OSError) else loud(args)
@@ -58,8 +67,10 @@ def run_cli(main: Callable[[], object]) -> None:
         gc.freeze()  # Python's last collection would look at all of PyTorch for a second, to free what ends anyway
 
 
-def _end(line: str, code: int) -> None:
-    print(line, file=sys.stderr)
+def _end(message: str, code: int) -> None:
+    """One line, whatever of a user's file is quoted in it."""
+    line = " ".join(message.splitlines())
+    print(line if len(line) <= LONGEST else f"{line[:LONGEST]} ...", file=sys.stderr)
     sys.exit(code)
 
 

@@ -32,7 +32,9 @@ ROOT = Path(__file__).resolve().parents[1]
 STALE = 3600  # seconds; what is half written and older than this belongs to a killed process
 # What atomic() writes first: a machine, a process and a thread. The first two are missing in files of older versions.
 HALF_WRITTEN = re.compile(r"\..+\.(?:slimming-(?P<machine>[0-9a-f]{8})-)?(?P<process>\d+)-\d+\.tmp")
-LONGEST = 150  # bytes of a name that a temporary one repeats: file systems take 255
+LONGEST = 150    # bytes of a name that a temporary one repeats: file systems take 255
+MOST_BYTES = 240  # of a result's name: file systems take 255, and _frame_crop.jpg may follow
+RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # devices on Windows, whatever the ending
 
 
 def new_run_folder(project: str | Path, name: str = "exp", exist_ok: bool = False) -> Path:
@@ -56,6 +58,49 @@ def new_run_folder(project: str | Path, name: str = "exp", exist_ok: bool = Fals
     raise UserError(f"{base}: too many runs; choose another --name")
 
 
+def clipped(name: str, most: int) -> str:
+    """The beginning of a file name, in whole letters and at most `most` bytes."""
+    name = name[:most]
+    while len(name.encode("utf-8", "replace")) > most:
+        name = name[:-1]
+    return name
+
+
+def printable(text: str) -> str:
+    """A text that can be shown and drawn: bytes of a file name that are no UTF-8 (surrogates) become ?.
+
+    OpenCV crashes on them.
+    """
+    return text.encode("utf-8", "replace").decode()
+
+
+def safe_name(text: str) -> str:
+    """A text that comes from data, such as a class name, as the name of one file or folder on any system.
+
+    What would lead elsewhere or can't be in a name becomes _. Two texts may get the same name: see UniqueNames.
+    """
+    name = clipped(re.sub(r'[\x00-\x1f\x7f/\\<>:"|?*]', "_", printable(text)), MOST_BYTES).strip().rstrip(". ")
+    return f"_{name}" if not name or RESERVED.fullmatch(name) else name
+
+
+class UniqueNames:
+    """File names of at most MOST_BYTES, one for each key: of keys with equal names the later ones get a number."""
+
+    def __init__(self) -> None:
+        self.names: dict[Any, str] = {}
+        self.taken: set[str] = set()
+
+    def __call__(self, key: Any, name: str, number: int = 2) -> str:
+        """The key's name: `name`, or name_2, name_3 ... where that is taken; `number`: the first one to try."""
+        if key not in self.names:
+            found = clipped(name, MOST_BYTES)
+            while os.path.normcase(found) in self.taken:
+                found, number = f"{clipped(name, MOST_BYTES - 8)}_{number}", number + 1
+            self.names[key] = found
+            self.taken.add(os.path.normcase(found))
+        return self.names[key]
+
+
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
     """A temporary path beside `path`, for the block to write. It becomes `path` when the block ends well.
@@ -63,7 +108,7 @@ def atomic(path: Path) -> Iterator[Path]:
     Whatever happens, `path` is the old file or the new one, whole. What killed processes have left beside it goes.
     UserError where the disk refuses.
     """
-    begin = path.name.encode("utf-8", "ignore")[:LONGEST].decode("utf-8", "ignore")
+    begin = clipped(path.name, LONGEST)
     temporary = path.with_name(f".{begin}.slimming-{_machine()}-{os.getpid()}-{threading.get_ident()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -228,9 +273,12 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically."""
+    """Write a text file atomically. What UTF-8 has no form for, in the names of some files, is written as \\udcff.
+
+    In JSON that is what it means.
+    """
     with atomic(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -241,19 +289,6 @@ def write_json(path: Path, data: Any) -> None:
 def write_yaml(path: Path, data: dict) -> None:
     """Write plain data as yaml in its own order, atomically."""
     write_text(path, yaml.safe_dump(data, sort_keys=False, allow_unicode=True))
-
-
-def read_yaml_mapping(path: Path, what: str) -> dict:
-    """A yaml file that must be a mapping, such as hyper-parameters; `what` names the flag for the error."""
-    if not path.is_file():
-        raise UserError(f"{what} {path}: no such file")
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8", errors="replace"))
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not a readable yaml ({str(error).splitlines()[0]})") from None
-    if not isinstance(data, dict):
-        raise UserError(f"{path}: must be a mapping 'key: value'")
-    return data
 
 
 def newest(pattern: str, folder: Path = Path()) -> Path | None:

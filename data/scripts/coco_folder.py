@@ -1,12 +1,14 @@
 """COCO JSON files: which of a folder belong to which split, and where their images are."""
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
 
-from data.scripts.yolo_layout import SPLIT_WORDS
+from data.scripts.yolo_layout import SPLIT_WORDS, last_part
 from utils.data.coco import read_annotations
+from utils.data.image_files import find_below
 from utils.errors import UserError
 
 Annotations = dict[str, Any]
@@ -64,7 +66,7 @@ def _image_folder(file: Path, data: Annotations) -> Path:
     subset = file.stem.removeprefix("instances_")
     folders = (base / "images" / subset, base / subset, base / "images", file.parent, base)
     names = [str(image.get("file_name", "")) for image in data["images"][:LOOKED_AT]]
-    counts = [sum(find_image(folder, name).is_file() for name in names) for folder in folders]
+    counts = [sum(os.path.isfile(find_image(folder, name)) for name in names) for folder in folders]
     if names and not max(counts):
         raise UserError(f"--coco: {file}: its images ({names[0]} ...) are not found; give --json and --images")
     return folders[counts.index(max(counts))]
@@ -72,5 +74,5 @@ def _image_folder(file: Path, data: Annotations) -> Path:
 
 def find_image(folder: Path, name: str) -> Path:
     """Where an image with this file_name should be: below `folder`, or in it without the name's own folders."""
-    path = folder / name
-    return path if path.is_file() else folder / path.name
+    path = find_below(folder, name)
+    return path if os.path.isfile(path) else folder / last_part(name)

@@ -28,7 +28,7 @@ if not __package__:  # run as a script
 from data.scripts import yolo_layout as layout
 from data.scripts.coco_folder import Annotations, find_image, find_splits
 from data.scripts.yolo_layout import Box, Plan, Skipped
-from utils.data.coco import read_annotations
+from utils.data.coco import is_crowd, outline_box, read_annotations
 from utils.errors import UserError, run_cli
 
 
@@ -38,20 +38,20 @@ def class_names(files: Sequence[Annotations], plan: Plan) -> dict[Any, str]:
     A category without boxes that is another's supercategory (Roboflow writes one) is left out.
     """
     categories = [category for data in files for category in data["categories"]]
-    used = {annotation.get("category_id") for data in files for annotation in data["annotations"]}
-    groups = {c.get("supercategory") for c in categories if c.get("supercategory") != c.get("name")}
+    used = {annotation["category_id"] for data in files for annotation in data["annotations"]}
+    groups = {str(c.get("supercategory")) for c in categories if c.get("supercategory") != c.get("name")}
     names: dict[Any, str] = {}
     for category in categories:
-        number, name = category.get("id"), str(category.get("name"))
-        if number is None:
-            raise UserError(f"--json: category '{name}' has no id")
+        number, name = category["id"], str(category.get("name") or "")
+        if number is None or not name:
+            raise UserError(f"--json: category '{name or number}' has no {'id' if name else 'name'}")
         if number not in used and name in groups:
             plan.dropped[f"category '{name}', which only groups others"] = 1
         elif names.setdefault(number, name) != name:
             raise UserError(f"--json: category {number} is '{names[number]}' in one file and '{name}' in another")
     if not names or len(set(names.values())) < len(names):
         raise UserError("--json: the categories need a name each, and every name once")
-    return {number: names[number] for number in sorted(names)}
+    return {number: names[number] for number in sorted(names, key=lambda n: (isinstance(n, str), n))}
 
 
 def add_split(plan: Plan, split: str, data: Annotations, folder: Path, names: dict[Any, str],
@@ -59,10 +59,14 @@ def add_split(plan: Plan, split: str, data: Annotations, folder: Path, names: di
     """Add the images of one split, which are in `folder`, and their boxes to the plan."""
     annotations = defaultdict(list)
     for annotation in data["annotations"]:
-        annotations[annotation.get("image_id")].append(annotation)
+        annotations[annotation["image_id"]].append(annotation)
+    ids = set()
     for image in tqdm(data["images"], f"reading {split}", delay=1.0, leave=False, disable=None):
         source = find_image(folder, str(image.get("file_name", "")))
         with plan.skipping(source):
+            if image["id"] in ids:
+                raise Skipped("image with the id of another")
+            ids.add(image["id"])
             size = layout.displayed_size(source)
             stated = image.get("width", size[0]), image.get("height", size[1])
             if stated != size:
@@ -71,7 +75,7 @@ def add_split(plan: Plan, split: str, data: Annotations, folder: Path, names: di
                               "image scaled after the JSON was written, boxes with it"] += 1
                 size = counted
             boxes = []
-            for annotation in annotations.pop(image.get("id"), []):
+            for annotation in annotations.pop(image["id"], []):
                 with plan.skipping():
                     boxes.append(read_box(plan, annotation, names, size, keep_crowd))
             plan.add(split, source, source.stem, folder.resolve().name, boxes)
@@ -80,16 +84,26 @@ def add_split(plan: Plan, split: str, data: Annotations, folder: Path, names: di
 
 def read_box(plan: Plan, annotation: dict[str, Any], names: dict[Any, str], size: tuple[int, int],
              keep_crowd: bool) -> Box:
-    """Class name and box of an annotation, whose bbox is x, y, width, height in pixels. Skipped if it is left out."""
-    if annotation.get("iscrowd") and not keep_crowd:
-        raise Skipped("crowd")
-    if annotation.get("category_id") not in names:
+    """Class name and box of an annotation, whose bbox is x, y, width, height in pixels. Skipped if it is left out.
+
+    Without a usable bbox the box is that of the outline.
+    """
+    if is_crowd(annotation) and not keep_crowd:
+        raise Skipped("crowd, kept with --keep-crowd")
+    if annotation["category_id"] not in names:
         raise Skipped("box of an unknown category")
-    x, y, w, h = layout.four_numbers(annotation.get("bbox"))
-    if w <= 0 or h <= 0:
-        raise Skipped("box empty")
-    box = plan.clip((x, y, x + w, y + h), size, slack=(0.5, 0.5))  # less than half a pixel is rounding
-    return names[annotation["category_id"]], box
+    try:
+        x, y, w, h = layout.four_numbers(annotation.get("bbox"))
+        if w <= 0 or h <= 0:
+            raise Skipped("box empty")
+        corners = (x, y, x + w, y + h)
+    except Skipped:
+        outline = outline_box(annotation.get("segmentation"))
+        if outline is None:
+            raise
+        plan.repaired["box missing, made from the polygon or mask"] += 1
+        corners = outline
+    return names[annotation["category_id"]], plan.clip(corners, size, slack=(0.5, 0.5))  # half a pixel is rounding
 
 
 def split_and_path(text: str) -> tuple[str, Path]:
@@ -135,10 +149,10 @@ def split_at_random(data: Annotations, opt: argparse.Namespace) -> dict[str, Ann
     chosen = layout.random_split(len(data["images"]), opt)
     images = {"train": [image for i, image in enumerate(data["images"]) if i not in chosen],
               "val": [image for i, image in enumerate(data["images"]) if i in chosen]}
-    ids = {image.get("id") for image in images["train"]}
+    ids = {image["id"] for image in images["train"]}
     parts: dict[str, Annotations] = {split: {**data, "images": images[split], "annotations": []} for split in images}
     for annotation in data["annotations"]:
-        parts["train" if annotation.get("image_id") in ids else "val"]["annotations"].append(annotation)
+        parts["train" if annotation["image_id"] in ids else "val"]["annotations"].append(annotation)
     return parts
 
 
@@ -148,7 +162,7 @@ def convert(opt: argparse.Namespace) -> str:
     names = class_names([data for data, _ in splits.values()], plan)
     for split, (data, folder) in splits.items():
         add_split(plan, split, data, folder, names, opt.keep_crowd)
-    plan.require_items("--json" if opt.json else "--coco")
+    plan.require_boxes("--json" if opt.json else "--coco", list(names.values()))
     return layout.write(plan, list(names.values()), opt, "coco_to_yolo.py")
 
 

@@ -6,9 +6,10 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
-from data.scripts.yolo_layout import SPLIT_WORDS, SPLITS, Skipped
+from data.scripts.yolo_layout import SPLIT_WORDS, SPLITS, Skipped, last_part
 from utils.data.image_files import IMAGE_SUFFIXES, walk
 from utils.errors import UserError
+from utils.text import read_lines
 
 XML, TXT = frozenset({".xml"}), frozenset({".txt"})
 # What people call the folders, in lower case; the first that is there and holds such files counts.
@@ -77,10 +78,8 @@ class VocFolder:
         sets = _child(self.root, LISTS, TXT)
         main = sets and _child(sets, ("main",), TXT)
         files = {split: main / f"{split}.txt" for split in SPLITS} if main else {}
-        read = {split: file.read_text(encoding="utf-8-sig", errors="replace").splitlines()
+        return {split: [self._listed(normal(line)) for line in read_lines(file)]
                 for split, file in files.items() if file.is_file()}
-        return {split: [self._listed(normal(line.strip())) for line in lines if line.strip()]
-                for split, lines in read.items()}
 
     def _listed(self, line: str) -> str:
         """'000001', '000001 1', '000001.jpg' or 'JPEGImages/000001.jpg' -> '000001'; a known name is left as it is."""
@@ -159,8 +158,3 @@ def _common_tail(a: str, b: str) -> int:
 def normal(text: str) -> str:
     """One encoding of accented letters: file systems and editors differ in theirs."""
     return unicodedata.normalize("NFC", text)
-
-
-def last_part(path: str) -> str:
-    """The file name of a path, of any system."""
-    return path.replace("\\", "/").rsplit("/", 1)[-1]

@@ -11,6 +11,8 @@ repaired or left out, and counted in the report at the end.
 from __future__ import annotations
 
 import argparse
+import math
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,12 +24,15 @@ if not __package__:  # run as a script
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from data.scripts import yolo_layout as layout
-from data.scripts.voc_folder import VocFolder, find_folders, last_part, normal
-from data.scripts.yolo_layout import SPLITS, Box, Plan, Skipped
+from data.scripts.voc_folder import VocFolder, find_folders, normal
+from data.scripts.yolo_layout import SPLITS, Box, Corners, Plan, Skipped, last_part
 from utils.errors import UserError, run_cli
+from utils.text import decoded, read_bytes
 
 VOC_NAMES = ("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable",
              "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor")
+DECLARATION = re.compile(rb"""\s*<\?xml[^>]{,100}?\sencoding\s*=\s*["']([\w.:-]{1,40})["']""")
+COORDINATE = re.compile(r"[xy](min|max|_\w+|\d+)?$", re.IGNORECASE)  # a tag
 
 
 # Annotations ----------------------------------------------------------------------------------------------------------
@@ -35,34 +40,78 @@ VOC_NAMES = ("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "ca
 def read_xml(path: Path) -> ElementTree.Element:
     """The root of an annotation. Skipped if it is broken, or could make a parser read other files or grow forever."""
     try:
-        data = path.read_bytes()
-    except OSError:
+        data = read_bytes(path)
+    except UserError:
         raise Skipped("XML unreadable") from None
-    plain = data.replace(b"\0", b"").upper()  # UTF-16 has zeros between its letters
-    if b"<!DOCTYPE" in plain or b"<!ENTITY" in plain:
+    # expat knows few encodings; and some programs write UTF-8 under the words encoding="utf-16".
+    declared = DECLARATION.match(data)
+    encoding = declared[1].decode() if declared and not declared[1].lower().startswith(b"utf") else "utf-8"
+    try:
+        text = decoded(data, path, encoding)
+    except UserError:
+        raise Skipped("XML not in the encoding that it names, or not in UTF-8") from None
+    if "<!DOCTYPE" in text.upper() or "<!ENTITY" in text.upper():
         raise Skipped("XML with a DOCTYPE or entities")
     try:
-        return ElementTree.fromstring(data)
-    except (ElementTree.ParseError, ValueError, LookupError):
+        return ElementTree.fromstring(text)
+    except (ElementTree.ParseError, ValueError):
         raise Skipped("XML broken") from None
 
 
 def read_box(plan: Plan, element: ElementTree.Element, size: tuple[int, int], keep_difficult: bool) -> Box:
-    """Class name and box of an object. Skipped if it is left out; even so its class counts as found."""
+    """Class name and box of an object. Skipped if it is left out; even so its class counts as found.
+
+    Without a usable bndbox the box is that of the outline.
+    """
     name = _text(element, "name")
     if not name:
         raise Skipped("box without a class name")
     plan.found.add(name)
     if not keep_difficult and _text(element, "difficult").lower() in ("1", "true"):
-        raise Skipped("difficult object")
-    x1, y1, x2, y2 = layout.four_numbers(_text(element, f"bndbox/{key}") for key in ("xmin", "ymin", "xmax", "ymax"))
-    if x1 == x2 or y1 == y2:  # in theory one pixel wide, in practice a stray click
-        raise Skipped("box empty")
+        raise Skipped("difficult object, kept with --keep-difficult")
+    try:
+        x1, y1, x2, y2 = layout.four_numbers(_text(element, f"bndbox/{k}") for k in ("xmin", "ymin", "xmax", "ymax"))
+        if x1 == x2 or y1 == y2:  # in theory one pixel wide, in practice a stray click
+            raise Skipped("box empty")
+    except Skipped:
+        corners = _rotated_box(plan, element) or _outline_box(plan, element)
+        if not corners:
+            raise
+        return name, plan.clip(corners, size, slack=(1, 1))
     if x1 > x2 or y1 > y2:
         plan.repaired["box with swapped corners"] += 1
         x1, x2, y1, y2 = min(x1, x2), max(x1, x2), min(y1, y2), max(y1, y2)
     # VOC counts pixels from 1 and includes the last: pixel edges run from xmin - 1 to xmax. Many tools count from 0.
     return name, plan.clip((x1 - 1, y1 - 1, x2, y2), size, slack=(1, 0))
+
+
+def _rotated_box(plan: Plan, element: ElementTree.Element) -> Corners | None:
+    """The corners around roLabelImg's robndbox: centre, sides, and the angle in radians, or in degrees above 2 pi."""
+    try:
+        cx, cy, w, h = layout.four_numbers(_text(element, f"robndbox/{key}") for key in ("cx", "cy", "w", "h"))
+        angle, = layout.numbers([_text(element, "robndbox/angle") or 0])
+    except Skipped:
+        return None
+    angle = math.radians(angle) if abs(angle) > 2 * math.pi else angle
+    cosine, sine = abs(math.cos(angle)), abs(math.sin(angle))
+    half_width, half_height = (w * cosine + h * sine) / 2, (w * sine + h * cosine) / 2
+    if min(w, h) <= 0:
+        return None
+    plan.repaired["box rotated, made upright around it"] += 1
+    return cx - half_width, cy - half_height, cx + half_width, cy + half_height
+
+
+def _outline_box(plan: Plan, element: ElementTree.Element) -> Corners | None:
+    """The corners around all points of an object, however its polygon calls them: x1, y1, x2 ...; or x, y, x, y ..."""
+    leaves = [leaf for child in element if child.tag != "part" for leaf in child.iter() if COORDINATE.match(leaf.tag)]
+    try:
+        xs, ys = (layout.numbers(leaf.text for leaf in leaves if leaf.tag[0].lower() == axis) for axis in "xy")
+    except Skipped:
+        return None
+    if len(xs) != len(ys) or len(set(xs)) < 2 or len(set(ys)) < 2:
+        return None
+    plan.repaired["box missing, made from the polygon"] += 1
+    return min(xs), min(ys), max(xs), max(ys)
 
 
 def _text(element: ElementTree.Element, tag: str) -> str:
@@ -142,13 +191,11 @@ def _add_image(plan: Plan, folder: VocFolder, split: str, name: str, keep_diffic
 
 
 def choose_classes(found: Sequence[str], asked: Sequence[str] | None) -> list[str]:
-    """The class names in the order of their numbers. UserError if there are none."""
+    """The class names in the order of their numbers."""
     if asked:
         if len(set(asked)) < len(asked):
             raise UserError("--classes: a name is given twice")
         return list(asked)
-    if not found:
-        raise UserError("--voc: no object in any annotation, so the classes are unknown; give them with --classes")
     return list(VOC_NAMES) if set(found) == set(VOC_NAMES) else list(found)
 
 
@@ -177,10 +224,10 @@ def convert(opt: argparse.Namespace) -> str:
     """Do what the flags say; return the report. UserError for anything the user must mend first."""
     folders = choose_folders(opt)
     plan = read_annotations(folders, choose_splits(folders, opt.splits), opt)
-    plan.require_items("--voc")
     names = choose_classes(sorted(plan.found), opt.classes)
     classes = (name for item in plan.items for name, _ in item.boxes)
     plan.dropped.update(f"object of class '{name}', not in --classes" for name in classes if name not in names)
+    plan.require_boxes("--voc", names)
     return layout.write(plan, names, opt, "voc_to_yolo.py")
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import math
 import os
 import random
@@ -23,10 +22,11 @@ from typing import Any, NamedTuple
 import yaml
 from tqdm import tqdm
 
-from utils.data.image_files import UNREADABLE, read_header
+from utils.data.image_files import IMAGE_SUFFIXES, UNREADABLE, read_header
 from utils.errors import OneLineParser, UserError
 from utils.files import write_json, write_text
 from utils.tables import text_table
+from utils.text import read_bytes, read_json
 
 SPLITS = ("train", "val", "trainval", "test")
 # What folders and files of a split are called, in lower case.
@@ -34,7 +34,9 @@ SPLIT_WORDS = {"train": "train", "training": "train", "val": "val", "valid": "va
                "trainval": "trainval", "test": "test", "testing": "test"}
 MARKER = ".converted.json"     # in the output folder: lists the files that a converter has written
 YAML_TITLE = "# Written by data/scripts/"
+LONGEST_STEM = 250             # bytes of a file name: file systems take 255, with the suffix
 SAME_SHAPE = 0.01              # by how much the aspect of an image that was scaled may differ: rounding
+MOST_REASONS = 5               # that a message gives
 MOST_NAMED = 10                # files that the report names for each reason to leave them out
 
 Corners = tuple[float, float, float, float]
@@ -84,8 +86,10 @@ class Plan:
         unique = list(dict.fromkeys(boxes))
         self.dropped["box given twice"] += len(boxes) - len(unique)
         self.found.update(name for name, _ in unique)
-        names = itertools.chain([stem, f"{folder}_{stem}"], (f"{stem}_{n}" for n in itertools.count(2)))
-        name = next(name for name in names if f"labels/{split}/{name}.txt".casefold() not in self.taken)
+        short = stem[:60] if len(os.fsencode(stem)) > LONGEST_STEM - 10 else stem  # at most 4 bytes a letter
+        names = itertools.chain([stem, f"{folder}_{stem}"], (f"{short}_{n}" for n in itertools.count(2)))
+        name = next(name for name in names if f"labels/{split}/{name}.txt".casefold() not in self.taken
+                    and (name == stem or len(os.fsencode(name)) <= LONGEST_STEM))
         self.repaired["image renamed, its name was taken"] += name != stem
         item = Item(split, source, f"images/{split}/{name}{source.suffix}", f"labels/{split}/{name}.txt", unique)
         self.taken.add(item.label.casefold())
@@ -105,28 +109,49 @@ class Plan:
         self.repaired["box cut at the image's edge"] += min(x1, y1) < -low or max(x2 - width, y2 - height) > high
         return inside
 
-    def require_items(self, flag: str) -> None:
-        """UserError, with the reasons, if no image is left to convert."""
+    def require_boxes(self, flag: str, names: Sequence[str]) -> None:
+        """UserError, with the reasons, if no image, no box of `names`, or none of the training, is left to convert."""
+        reasons = ", ".join(f"{reason}: {count}" for reason, count in self.dropped.most_common(MOST_REASONS) if count)
         if not self.items:
-            reasons = ", ".join(f"{reason}: {count}" for reason, count in self.dropped.items() if count)
             raise UserError(f"{flag}: no usable image ({reasons})")
+        left = Counter({item.split: 0 for item in self.items})
+        left.update(item.split for item in self.items for name, _ in item.boxes if name in names)
+        empty = [split for split in ("train", "trainval") if left.get(split) == 0]
+        if empty or not left.total():
+            where = f"{empty[0]}: " if empty and left.total() else ""
+            raise UserError(f"{flag}: {where}no box is left ({reasons or 'the annotations hold none'})")
+
+
+def numbers(values: Any) -> list[float]:
+    """Finite numbers. Skipped if `values` are anything else."""
+    try:
+        found = [float(value) for value in values]
+    except (TypeError, ValueError, OverflowError):
+        found = [math.nan]
+    if not all(map(math.isfinite, found)):
+        raise Skipped("box missing or not numeric")
+    return found
 
 
 def four_numbers(values: Any) -> Corners:
     """Four finite numbers. Skipped if `values` are anything else."""
-    try:
-        a, b, c, d = (float(value) for value in values)
-        if not all(map(math.isfinite, (a, b, c, d))):
-            raise ValueError
-    except (TypeError, ValueError, OverflowError):
-        raise Skipped("box missing or not numeric") from None
-    return a, b, c, d
+    found = numbers(values)
+    if len(found) != 4:
+        raise Skipped("box missing or not numeric")
+    return found[0], found[1], found[2], found[3]
+
+
+def last_part(path: str) -> str:
+    """The file name of a path, of any system."""
+    return path.replace("\\", "/").rsplit("/", 1)[-1]
 
 
 def displayed_size(path: Path) -> tuple[int, int]:
     """(w, h) of an image as the training will see it, after the EXIF rotation. Skipped if it is no image."""
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise Skipped("image missing")
+    if path.suffix.lower() not in IMAGE_SUFFIXES:
+        raise Skipped(f"image whose name ends in '{path.suffix}', which trainings overlook")
     try:
         return read_header(path).size
     except UNREADABLE:
@@ -140,7 +165,7 @@ def size_of_boxes(stated: Sequence[Any], size: tuple[int, int]) -> tuple[int, in
     """
     try:
         width, height = (float(side) for side in stated)
-    except (TypeError, ValueError):
+    except (OverflowError, TypeError, ValueError):
         return size
     scaled = width >= 1 and height >= 1 and abs(width * size[1] / (height * size[0]) - 1) <= SAME_SHAPE
     return (int(width), int(height)) if scaled else size
@@ -193,7 +218,7 @@ def check_output(opt: argparse.Namespace, sources: Iterable[Path], flag: str) ->
         return
     if out.is_dir() and any(out.iterdir()) and not (out / MARKER).is_file():
         raise UserError(f"--out {out}: is not empty and not made by this program; choose another, or add --exist-ok")
-    if yaml_file.is_file() and not yaml_file.read_text("utf-8", "replace").startswith(YAML_TITLE):
+    if yaml_file.is_file() and not read_bytes(yaml_file).startswith(YAML_TITLE.encode()):
         raise UserError(f"--yaml {yaml_file}: exists and is not by this program; choose another, or add --exist-ok")
 
 
@@ -236,16 +261,17 @@ def _row(number: int, box: Corners) -> str:
 
 
 def _remove_earlier(out: Path) -> None:
-    """Remove the files that MARKER lists."""
-    try:
-        files = json.loads((out / MARKER).read_text(encoding="utf-8"))["files"]
-    except FileNotFoundError:
+    """Remove the files that MARKER lists, as far as they are in `out`."""
+    if not (out / MARKER).is_file():
         return
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{out / MARKER}: damaged; delete {out} and start again") from None
+    data = read_json(out / MARKER)
+    files = data.get("files") if isinstance(data, dict) else None
+    if not isinstance(files, list) or not all(isinstance(file, str) for file in files):
+        raise UserError(f"{out / MARKER}: damaged; delete {out} and start again")
     for file in files:
-        if file.startswith(("images/", "labels/")) and ".." not in Path(file).parts:
-            (out / file).unlink(missing_ok=True)
+        # A folder in it may be a link, and so is the image where --place made one: only the latter goes.
+        if (out / file).parent.resolve().is_relative_to(out.resolve()) and os.path.isfile(out / file):
+            (out / file).unlink()
 
 
 def _place(source: Path, target: Path, how: str) -> None:

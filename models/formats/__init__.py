@@ -40,6 +40,9 @@ def load(path: str | Path, device: torch.device, half: bool = False,
     if found is not None and found.load is not None:
         if augment:
             raise UserError(f"--augment: not with {found.name.upper()}, whose size is fixed; give the .pt")
+        if half:
+            raise UserError(f"--half: not with {found.name.upper()}, which computes as it was exported; leave it out, "
+                            "or export with --half")
         if not path.exists():
             raise UserError(f"{path}: no such file")
         detector = found.load(path, device)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from models.detector import Detector
 from models.yolo import Model
-from utils.errors import UserError
+from utils.errors import UserError, first_line
 
 PRECISIONS = {"fp32": "", "fp16": "_fp16", "int8": "_int8"}  # precision -> what a file's name says of it
 
@@ -53,6 +53,7 @@ class Format:
     write: Callable[[Model, Path, ExportOptions], None]               # gets the model with its BatchNorms, in fp32
     load: Callable[[Path, torch.device], Detector] | None = None      # None: the file is a checkpoint
     precisions: tuple[str, ...] = ("fp32",)                           # those that it can be written in
+    dynamic: bool = False                                             # its size may be left open
     packages: tuple[str, ...] = ()                                    # to install for it
     int8_packages: tuple[str, ...] = ()                               # ... and for writing int8
     content: str = ""                                                 # a folder: pattern of the file that tells it
@@ -111,11 +112,16 @@ class FileDetector:
         names = plain(metadata["names"])
         if isinstance(names, (list, tuple)):  # as files of older YOLOv5 have them
             names = dict(enumerate(names))
-        self.names = {int(k): str(v) for k, v in dict(names).items()}
-        self.stride = int(plain(metadata["stride"]))
-        self.precision = str(metadata.get("precision", "fp32"))
-        self.imgsz = int(np.max(plain(metadata.get("imgsz")) or 0))  # of the export; 0 where the file does not say
-        self.input_shape = tuple(int(n) for n in shape)
+        try:
+            self.names = {int(k): str(v) for k, v in dict(names).items()}
+            self.stride = int(plain(metadata["stride"]))
+            self.precision = str(metadata.get("precision", "fp32"))
+            self.imgsz = int(np.max(plain(metadata.get("imgsz")) or 0))  # of the export; 0 where the file does not say
+            self.input_shape = tuple(int(n) for n in shape)
+        except OverflowError:  # infinity is no whole number
+            raise ValueError("a number in its metadata is too large") from None
+        if not self.names or self.stride < 1 or self.imgsz < 0 or len(shape) != 4 or min(self.input_shape) < 0:
+            raise ValueError("its names, stride, imgsz or shape can't be a detector's")
 
     def run(self, images: np.ndarray) -> np.ndarray:
         """(B, C, h, w) of the input's shape and type -> decoded (B, N, nc + 5)."""
@@ -127,6 +133,14 @@ class FileDetector:
             raise UserError(f"this file takes images of shape {self.input_shape[1:]} only, not "
                             f"{tuple(images.shape[1:])}; give this --imgsz, or export it with --dynamic")
 
+    def checked(self, decoded: Any) -> Tensor:
+        """What the file computed, if that is (B, N, nc + 5). UserError for what other kinds of models give."""
+        shape = tuple(getattr(decoded, "shape", ()))
+        if len(shape) != 3 or shape[2] != len(self.names) + 5:
+            raise UserError(f"this file is no YOLOv5 detector of {len(self.names)} classes: it gives {shape}, not "
+                            f"(images, boxes, {len(self.names) + 5}); export a detection model again")
+        return decoded
+
     def __call__(self, images: Tensor) -> tuple[Tensor, None]:
         """(B, C, h, w) -> (decoded (B, N, nc + 5), None). A fixed batch is filled up, and a larger one cut."""
         self.check(images)
@@ -134,13 +148,16 @@ class FileDetector:
         for part in images.split(batch):
             full = torch.cat((part, part.new_zeros(batch - len(part), *part.shape[1:]))) if len(part) < batch else part
             decoded = self.run(np.ascontiguousarray(full.cpu().numpy()))
-            found.append(torch.from_numpy(decoded)[:len(part)])
+            found.append(self.checked(torch.from_numpy(decoded))[:len(part)])
         return torch.cat(found), None
 
 
 def plain(value: Any) -> Any:
     """A value of a file's metadata, which may be a text: '{0: "cat"}' -> {0: "cat"}."""
-    return ast.literal_eval(value) if isinstance(value, str) else value
+    try:
+        return ast.literal_eval(value) if isinstance(value, str) else value
+    except (SyntaxError, RecursionError, MemoryError) as error:  # the last two: nested too deep
+        raise ValueError(first_line(error)) from None
 
 
 @cache

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from models.formats.format import Decoded, ExportOptions, FileDetector, Format
-from models.formats.torchscript import without_warnings
+from models.formats.torchscript import packed, without_warnings
 from models.yolo import Detect, Model, fused
 from utils.errors import UserError, first_line
-from utils.files import atomic_folder, read_yaml_mapping, write_yaml
+from utils.files import atomic_folder, write_yaml
+from utils.text import read_text, read_yaml_mapping
 
 PARAM, BIN, METADATA = "model.ncnn.param", "model.ncnn.bin", "metadata.yaml"
 WRONG = 0.1  # confidences, or boxes as a share of the image's side: what rounding to fp16 does not come near to
@@ -80,7 +81,7 @@ def _convert(traced: torch.jit.ScriptModule, folder: Path, shape: list[int], pre
     """Write PARAM and BIN into `folder`, among other files that pnnx makes."""
     import pnnx
 
-    traced.save(str(folder / "model.pt"))
+    (folder / "model.pt").write_bytes(packed(traced))
     size, half = ",".join(map(str, shape)), int(precision == "fp16")
     done = subprocess.run([pnnx.EXEC_PATH, "model.pt", f"inputshape=[{size}]", f"fp16={half}"], cwd=folder, text=True,
                           errors="replace", stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
@@ -88,7 +89,7 @@ def _convert(traced: torch.jit.ScriptModule, folder: Path, shape: list[int], pre
         said = " / ".join(done.stdout.strip().splitlines()[-3:])
         raise UserError(f"--include ncnn: pnnx can't convert this model (exit code {done.returncode}: {said[-200:]}); "
                         "export onnx instead")
-    kinds = {line.split()[0] for line in (folder / PARAM).read_text(encoding="utf-8").splitlines()[2:]}
+    kinds = {line.split()[0] for line in read_text(folder / PARAM).splitlines()[2:]}
     if unknown := sorted(kind for kind in kinds if not kind.isalnum()):  # pnnx leaves such names as PyTorch has them
         raise UserError(f"--include ncnn: ncnn has no {', '.join(unknown)}, which a block of this model needs; "
                         "export onnx instead")
@@ -134,7 +135,7 @@ class NcnnDetector(FileDetector):
         metadata = read_yaml_mapping(folder / METADATA, "ncnn's metadata")
         try:
             super().__init__(metadata, (1, *metadata["shape"][1:]))
-        except (KeyError, TypeError, ValueError, SyntaxError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{folder / METADATA}: not that of a detector that export.py wrote "
                             f"({type(error).__name__}: {first_line(error, 100)})") from None
         self.net = ncnn.Net()

@@ -189,5 +189,5 @@ class OnnxDetector(FileDetector):
         return self.session.run(None, {self.input: images})[0]
 
 
-FORMAT = Format("onnx", ".onnx", write, OnnxDetector, precisions=("fp32", "fp16", "int8"),
+FORMAT = Format("onnx", ".onnx", write, OnnxDetector, precisions=("fp32", "fp16", "int8"), dynamic=True,
                 packages=("onnx", "onnxruntime"), runtime="onnxruntime")

@@ -38,7 +38,11 @@ def write(model: Model, path: Path, options: ExportOptions) -> None:
     for key, value in options.metadata.items():
         converted.set_rt_info(str(value), [INFO, key])
     with atomic_folder(path) as new:
-        openvino.save_model(converted, str(new / "model.xml"), compress_to_fp16=options.precision == "fp16")
+        try:
+            openvino.save_model(converted, str(new / "model.xml"), compress_to_fp16=options.precision == "fp16")
+        except RuntimeError as error:  # the disk is full, say: it tells no more
+            raise UserError(f"{path}: can't be written ({first_line(error)}); free some space or choose another folder"
+                            ) from None
 
 
 def _quantize(model: Any, options: ExportOptions) -> Any:
@@ -89,5 +93,5 @@ class OpenVinoDetector(FileDetector):
         return self.request.infer([images], share_inputs=True)[0].copy()
 
 
-FORMAT = Format("openvino", "_openvino", write, OpenVinoDetector, precisions=("fp32", "fp16", "int8"),
+FORMAT = Format("openvino", "_openvino", write, OpenVinoDetector, precisions=("fp32", "fp16", "int8"), dynamic=True,
                 packages=("onnx", "onnxruntime", "openvino"), int8_packages=("nncf",), content="*.xml")

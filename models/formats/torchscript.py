@@ -1,8 +1,13 @@
-"""TorchScript: a traced module with the metadata in config.txt, as YOLOv5 writes it."""
+"""TorchScript: a traced module with the metadata in config.txt, as YOLOv5 writes it.
+
+Such a file is a program, and opening it runs it.
+"""
 from __future__ import annotations
 
+import io
 import json
 import warnings
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,8 +17,10 @@ from torch import Tensor
 
 from models.formats.format import Decoded, ExportOptions, FileDetector, Format
 from models.yolo import Model, fused
-from utils.errors import UserError
+from utils.errors import UserError, first_line
 from utils.files import atomic
+
+WRITER = "yolov5-slimming"  # a mark that anyone can copy: no proof of anything
 
 
 def write(model: Model, path: Path, options: ExportOptions) -> None:
@@ -21,7 +28,14 @@ def write(model: Model, path: Path, options: ExportOptions) -> None:
     with torch.no_grad(), without_warnings():
         traced = torch.jit.trace(Decoded(fused(model)).eval(), options.image, strict=False)
     with atomic(path) as temporary:
-        traced.save(str(temporary), _extra_files={"config.txt": json.dumps(options.metadata)})
+        temporary.write_bytes(packed(traced, {"config.txt": json.dumps({**options.metadata, "writer": WRITER})}))
+
+
+def packed(traced: torch.jit.ScriptModule, extra: dict[str, str] | None = None) -> bytes:
+    """What a file of the module holds. PyTorch's own save() ends the process where the disk is full."""
+    with without_warnings():
+        torch.jit.save(traced, buffer := io.BytesIO(), _extra_files=extra)
+    return buffer.getvalue()
 
 
 @contextmanager
@@ -37,20 +51,34 @@ class TorchScriptDetector(FileDetector):
     """A traced detector. Its image size is fixed, the number of images is not."""
 
     def __init__(self, path: Path, device: torch.device):
-        extra = {"config.txt": ""}
         try:
-            with without_warnings():
-                self.module = torch.jit.load(str(path), map_location=device, _extra_files=extra)
-            config = json.loads(extra["config.txt"])
+            config = _config(path)
             super().__init__(config, (0, *config["shape"][1:]))
-        except (RuntimeError, ValueError, KeyError, TypeError) as error:
+            if config.get("writer") != WRITER:
+                print(f"{path}: has no mark of this project's export.py; a TorchScript file, marked or not, is a "
+                      "program that may do what you may do: open only those that you trust")
+            with without_warnings(), open(path, "rb") as file:
+                self.module = torch.jit.load(file, map_location=device)
+            self.dtype = next((p.dtype for p in self.module.parameters()), torch.float32)
+        except (OSError, zipfile.BadZipFile, RuntimeError, ValueError, KeyError, TypeError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[-1][:100]
             raise UserError(f"{path}: not a TorchScript detector with 'config.txt' inside ({reason})") from None
 
     def __call__(self, images: Tensor) -> tuple[Tensor, None]:
         """(B, C, h, w) -> (decoded (B, N, nc + 5), None), on the images' device."""
         self.check(images)
-        return self.module(images), None
+        try:
+            found = self.module(images)
+        except RuntimeError as error:
+            raise UserError(f"this TorchScript file can't run here ({first_line(error)}); export it again") from None
+        return self.checked(found[0] if isinstance(found, (tuple, list)) else found), None  # YOLOv5's give a tuple
+
+
+def _config(path: Path) -> dict:
+    """The metadata, read without opening the program."""
+    with zipfile.ZipFile(path) as file:
+        name = next(name for name in [*file.namelist(), ""] if name.endswith("/extra/config.txt") or not name)
+        return dict(json.loads(file.read(name)))
 
 
 FORMAT = Format("torchscript", ".torchscript", write, TorchScriptDetector)

@@ -17,14 +17,14 @@ class CalibrationImages(Sequence[np.ndarray]):
     """`count` random training images, each (batch, 3, h, w) float32 in 0..1, letterboxed to `shape` (h, w).
 
     As in val.py. A batch is one image, repeated: files of a fixed batch take no other. The same seed gives the same
-    images. UserError where the data set has no training images.
+    images. single_cls: labels may be of any class. UserError where the data set has no training images.
     """
 
     def __init__(self, config: DataConfig, shape: tuple[int, int], count: int = 100, seed: int = 0,
-                 batch: int = 1):
+                 batch: int = 1, single_cls: bool = False):
         if not config.train:
             raise UserError(f"{config.file}: has no 'train:' entry, whose images --int8 measures activations on")
-        dataset = DetectionDataset(config.train, max(shape), nc=config.nc, prefix="calibration")
+        dataset = DetectionDataset(config.train, max(shape), nc=config.nc, single_cls=single_cls, prefix="calibration")
         chosen = np.random.default_rng(seed).permutation(len(dataset))[:count].tolist()
 
         def boxed(index: int) -> np.ndarray:

@@ -3,7 +3,9 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import json
+import math
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,24 +15,92 @@ from torch import Tensor
 
 from utils.data.dataset import DetectionDataset
 from utils.errors import UserError
-from utils.files import ROOT, read_yaml_mapping
+from utils.files import ROOT
+from utils.text import read_json, read_yaml_mapping
 
 # COCO numbers its 80 classes 1 to 90: ten of those that it was planned with have no boxes.
 COCO_IDS = tuple(i for i in range(1, 91) if i not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83))
 
 
 def read_annotations(path: Path, flag: str) -> dict[str, Any]:
-    """An annotation file, given by `flag`. UserError if it is none."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        raise UserError(f"{flag} {path}: no such file") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{flag} {path}: not readable as JSON ({str(error)[:80]})") from None
+    """An annotation file, given by `flag`. UserError if it is none.
+
+    Ids that say the same are the same: an annotation of image "1" belongs to the image 1.
+    """
+    data = read_json(path, flag)
     needed = ("images", "annotations", "categories")
     if not isinstance(data, dict) or not all(isinstance(data.get(key), list) for key in needed):
         raise UserError(f"{flag} {path}: needs the lists images, annotations and categories")
+    if not all(isinstance(entry, dict) for key in needed for entry in data[key]):
+        raise UserError(f"{flag} {path}: images, annotations and categories must be lists of objects")
+    for key, kind in (("image_id", "images"), ("category_id", "categories")):
+        own = {}
+        for entry in data[kind]:
+            entry["id"] = _plain_id(entry.get("id"))
+            own[str(entry["id"])] = entry["id"]
+        for annotation in data["annotations"]:
+            given = _plain_id(annotation.get(key))
+            annotation[key] = own.get(str(given), given)
     return data
+
+
+def _plain_id(value: Any) -> int | str | None:
+    """An id as a number or a text; None for what is neither."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value if isinstance(value, (int, str)) else None
+
+
+def outline_box(segmentation: Any) -> tuple[float, float, float, float] | None:
+    """(x1, y1, x2, y2) around an annotation's polygons, or its mask in runs (RLE); None where it has no area."""
+    try:
+        if isinstance(segmentation, dict):
+            height, width = segmentation["size"]
+            return _mask_box(height, width, segmentation["counts"])
+        numbers = [float(n) for part in segmentation for n in (part if isinstance(part, list) else [part])]
+        xs, ys = numbers[::2], numbers[1::2]
+        if len(xs) != len(ys) or not all(map(math.isfinite, numbers)):
+            return None
+        box = min(xs), min(ys), max(xs), max(ys)
+        return box if box[0] < box[2] and box[1] < box[3] else None
+    except (ArithmeticError, KeyError, TypeError, ValueError):
+        return None
+
+
+def _mask_box(height: int, width: int, counts: list[int] | str) -> tuple[float, float, float, float] | None:
+    """Corners around a mask of (height, width), whose columns are cut into runs: outside, inside, outside ...
+
+    counts: the lengths of the runs; or COCO's text of them.
+    """
+    counts = _run_lengths(counts) if isinstance(counts, str) else counts
+    ends = list(itertools.accumulate(counts))
+    if min(counts) < 0 or ends[-1] != height * width:
+        return None
+    inside = [(start, end - 1) for start, end in zip(ends[::2], ends[1::2]) if end > start]  # first and last pixel
+    if not inside:
+        return None
+    spans = [(start % height, last % height) if start // height == last // height else (0, height - 1)
+             for start, last in inside]  # of rows: a run over several columns reaches from top to bottom
+    return (inside[0][0] // height, min(top for top, _ in spans),
+            inside[-1][1] // height + 1, max(bottom for _, bottom in spans) + 1)
+
+
+def _run_lengths(text: str) -> list[int]:
+    """COCO's text of run lengths: 5 bits a character, a 6th where more follow; from the third on, what is added to the
+    length of two before. ValueError where it is none."""
+    counts: list[int] = []
+    value = shift = 0
+    for character in text:
+        bits = ord(character) - 48
+        if not 0 <= bits < 64 or shift > 60:
+            raise ValueError(character)
+        value |= (bits & 31) << shift
+        shift += 5
+        if not bits & 32:
+            value -= (bits >> 4 & 1) << shift  # the sign
+            counts.append(value + (counts[-2] if len(counts) > 2 else 0))
+            value = shift = 0
+    return counts
 
 
 class CocoResults:
@@ -51,12 +121,14 @@ class CocoResults:
         self.truth = read_annotations(annotations, "--anns") if annotations else None
         self.categories = dict(zip(names, COCO_IDS if _are_cocos(names) else names))
         if self.truth is not None:
-            ids = {category.get("name"): category.get("id") for category in self.truth["categories"]}
+            ids = {str(category.get("name")): category["id"] for category in self.truth["categories"]}
             for number, name in names.items():
                 if name not in ids:
                     raise UserError(f"--anns {annotations}: has no category '{name}'; give the file of this data set")
                 self.categories[number] = ids[name]
             self.images = _ids_by_name(self.truth)
+            for number, row in enumerate(self.truth["annotations"], 1):
+                _complete(row, number, f"--anns {annotations}")
 
     def add(self, found: Tensor, path: Path) -> None:
         """(n, 6) detections in the pixels of the image at `path`, rounded as YOLOv5 does."""
@@ -76,10 +148,6 @@ class CocoResults:
 
         truth = COCO()
         truth.dataset = self.truth or self._truth_of(dataset)
-        for row in truth.dataset["annotations"]:  # not every program writes them
-            row.setdefault("iscrowd", 0)
-            if "area" not in row:
-                row["area"] = row["bbox"][2] * row["bbox"][3]
         with contextlib.redirect_stdout(io.StringIO()):
             truth.createIndex()
             if not self.rows:
@@ -109,7 +177,7 @@ class CocoResults:
             for c, x, y, w, h in labels.tolist():
                 box = [(x - w / 2) * width, (y - h / 2) * height, w * width, h * height]
                 annotations.append({"id": len(annotations) + 1, "image_id": images[-1]["id"], "bbox": box,
-                                    "category_id": self.categories[int(c)]})
+                                    "category_id": self.categories[int(c)], "iscrowd": 0, "area": box[2] * box[3]})
         categories = [{"id": self.categories[i], "name": name} for i, name in self.names.items()]
         return {"images": images, "annotations": annotations, "categories": categories}
 
@@ -120,7 +188,33 @@ def _are_cocos(names: dict[int, str]) -> bool:
 
 def _ids_by_name(truth: dict[str, Any]) -> dict[str, Any]:
     """file_name -> image id; and by the name without its folders, where that is one image's."""
-    full = {str(image.get("file_name")): image.get("id") for image in truth["images"]}
+    full = {str(image.get("file_name")).replace("\\", "/"): image["id"] for image in truth["images"]}
     count = Counter(name.rpartition("/")[2] for name in full)
     short = {name.rpartition("/")[2]: number for name, number in full.items()}
     return {**{name: number for name, number in short.items() if count[name] == 1}, **full}
+
+
+def _complete(row: dict[str, Any], number: int, where: str) -> None:
+    """Give the annotation `number` of a file what pycocotools needs and not every program writes.
+
+    Its id, too: pycocotools takes a match with the annotation 0 for none. UserError where it has no box.
+    """
+    try:
+        x, y, w, h = map(float, row.get("bbox") or ())
+        usable = all(map(math.isfinite, (x, y, w, h)))
+    except (ArithmeticError, TypeError, ValueError):
+        usable = False
+    if not usable:
+        box = outline_box(row.get("segmentation"))
+        if box is None:
+            raise UserError(f"{where}: annotation {number} has no bbox of four numbers; mend it")
+        x, y, w, h = box[0], box[1], box[2] - box[0], box[3] - box[1]
+    row["bbox"] = [x, y, w, h]
+    if not isinstance(row.get("area"), (int, float)):
+        row["area"] = w * h
+    row["id"], row["iscrowd"] = number, int(is_crowd(row))
+
+
+def is_crowd(annotation: dict[str, Any]) -> bool:
+    """Whether `iscrowd` is set, also where it is a text."""
+    return str(annotation.get("iscrowd") or 0).lower() not in ("0", "0.0", "false")

@@ -2,13 +2,16 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
+from utils.data.image_files import find_below
 from utils.errors import UserError
-from utils.files import ROOT, read_yaml_mapping
+from utils.files import ROOT
+from utils.text import read_yaml_mapping
 
 SPLITS = ("train", "val", "test")
 ARCHIVE_SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz")
@@ -39,7 +42,7 @@ def read_data(path: str | Path, needed: Sequence[str] = ("train", "val")) -> Dat
     """
     given = Path(path)
     file = next((p for p in (given, ROOT / given, ROOT / "data" / given) if p.is_file()), given).absolute()
-    content = read_yaml_mapping(file, "--data")
+    content = read_yaml_mapping(file, "--data", texts=("path", "names", *SPLITS))
     root = _find_root(file, content)
     names = _read_names(file, content)
     if not content.get("train") and not content.get("val"):
@@ -52,8 +55,8 @@ def read_data(path: str | Path, needed: Sequence[str] = ("train", "val")) -> Dat
     splits = {split: _find_sources(file, content, root, split) for split in SPLITS}
     for split in needed:
         for source in splits[split]:
-            if not source.exists():
-                raise UserError(f"{file}: {split}: {source} does not exist; {_remedy(content)}")
+            if not os.path.exists(source):
+                raise UserError(f"{file}: {split}: {source} does not exist; {_remedy(content, source)}")
     return DataConfig(file, splits["train"], splits["val"], splits["test"], names, dict(defaults))
 
 
@@ -72,22 +75,24 @@ def _find_root(file: Path, content: dict[str, Any]) -> Path:
     """
     given = content.get("path") or "."
     if not isinstance(given, str):
-        raise UserError(f"{file}: 'path:' must be a folder, not {given!r}")
-    tail = Path(given).expanduser()
-    candidates = [base / tail for base in (file.parent, ROOT, ROOT.parent / "datasets")]
+        raise UserError(f"{file}: 'path:' must be a folder, not {str(given)[:40]}")
+    # A path of Windows is tried as it is written, and with this system's separators.
+    tails = [Path(os.path.expanduser(text)) for text in dict.fromkeys((given, given.replace("\\", "/")))]
+    candidates = [base / tail for tail in tails for base in (file.parent, ROOT, ROOT.parent / "datasets")]
     # If none exists yet: a yaml in data/ means a folder of the repository; others, and the built-in set, one beside it.
     relative_to_repository = file.parent == ROOT / "data" and not content.get("builtin")
     default = candidates[1] if relative_to_repository else candidates[0]
-    moved = [file.parent, *(p / tail.name for p in (file.parent, file.parent.parent))] if tail.is_absolute() else []
-    there = [p for p in candidates if p.is_dir()]
-    holding = [p for p in (*there, *moved) if _holds_images(p, content)]
-    return (holding or there or [default])[0].resolve()
+    from_elsewhere = tails[-1].is_absolute() or PureWindowsPath(given).drive
+    around = [p / tails[-1].name for p in (file.parent, file.parent.parent)]
+    there = [p for p in candidates if os.path.isdir(p)]
+    holding = [p for p in (*there, *((file.parent, *around) if from_elsewhere else ())) if _holds_images(p, content)]
+    return Path(os.path.realpath((holding or there or [default])[0]))
 
 
 def _holds_images(root: Path, content: dict[str, Any]) -> bool:
     """Whether the images of train or val are in `root`."""
     entries = [entry for split in ("train", "val") for entry in _entries(content, split)]
-    return any(_find_source(root, entry).exists() for entry in entries if not Path(entry).is_absolute())
+    return any(os.path.exists(_find_source(root, entry)) for entry in entries if not Path(entry).is_absolute())
 
 
 def _read_names(file: Path, content: dict[str, Any]) -> dict[int, str]:
@@ -97,12 +102,16 @@ def _read_names(file: Path, content: dict[str, Any]) -> dict[int, str]:
         names = dict(enumerate(names))
     if not isinstance(names, dict) or not names:
         raise UserError(f"{file}: needs 'names:', the list of its classes, e.g. names: [cat, dog]")
-    if any(isinstance(k, bool) or not isinstance(k, int) for k in names) or set(names) != set(range(len(names))):
+    numbered = {int(k): name for k, name in names.items() if str(k).isdecimal() and len(str(k)) < 10}
+    if set(numbered) != set(range(len(names))):
         raise UserError(f"{file}: 'names:' must number its {len(names)} classes 0 to {len(names) - 1} without a gap")
+    for number, name in numbered.items():
+        if not isinstance(name, str) or not name.strip():
+            raise UserError(f"{file}: 'names:' class {number} must be a name, not {str(name)[:40]!r}")
     nc = content.get("nc")
-    if nc is not None and nc != len(names):
+    if nc is not None and str(nc).strip() != str(len(names)):
         raise UserError(f"{file}: says nc: {nc} but names {len(names)} classes; mend one of them, or leave 'nc:' out")
-    return {k: str(names[k]) for k in sorted(names)}
+    return {number: numbered[number] for number in sorted(numbered)}
 
 
 def _make_builtin(file: Path, content: dict[str, Any], root: Path) -> None:
@@ -127,6 +136,8 @@ def _download(file: Path, content: dict[str, Any], root: Path) -> None:
     if url and not root.exists():
         from utils.downloads import fetch_folder
 
+        if any(re.match(r"\.+[^.]", part) for part in Path(str(content.get("path") or ".")).parts):
+            raise UserError(f"{file}: 'path: {content['path']}' is hidden; give a visible folder to unpack into")
         fetch_folder(url, root, f"fetch it elsewhere and unpack it into {root.parent}, or correct 'path:' in {file}")
 
 
@@ -141,7 +152,8 @@ def _find_sources(file: Path, content: dict[str, Any], root: Path, split: str) -
     """The absolute paths of a split: folders, txt lists or single images."""
     entry, entries = content.get(split), _entries(content, split)
     if (entry or entry == "") and not entries:
-        raise UserError(f"{file}: '{split}:' must be a folder, a list (.txt) or several of these, not {entry!r}")
+        raise UserError(f"{file}: '{split}:' must be a folder, a list (.txt) or several of these, "
+                        f"not {str(entry)[:40]!r}")
     return tuple(_find_source(root, e) for e in entries)
 
 
@@ -153,16 +165,18 @@ def _entries(content: dict[str, Any], split: str) -> list[str]:
 
 
 def _find_source(root: Path, entry: str) -> Path:
-    source = root / Path(entry).expanduser()
+    source = find_below(root, os.path.expanduser(entry))
     # Some labelling services export '../train/images' where the folder is beside the yaml.
-    beside = root / entry.removeprefix("../")
-    chosen = beside if not source.exists() and beside.exists() else source
+    beside = find_below(root, entry.removeprefix("../").removeprefix("..\\"))
+    chosen = beside if not os.path.exists(source) and os.path.exists(beside) else source
     # Symbolic links are not followed: labels are looked for beside the link.
     return Path(os.path.normpath(chosen))
 
 
-def _remedy(content: dict[str, Any]) -> str:
-    """What to do about missing images, as the end of a sentence."""
+def _remedy(content: dict[str, Any], source: Path) -> str:
+    """What to do about the missing images at `source`, as the end of a sentence."""
+    if os.sep == "/" and "\\" in str(source):
+        return "its backslashes are of Windows, write / in the yaml"
     if url := _archive_url(content):
         return f"fetch {url} and unpack it there, or correct 'path:'"
     if content.get("download"):

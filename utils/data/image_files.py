@@ -6,7 +6,7 @@ import stat
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from heapq import heappop, heappush
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import BinaryIO, NamedTuple
 
 import cv2
@@ -15,7 +15,7 @@ from PIL import Image, UnidentifiedImageError
 
 from utils.data.labels import LOSSES, NO_TEXT, parse_labels, reading_of
 from utils.errors import UserError
-from utils.text import decoded, read_text
+from utils.text import decoded, read_lines
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".mpo", ".png", ".tif", ".tiff", ".webp"})
 LEAST_SIDE = 10          # pixels; smaller images are left out
@@ -87,8 +87,7 @@ def find_images(source: Path) -> list[str]:
         raise UserError(f"{source}: no such folder, list or image; correct the data yaml")
     if source.suffix.lower() != ".txt":
         return [str(source)] if source.suffix.lower() in IMAGE_SUFFIXES else []
-    lines = read_text(source).splitlines()
-    return [str(listed_path(source.parent, line.strip())) for line in lines if line.strip()]
+    return [str(listed_path(source.parent, line)) for line in read_lines(source)]
 
 
 def path_order(path: str) -> str:
@@ -98,8 +97,19 @@ def path_order(path: str) -> str:
 
 def listed_path(folder: Path, line: str) -> Path:
     """A path in a list in `folder`: relative to the folder, or to the working directory if only that file exists."""
-    beside = folder / line
-    return beside if beside.exists() or not Path(line).exists() else Path(line).absolute()
+    beside = find_below(folder, line)
+    return beside if os.path.exists(beside) or not os.path.exists(line) else Path(line).absolute()
+
+
+def find_below(base: Path, text: str) -> Path:
+    """base / text. A path of Windows is looked for with this system's separators, and without its first folders."""
+    path = base / text
+    if "\\" not in text or os.path.exists(path):
+        return path
+    foreign = PureWindowsPath(text)
+    parts = foreign.parts[1:] if foreign.anchor else foreign.parts
+    ends = [base.joinpath(*parts[i:]) for i in range(len(parts) if foreign.anchor else 1)]
+    return next((end for end in ends if os.path.exists(end)), path)
 
 
 def label_path(image: Path) -> Path:
@@ -268,6 +278,8 @@ def reason_of(error: Exception, path: Path) -> str:
     """Why the image is UNREADABLE, in a few words and without its path."""
     if isinstance(error, UnidentifiedImageError):
         return "not an image"
+    if os.sep == "/" and "\\" in str(path) and not os.path.exists(path):
+        return "no such file, its backslashes are of Windows"
     return str(getattr(error, "strerror", None) or error).removeprefix(f"{path}: ")
 
 

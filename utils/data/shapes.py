@@ -17,6 +17,7 @@ from tqdm import tqdm
 from utils.boxes import xyxy2xywh
 from utils.errors import UserError
 from utils.files import exclusive, scratch
+from utils.text import read_text
 
 HUES: Mapping[str, float] = MappingProxyType({"circle": 0, "square": 120, "triangle": 240, "star": 60})  # degrees
 NAMES = tuple(HUES)
@@ -67,7 +68,7 @@ def _is_complete(root: Path) -> bool:
     """Whether the set is at `root`: False where there is nothing yet, UserError where there is something else."""
     marker = root / MARKER
     if marker.is_file():
-        found = marker.read_text(encoding="utf-8", errors="replace").strip()
+        found = read_text(marker).strip()
         if found != str(VERSION):
             raise UserError(f"{root}: drawn by another version of this program ({found or 'unknown'}, not {VERSION}); "
                             "delete the folder and it is drawn anew")

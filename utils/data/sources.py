@@ -3,6 +3,9 @@ from __future__ import annotations
 
 import glob
 import os
+import re
+import threading
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +15,8 @@ import numpy as np
 
 from utils.data.image_files import IMAGE_SUFFIXES, UNREADABLE, decode, listed_path, read_header, reason_of, walk
 from utils.errors import UserError
+from utils.files import printable
+from utils.text import read_lines
 
 VIDEO_SUFFIXES = frozenset({".asf", ".avi", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm",
                             ".wmv"})
@@ -28,37 +33,46 @@ class Frame:
     fps: float = 30.0           # of the frames that are read, in a video or stream
 
 
-def frames(source: str, every: int = 1) -> Iterator[Frame]:
+def frames(source: str, every: int = 1, skipped: Counter[str] | None = None) -> Iterator[Frame]:
     """The images that `source` names; of videos and streams every `every`-th frame.
 
     source: an image, a video, a folder of them, a pattern such as 'photos/*.jpg', a .txt list, a stream's URL, a
-    .streams file of URLs, or a camera's number. UserError where there is nothing; among several files an unreadable one
-    is reported on stdout and skipped.
+    camera's number, or a .streams file of such, which are read in turns. What is there counts first: a folder may be
+    called 2024. UserError where there is nothing; among several sources one that can't be read is reported on stdout,
+    counted in `skipped` by its reason, and left out.
     """
-    if source.isnumeric() or source.lower().startswith(STREAMS):
+    skipped = Counter() if skipped is None else skipped
+    path = Path(source)
+    if _is_live(source) and not path.exists():
         yield from _video_frames(source, every)
         return
-    path = Path(source)
     if path.suffix == ".streams":
-        for number, line in enumerate(_lines(path), 1):
-            yield from _video_frames(line, every, f"stream{number}.mp4")
+        yield from _in_turns(path, every, skipped)
         return
     found = files(source)
     for file in found:
-        if file.suffix.lower() in VIDEO_SUFFIXES:
-            try:
-                yield from _video_frames(str(file), every)
-            except UserError as error:
-                if len(found) == 1:
-                    raise
-                print(f"skipped: {file} ({error})")
-            continue
         try:
-            image = decode(file, read_header(file).orientation)
+            if file.suffix.lower() in VIDEO_SUFFIXES:
+                yield from _video_frames(str(file), every)
+            elif file.exists() and not file.is_file():  # a pipe might never end
+                raise UserError("not a file")
+            else:
+                yield Frame(decode(file, read_header(file).orientation), file)
         except UNREADABLE as error:
-            print(f"skipped: {file} ({reason_of(error, file)})")
-            continue
-        yield Frame(image, file)
+            if len(found) == 1 and file.suffix.lower() in VIDEO_SUFFIXES:
+                raise
+            _skip(str(file), reason_of(error, file), skipped)
+
+
+def _is_live(source: str) -> bool:
+    """Whether a source is a stream's address or a camera's number."""
+    return source.lower().startswith(STREAMS) or re.fullmatch("[0-9]{1,4}", source) is not None
+
+
+def _skip(source: str, reason: str, skipped: Counter[str]) -> None:
+    reason = reason.removeprefix(f"--source {source}: ")
+    print(f"skipped: {source} ({reason})")
+    skipped[reason] += 1
 
 
 def files(source: str) -> list[Path]:
@@ -95,23 +109,28 @@ def _matches(pattern: str) -> Iterator[str]:
 
 
 def _lines(path: Path) -> list[str]:
-    if not path.is_file():
-        raise UserError(f"--source {path}: no such file")
-    return [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    """The lines of a list that hold something. UserError if there are none."""
+    lines = read_lines(path, "--source")
+    if not lines:
+        raise UserError(f"--source {path}: is empty; give it a line for each image, video or stream")
+    return lines
 
 
 def _video_frames(source: str, every: int, stream: str = "stream.mp4") -> Iterator[Frame]:
-    """Every `every`-th frame of a video, a stream or a camera. stream: the name of a stream's result."""
-    capture = cv2.VideoCapture(int(source) if source.isnumeric() else source)
+    """Every `every`-th frame of a video, a stream or a camera. stream: the name of a stream's result.
+
+    UserError where there is none.
+    """
+    if printable(source) != source:
+        raise UserError(f"--source {source}: OpenCV opens no video whose name is not UTF-8; rename it")
+    camera = _is_live(source) and source.isdecimal()
+    capture = cv2.VideoCapture(int(source) if camera else source)
     if not capture.isOpened():
         raise UserError(f"--source {source}: can't be opened as a video, stream or camera")
-    if source.isnumeric():
-        path = Path(f"camera{source}.mp4")
-    else:
-        path = Path(stream if "://" in source else source)
+    path = Path(f"camera{source}.mp4" if camera else stream if "://" in source else source)
     fps = capture.get(cv2.CAP_PROP_FPS)
     fps = fps / every if 0 < fps < 1000 else 30.0
-    number = -1
+    number, shown = -1, 0
     try:
         while capture.grab():
             number += 1
@@ -119,6 +138,54 @@ def _video_frames(source: str, every: int, stream: str = "stream.mp4") -> Iterat
                 continue
             ok, image = capture.retrieve()
             if ok:
+                shown += 1
                 yield Frame(image, path, number, fps)
     finally:
         capture.release()
+    if not shown:
+        raise UserError(f"--source {source}: no frame of it can be read")
+
+
+def _in_turns(path: Path, every: int, skipped: Counter[str]) -> Iterator[Frame]:
+    """The frames of all sources in a .streams file, one of each in a turn; each is read by a thread of its own.
+
+    Of a stream or camera the newest frame counts, so that none lags behind; of a video every frame. Who has none yet is
+    not waited for.
+    """
+    lines = list(dict.fromkeys(_lines(path)))
+    lines = [line if _is_live(line) else str(listed_path(path.parent, line)) for line in lines]
+    readers = [_video_frames(line, every, f"stream{n}.mp4") for n, line in enumerate(lines, 1)]
+    newest: dict[int, Frame] = {}     # of the readers that have one
+    running, changed, ended = set(range(len(lines))), threading.Condition(), threading.Event()
+
+    def read(n: int) -> None:
+        try:
+            for frame in readers[n]:
+                with changed:
+                    changed.wait_for(lambda: ended.is_set() or n not in newest or _is_live(lines[n]))
+                    if ended.is_set():
+                        return
+                    newest[n] = frame
+                    changed.notify_all()
+        except (UserError, cv2.error) as error:
+            _skip(lines[n], reason_of(error, Path(lines[n])), skipped)
+        finally:
+            with changed:
+                running.discard(n)
+                changed.notify_all()
+
+    for n in running.copy():
+        threading.Thread(target=read, args=(n,), daemon=True).start()
+    try:
+        while True:
+            with changed:
+                changed.wait_for(lambda: newest or not running)
+                turn = [newest.pop(n) for n in sorted(newest)]
+                changed.notify_all()
+            if not turn:
+                return
+            yield from turn
+    finally:
+        with changed:
+            ended.set()
+            changed.notify_all()

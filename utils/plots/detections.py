@@ -4,7 +4,7 @@ from __future__ import annotations
 import math
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import cv2
@@ -14,20 +14,22 @@ from PIL import Image
 from torch import Tensor
 
 from utils.boxes import xywh2xyxy, xyxy2xywh
-from utils.files import atomic
+from utils.files import atomic, printable
 from utils.plots.style import BLUE, GREY, INK, PALETTE, class_colour, new_chart, note_empty, readable, save_figure
 
 MIN_CONFIDENCE = 0.25  # weaker detections would cover the image
 MAX_TILES = 16         # images in a mosaic
 MAX_SIDE = 1920        # pixels, the longest side of a mosaic without the gaps between its tiles
 DASHES = ("-", "--", ":")
+Rectangle = tuple[int, int, int, int]
 
 
 def draw_boxes(image: np.ndarray, boxes: np.ndarray, labels: Sequence[str], classes: Sequence[int]) -> np.ndarray:
     """A copy of `image` with boxes and their captions drawn on it.
 
     image: (H, W, 3) uint8 RGB. boxes: (n, 4) xyxy in pixels; one with a coordinate that is not finite is left out.
-    labels: the captions; an empty one is not drawn. classes: choose the colours.
+    labels: the captions; an empty one is not drawn, and none covers another: what has no room is left out. classes:
+    choose the colours.
     """
     canvas = np.array(image, order="C")
     height, width = canvas.shape[:2]
@@ -38,17 +40,20 @@ def draw_boxes(image: np.ndarray, boxes: np.ndarray, labels: Sequence[str], clas
             continue
         x1, y1, x2, y2 = np.clip(box, 0, (width - 1, height - 1) * 2).round().astype(int).tolist()
         cv2.rectangle(canvas, (x1, y1), (x2, y2), class_colour(cls), line)
-        captions.append((_drawable(label, cls), x1, y1, class_colour(cls)))
-    for text, x, y, colour in captions:  # after all boxes, so that no line crosses a caption
+        captions.append((_drawable(label, cls), (x1, y1, x2, y2), class_colour(cls)))
+    taken: list[Rectangle] = []
+    for text, corners, colour in captions:  # after all boxes, so that no line crosses a caption
         if text:
-            _draw_caption(canvas, text, x, y, line, colour)
+            _draw_caption(canvas, text, corners, line, colour, taken)
     return canvas
 
 
-def _draw_caption(canvas: np.ndarray, text: str, x: int, y: int, line: int, colour: tuple[int, int, int]) -> None:
-    """Draw text on a plate of the given colour, above (x, y) if there is room and always inside the canvas.
+def _draw_caption(canvas: np.ndarray, text: str, box: Sequence[int], line: int, colour: tuple[int, int, int],
+                  taken: list[Rectangle]) -> None:
+    """Draw text on a plate of the given colour, at a box (xyxy) and always inside the canvas.
 
-    line: width in pixels of the outline that the caption belongs to.
+    line: width in pixels of the box's outline. taken: where other captions are; the plate is added. A caption that
+    would cover one of them wherever it is put is left out.
     """
     font, (height, width) = cv2.FONT_HERSHEY_SIMPLEX, canvas.shape[:2]
     thickness = max(1, line // 2)
@@ -58,13 +63,26 @@ def _draw_caption(canvas: np.ndarray, text: str, x: int, y: int, line: int, colo
         scale *= (width - 4) / w
         (w, h), below = cv2.getTextSize(text, font, scale, thickness)
     plate_w, plate_h = w + 4, h + below + 2
-    left = max(0, min(x, width - plate_w))
-    top = y - plate_h if y >= plate_h else max(0, min(y, height - plate_h))
-    right, bottom = min(left + plate_w, width) - 1, min(top + plate_h, height) - 1
+    for left, top in _places(box, plate_w, plate_h):
+        left, top = max(0, min(left, width - plate_w)), max(0, min(top, height - plate_h))
+        right, bottom = min(left + plate_w, width) - 1, min(top + plate_h, height) - 1
+        if all(left > x2 or right < x1 or top > y2 or bottom < y1 for x1, y1, x2, y2 in taken):
+            break
+    else:
+        return
+    taken.append((left, top, right, bottom))
     cv2.rectangle(canvas, (left, top), (right, bottom), colour, cv2.FILLED)
     is_bright = np.dot(colour, (0.299, 0.587, 0.114)) > 140
     text_colour = (0, 0, 0) if is_bright else (255, 255, 255)
     cv2.putText(canvas, text, (left + 2, top + h + 1), font, scale, text_colour, thickness, cv2.LINE_AA)
+
+
+def _places(box: Sequence[int], width: int, height: int) -> Iterator[tuple[int, int]]:
+    """(left, top) where the caption (of width x height) of a box may lie: above it, inside row by row, below it."""
+    x1, y1, x2, y2 = box
+    above = [y1 - height] if y1 >= height else []
+    for top in (*above, *range(y1, y2 - height, height), y2):
+        yield from ((x1, top), (x2 - width, top))
 
 
 def _drawable(text: str, cls: int) -> str:
@@ -72,7 +90,7 @@ def _drawable(text: str, cls: int) -> str:
 
     OpenCV 5 can draw all letters. For older versions accents are removed and other scripts become #class.
     """
-    line = " ".join(text.split())
+    line = "".join(c for c in " ".join(printable(text).split()) if c.isprintable())
     if int(cv2.__version__.split(".")[0]) >= 5:
         return line
     folded = "".join(c for c in unicodedata.normalize("NFKD", line) if not unicodedata.combining(c))
@@ -125,7 +143,8 @@ def _draw_tile(image: np.ndarray, targets: np.ndarray, names: Mapping[int, str],
         labels = [f"{label} {confidence:.2f}" for label, confidence in zip(labels, targets[:, 6], strict=True)]
     canvas = draw_boxes(image, boxes, labels, classes)
     caption = _drawable(file if len(file) <= 40 else f"{file[:39]}…", 0)
-    _draw_caption(canvas, caption, 0, height - 1, 1, (40, 40, 40))  # at the bottom, where it covers few other captions
+    # At the bottom, where it covers few other captions.
+    _draw_caption(canvas, caption, (0, height - 1) * 2, 1, (40, 40, 40), [])
     return canvas
 
 
@@ -149,7 +168,7 @@ def plot_pr_curve(recall_axis: np.ndarray, precision: np.ndarray, ap50: np.ndarr
     """
     scores = [f" {ap:.3f}" for ap in ap50]
     mean = f"{ap50.mean():.3f} mAP50" if scores else ""
-    return _plot_curves(recall_axis, precision, names, scores, mean, path, "recall", "Precision")
+    return _plot_curves(recall_axis, precision, names, scores, mean, path, "recall", "precision")
 
 
 def plot_metric_curve(px: np.ndarray, curves: np.ndarray, names: Sequence[str], path: str | Path, ylabel: str) -> Path:
@@ -198,29 +217,37 @@ def _plot_curves(x: np.ndarray, y: np.ndarray, names: Sequence[str], scores: Seq
 
 
 def plot_confusion(matrix: np.ndarray, names: Mapping[int, str], path: str | Path) -> Path:
-    """The confusion matrix, each column divided by its sum.
+    """The confusion matrix: counts, and shares as colours and, where the cells have room, numbers.
+
+    A share is that of the true class, but in the column of the detections without an object, which has no true class:
+    there it is that of all detections of the row, in a colour of its own.
 
     matrix: (classes + 1, classes + 1) counts, rows predicted and columns true. The last row and column are the
     background: objects that were missed, and detections without an object.
     """
     n = len(matrix)
     share = matrix / matrix.sum(0).clip(min=1)
+    share[:, -1] = matrix[:, -1] / matrix.sum(1).clip(min=1)
     large = n > 31  # too many classes for numbers in the cells
-    side = min(3.6 + 0.13 * n, 60) if large else max(5.0, 2.6 + 0.42 * n)
-    figure, ax = new_chart(side + 0.8, side, "Confusion, share of the true class", "true", "predicted", grid=None)
-    mesh = ax.imshow(np.ma.masked_equal(share, 0), cmap="Blues", vmin=0, vmax=1)
-    ticks = [*(readable(names.get(i, str(i)), f"#{i}", 18) for i in range(n - 1)), "background"]
+    side = min(3.6 + 0.13 * n, 60) if large else max(5.0, 3.0 + 0.46 * n)
+    figure, ax = new_chart(side + 1.7, side, "Confusion: counts and shares", "true", "predicted", grid=None)
+    is_false = np.broadcast_to(np.arange(n) == n - 1, share.shape)
+    images = [ax.imshow(np.ma.masked_array(share, hidden | (share == 0)), cmap=colours, vmin=0, vmax=1)
+              for hidden, colours in ((is_false, "Blues"), (~is_false, "Oranges"))]
+    ticks = [readable(names.get(i, str(i)), f"#{i}", 18) for i in range(n - 1)]
     fontsize = 6 if large else 9
-    ax.set_xticks(range(n), ticks, rotation=90 if n > 4 else 0, fontsize=fontsize)
-    ax.set_yticks(range(n), ticks, fontsize=fontsize)
+    ax.set_xticks(range(n), [*ticks, "nothing"], rotation=90 if n > 4 else 0, fontsize=fontsize)
+    ax.set_yticks(range(n), [*ticks, "missed"], fontsize=fontsize)
     if not large:
-        for row, column in np.argwhere(share >= 0.005):
-            value = share[row, column]
-            ax.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=9 if n <= 12 else 7,
-                    color="white" if value > 0.55 else INK)
+        for row, column in np.argwhere(matrix):
+            text = f"{matrix[row, column]:,.0f}\n{share[row, column]:.2f}"
+            ax.text(column, row, text, ha="center", va="center", fontsize=8.5 if n <= 12 else 6.5,
+                    color="white" if share[row, column] > 0.55 else INK)
     if not matrix.any():
         note_empty(ax, "no labels and no detections")
-    bar = figure.colorbar(mesh, ax=ax, shrink=0.8, aspect=30, pad=0.02)
-    bar.ax.tick_params(labelsize=9, colors=INK)
-    bar.ax.spines["outline"].set_visible(False)
+    for image, label in zip(images[::-1], ("false detections, share of all of the class", "share of the true class")):
+        bar = figure.colorbar(image, ax=ax, shrink=0.8, aspect=40, pad=0.02)
+        bar.set_label(label, fontsize=9, color=INK)
+        bar.ax.tick_params(labelsize=9, colors=INK)
+        bar.ax.spines["outline"].set_visible(False)
     return save_figure(figure, path)

@@ -19,6 +19,7 @@ from utils.plots.style import (
     SKY,
     VERMILION,
     legend_below,
+    narrow_form,
     new_chart,
     new_figure,
     readable,
@@ -78,7 +79,7 @@ def _channels(count: int, of: int) -> str:
 
 
 def plot_gamma_history(histories: Mapping[str, Sequence[np.ndarray]], path: str | Path) -> Path:
-    """Heat maps of |gamma| (x) over the epochs (y), one per run, side by side. A line shows the median.
+    """Heat maps of |gamma| (x) over the epochs (y, from 1), one per run, side by side. A line shows the median.
 
     Bins without a channel stay white.
 
@@ -97,8 +98,8 @@ def plot_gamma_history(histories: Mapping[str, Sequence[np.ndarray]], path: str 
     for ax, (name, epochs) in zip(axes, histories.items(), strict=True):
         style_axes(ax, readable(name, limit=36), "|gamma|", grid=None)
         shares = [np.histogram(np.minimum(gammas, high, dtype=float), bins)[0] / len(gammas) for gammas in epochs]
-        ax.pcolormesh(bins, np.arange(len(epochs) + 1) - 0.5, np.stack(shares), norm=norm, cmap="YlGnBu")
-        ax.plot([np.median(gammas) for gammas in epochs], range(len(epochs)), color=VERMILION, linewidth=1.5,
+        ax.pcolormesh(bins, np.arange(len(epochs) + 1) + 0.5, np.stack(shares), norm=norm, cmap="YlGnBu")
+        ax.plot([np.median(gammas) for gammas in epochs], range(1, len(epochs) + 1), color=VERMILION, linewidth=1.5,
                 marker="o" if len(epochs) == 1 else None, label="median")
     axes[0].set_ylabel("epoch", fontsize=10, color=INK)
     axes[0].yaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
@@ -122,13 +123,20 @@ def _upper_end(arrays: Sequence[np.ndarray]) -> float:
 def plot_kept(rows: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
     """One bar per layer: the number of its channels before and after the cut. Layers that may not be pruned are grey.
 
+    A narrow form of the picture, for phones, lies beside it.
     Each row has layer (its name), original, remaining (channels) and prunable.
     """
+    before, after = (sum(row[key] for row in rows) for key in ("original", "remaining"))
+    kept = f"{after:,} of {before:,} kept ({after / before:.0%})"
+    _draw_kept(rows, narrow_form(path), kept, 4.2)
+    return _draw_kept(rows, path, f"Channels by layer: {kept}", 9)
+
+
+def _draw_kept(rows: Sequence[Mapping[str, Any]], path: str | Path, title: str, width: float) -> Path:
+    """The picture of plot_kept, `width` inches wide."""
     layers, original, kept, prunable = ([row[key] for row in rows] for key in ("layer", "original", "remaining",
                                                                                "prunable"))
-    before, after = sum(original), sum(kept)
-    title = f"Channels by layer: {after:,} of {before:,} kept ({after / before:.0%})"
-    figure, ax = _layer_chart(layers, title, "channels")
+    figure, ax = _layer_chart(layers, title, "channels", width)
     y, left, free = np.arange(len(layers)), np.array(kept), np.array(prunable, bool)
     whole = ax.barh(y, original, height=0.74, color=PALE, label="cut")
     ax.barh(y[free], left[free], height=0.74, color=BLUE, label="kept")
@@ -136,7 +144,7 @@ def plot_kept(rows: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
         ax.barh(y[~free], left[~free], height=0.74, color=GREY, label="may not be pruned")
     counts = [f"{b / a:.0%}  ({b}/{a})" for a, b in zip(original, kept, strict=True)]
     ax.bar_label(whole, counts, padding=4, fontsize=7.5, color=INK)
-    ax.set_xlim(0, 1.14 * max(original))
+    ax.set_xlim(0, (1 + 1.3 / width) * max(original))  # room for the counts
     legend_below(figure)
     return save_figure(figure, path)
 
@@ -163,9 +171,9 @@ def plot_sensitivity(rows: Sequence[Mapping[str, Any]], path: str | Path, share:
     return save_figure(figure, path)
 
 
-def _layer_chart(layers: Sequence[str], title: str, xlabel: str) -> tuple[Figure, Axes]:
+def _layer_chart(layers: Sequence[str], title: str, xlabel: str, width: float = 9) -> tuple[Figure, Axes]:
     """A figure for one horizontal bar per layer, the first layer on top. It grows with the number of layers."""
-    figure, ax = new_chart(9, 0.185 * len(layers) + 1.6, title, xlabel, grid="x")
+    figure, ax = new_chart(width, 0.185 * len(layers) + 1.6, title, xlabel, grid="x")
     ax.set_yticks(range(len(layers)), [readable(name, limit=40) for name in layers], fontsize=7.5)
     ax.set_ylim(len(layers) - 0.4, -0.6)
     return figure, ax
@@ -196,11 +204,11 @@ def plot_sweep(rows: Sequence[Mapping[str, float]], path: str | Path, knee: int)
 
 def plot_tradeoff(rows: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
     """mAP50-95 (y) against milliseconds an image (x), a point per model. Each row has model (its name), ms and map."""
-    figure, ax = new_chart(6, 3.8, "Accuracy and time", "ms an image", "mAP50-95")
-    for row, colour in zip(rows, cycle(STAGES)):
-        ax.plot(row["ms"], row["map"], color=colour, marker="o", markersize=10, linestyle="")
-        ax.annotate(readable(row["model"]), (row["ms"], row["map"]), xytext=(8, 6), textcoords="offset points",
-                    fontsize=10, color=INK)
+    figure, ax = new_chart(6.6, 3.8, "Accuracy and time", "ms an image", "mAP50-95")
+    for row, colour, marker in zip(rows, cycle(STAGES), cycle("osD^vPX")):
+        ax.plot(row["ms"], row["map"], color=colour, marker=marker, markersize=9, linestyle="",
+                label=readable(row["model"]))
+    figure.legend(loc="outside right upper", frameon=False, fontsize=9)  # beside the axes, however close the points are
     ax.set_xlim(0, 1.25 * max(row["ms"] for row in rows))
     ax.set_ylim(0, 1.25 * max(row["map"] for row in rows) or 1)
     return save_figure(figure, path)

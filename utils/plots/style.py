@@ -98,6 +98,12 @@ def short_number(value: float) -> str:
     return f"{value:.3g}"
 
 
+def narrow_form(path: str | Path) -> Path:
+    """Where the narrow form of a picture lies, which a page shows on phones."""
+    path = Path(path)
+    return path.with_name(f"{path.stem}_narrow{path.suffix}")
+
+
 def save_figure(figure: Figure, path: str | Path) -> Path:
     """Write the figure as a PNG and return its path. A missing folder is created."""
     path = Path(path)

@@ -1,7 +1,6 @@
 """Plots of a training run: the labels that it starts from and the results of its epochs."""
 from __future__ import annotations
 
-import csv
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from utils.plots.style import BLUE, INK, PALETTE, class_colour, new_figure, readable, save_figure, style_axes
+from utils.tables import read_results
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -78,15 +78,20 @@ def _draw_outlines(ax: Axes, labels: np.ndarray) -> None:
 
 
 def plot_results(csv_path: str | Path, path: str | Path) -> Path:
-    """All columns of a results.csv over the epochs, in small charts. A cell may be empty."""
-    with open(csv_path, newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    """The columns of a results.csv over the epochs, in small charts. A cell may be empty.
+
+    The epochs count from 1, as on the screen. A loss that is nothing but zeros (that of the classes, where there is
+    one class) has no chart.
+    """
+    rows = read_results(Path(csv_path))
     columns = {name: np.array([float(row[name] or "nan") for row in rows]) for name in rows[0]}
-    epochs = columns.pop("epoch")
+    epochs = columns.pop("epoch") + 1
     charts: dict[str, list[tuple[str, np.ndarray]]] = {}
     for column, values in columns.items():
         title, label = _chart_of(column)
         charts.setdefault(title, []).append((label, values))
+    charts = {title: curves for title, curves in charts.items()
+              if not title.endswith(" loss") or any(np.nan_to_num(values).any() for _, values in curves)}
     figure_rows = math.ceil(len(charts) / 3)
     figure = new_figure(12, 2.7 * figure_rows)
     axes = figure.subplots(figure_rows, 3, squeeze=False).flat
@@ -118,11 +123,17 @@ def _chart_of(column: str) -> tuple[str, str]:
 
 
 def _draw_curves(ax: Axes, epochs: np.ndarray, curves: Sequence[tuple[str, np.ndarray]]) -> None:
-    """The curves of one chart, each a label and its values (epochs,). A line joins the epochs that have a value."""
+    """The curves of one chart, each a label and its values (epochs,). A line joins the epochs that have a value.
+
+    Curves that coincide are one line with all their labels.
+    """
     from matplotlib.ticker import MaxNLocator
 
-    for i, (label, values) in enumerate(curves):
-        known = np.isfinite(values)
+    lines: dict[bytes, tuple[list[str], np.ndarray]] = {}
+    for label, values in curves:
+        lines.setdefault(values.tobytes(), ([], values))[0].append(label)
+    for i, (labels, values) in enumerate(lines.values()):
+        known, label = np.isfinite(values), ", ".join(labels)
         ax.plot(epochs[known], values[known], color=PALETTE[i % len(PALETTE)], label=label, linewidth=1.8,
                 linestyle=("-", "--", ":", "-.")[i % 4], marker="o" if known.sum() <= 15 else None, markersize=4)
     if curves[0][0]:

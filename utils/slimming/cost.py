@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from utils.slimming.equivalence import UnfitImagesError
 from utils.slimming.graph import ChannelGraph, convolutions
 
 
@@ -58,7 +59,10 @@ def _meta_pass(model: nn.Module, names: Iterable[str], imgsz: int, channels: int
         meta_model.get_submodule(name).register_forward_hook(partial(count, name), with_kwargs=True)
     image = torch.empty(1, channels, imgsz, imgsz, device="meta", dtype=next(meta_model.parameters()).dtype)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        meta_model(image)
+        try:
+            meta_model(image)
+        except Exception as error:  # whatever its code raises
+            raise UnfitImagesError(model, image.shape, error) from error
     return pixels, counter.get_total_flops()
 
 

@@ -1,7 +1,8 @@
 """The equivalence check: do two models compute the same?"""
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import is_dataclass
 from typing import Any
 
 import torch
@@ -9,37 +10,71 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
+from utils.slimming.tracing import copy_sharing, reason
+
 EQUIVALENCE_BOUND = 1e-9  # float64 rounding stays below it
+Sizes = Sequence[tuple[int, int, int]]  # images, height, width
 
 
-def largest_difference(a: nn.Module, b: nn.Module, channels: int = 3,
-                       sizes: Sequence[tuple[int, int, int]] = ((2, 64, 64), (1, 96, 128)), seed: int = 0) -> float:
+class UnfitImagesError(ValueError):
+    """A model that does not compute the images that it was given."""
+
+    def __init__(self, model: nn.Module, shape: Sequence[int], error: Exception):
+        super().__init__(
+            f"{type(model).__name__} does not compute images of the shape {tuple(shape)} ({reason(error)}); it is "
+            "called as model(images), with one tensor: give the imgsz= and channels= that it takes, or wrap it in a "
+            "module that makes its other inputs of the images")
+
+
+def largest_difference(a: nn.Module, b: nn.Module, channels: int = 3, sizes: Sizes = ((2, 64, 64), (1, 96, 128)),
+                       seed: int = 0) -> float:
     """Largest |a(x) - b(x)| in float64 over random images, relative to the largest |a(x)| of that output.
 
     For a = masked and b = slim this shows that surgery was exact: it is rounding, below EQUIVALENCE_BOUND. Infinity
-    where the outputs differ in shape or are not finite. `sizes` are (images, height, width).
+    where the outputs differ in shape or are not finite, or b does not compute what a does.
+    UnfitImagesError where a does not compute such images.
     """
+    expected = outputs(a, channels, sizes, seed)
+    try:
+        return difference(expected, outputs(b, channels, sizes, seed))
+    except UnfitImagesError:
+        return float("inf")
+
+
+def difference(expected: Sequence[Any], found: Sequence[Any]) -> float:
+    """Largest relative difference of two lists of outputs(). What is no tensor must be equal."""
     worst = 0.0
-    for p, q in zip(_outputs(a, channels, sizes, seed), _outputs(b, channels, sizes, seed), strict=True):
-        if p.shape != q.shape or not bool(torch.isfinite(p).all() & torch.isfinite(q).all()):
+    if len(expected) != len(found):
+        return float("inf")
+    for p, q in zip(expected, found):
+        if not isinstance(p, Tensor) or not isinstance(q, Tensor):
+            if type(p) is not type(q) or p != q:
+                return float("inf")
+        elif p.shape != q.shape or not bool(torch.isfinite(p).all() & torch.isfinite(q).all()):
             return float("inf")
-        worst = max(worst, float((p - q).abs().max() / p.abs().max().clamp_min(1e-30)))
+        elif p.numel():
+            p, q = p.double(), q.double()
+            worst = max(worst, float((p - q).abs().max() / p.abs().max().clamp_min(1e-30)))
     return worst
 
 
 @torch.no_grad()
-def _outputs(model: nn.Module, channels: int, sizes: Sequence[tuple[int, int, int]], seed: int) -> list[Tensor]:
-    """All outputs for all sizes, on the CPU. The model is not changed."""
+def outputs(model: nn.Module, channels: int, sizes: Sizes, seed: int = 0) -> list[Any]:
+    """All outputs in eval mode, in float64 on the CPU, for random images of all sizes: tensors, numbers, None.
+
+    What the model's code changes is changed in a copy. UnfitImagesError where it does not compute such images.
+    """
     generator = torch.Generator().manual_seed(seed)
     images = [torch.rand(n, channels, h, w, dtype=torch.float64, generator=generator) for n, h, w in sizes]
-    training = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        with _Doubles():
-            return [y for x in images for y in _tensors(model(x))]
-    finally:
-        for module, flag in training:
-            module.training = flag
+    copy = copy_sharing(model, model.parameters()).eval()
+    found: list[Any] = []
+    with _Doubles():
+        for x in images:
+            try:
+                found += _leaves(copy(x))
+            except Exception as error:  # whatever its code raises
+                raise UnfitImagesError(model, x.shape, error) from error
+    return found
 
 
 class _Doubles(TorchFunctionMode):
@@ -61,10 +96,11 @@ def _double(x: Tensor) -> Tensor:
     return x.to("cpu", torch.float64 if x.is_floating_point() else x.dtype)
 
 
-def _tensors(value: Any) -> Iterable[Tensor]:
-    """Every tensor in a model's output, in order."""
-    if isinstance(value, Tensor):
+def _leaves(value: Any) -> Iterable[Any]:
+    """Every tensor, number, text and None in a model's output, in order."""
+    if value is None or isinstance(value, (Tensor, bool, int, float, str)):
         yield value
         return
-    for item in value.values() if isinstance(value, dict) else value:
-        yield from _tensors(item)
+    parts = value.values() if isinstance(value, Mapping) else vars(value).values() if is_dataclass(value) else value
+    for part in parts:
+        yield from _leaves(part)

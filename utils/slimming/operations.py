@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 # They leave the channels in place and map 0 to 0: a channel whose gamma and beta are 0 is still 0 behind them.
 PASSTHROUGH: set[Any] = {
@@ -43,3 +44,11 @@ CHANNEL_FREE = {"device", "dtype", "ndim", "is_cuda", "requires_grad", "layout"}
 def register_passthrough(*operations: type[nn.Module] | Callable | str) -> None:
     """Tell the graph of module classes, functions or tensor methods that keep channels in place and map 0 to 0."""
     PASSTHROUGH.update(operations)
+
+
+def is_plain(layer: nn.Module) -> bool:
+    """Is this a convolution or BatchNorm that computes what PyTorch's own do, whatever its class is called?"""
+    if not isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d, _BatchNorm)):
+        return False
+    methods = [getattr(layer, name, None) for name in ("forward", "_conv_forward")]
+    return all(getattr(method, "__module__", "").startswith("torch.nn.") for method in methods if method)

@@ -14,11 +14,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
-from utils.slimming.equivalence import EQUIVALENCE_BOUND, largest_difference
+from utils.slimming.equivalence import EQUIVALENCE_BOUND, Sizes, UnfitImagesError, difference, outputs
 from utils.slimming.graph import Masks
-from utils.slimming.ranking import NothingToCutError, Ranking, Rules, TracedModel
+from utils.slimming.ranking import NothingToCutError, Ranking, Rules, SafeThreshold, TracedModel
 from utils.slimming.result import PruneResult, TargetOutcome, gammas_tell
 from utils.slimming.surgery import M, masked_view, slim
 from utils.slimming.targets import TARGETS
@@ -39,11 +40,16 @@ class Pruner(TracedModel[M]):
         Raises NothingToCutError where no channel may go, and UnknownNormError for a pattern in rules.keep that no
         BatchNorm fits; both are ValueErrors.
         """
-        self.automatic, self.score = score == "auto", "gamma" if score == "auto" else score
-        self.ranking = Ranking(self, rules, self.score, per_flop)
+        self.score, self.per_flop = score, per_flop
+        self.ranked_by = cache(lambda by, per_flop: Ranking(self, rules, by, per_flop))
         if not self.ranking.total:
-            raise NothingToCutError
+            raise NothingToCutError(self.ranking.why_empty())
         return self
+
+    @property
+    def ranking(self) -> Ranking:
+        """The ranking by the score that rank() was given; by gamma where that is "auto"."""
+        return self.ranked_by("gamma" if self.score == "auto" else self.score, self.per_flop)
 
     def cut(self, percent: float | None = None, target: tuple[str, float] | None = None) -> PruneResult[M]:
         """Cut a share (0..1) of the prunable channels, or as many as a target (a name of TARGETS, number) takes.
@@ -53,39 +59,76 @@ class Pruner(TracedModel[M]):
         """
         if (percent is None) == (target is None):
             raise ValueError("give either percent or target")
-        result = self._cut(percent, target)
-        if not self.automatic or result.small_gammas:
-            return result
-        self.rank("taylor", self.ranking.rules, self.ranking.per_flop)
-        return self._cut(percent, target)
-
-    def _cut(self, percent: float | None, target: tuple[str, float] | None) -> PruneResult[M]:
-        """cut() by the ranking as it is."""
-        keep, outcome = (self.ranking.keep_percent(percent or 0.0), None) if target is None else self._reach(*target)
-        masks = self.graph.masks(keep)
-        zeroed, narrow = masked_view(self.model, masks), slim(self.model, masks, self.graph)
-        difference = self.check(zeroed, narrow)
+        ranking, keep, outcome = self._choose(percent, target)
+        masks, prunable = self.graph.masks(keep), ranking.prunable
+        narrow = slim(self.model, masks, self.graph)
+        difference = self.check(masked_view(self.model, masks), narrow)
         gone = torch.cat([self.norms[name].weight.detach().abs()[~mask] for name, mask in masks.items()])
-        prunable = self.ranking.prunable
         return PruneResult(
             self.model, narrow, masks, prunable=prunable, gammas=torch.cat(list(self.gammas(prunable).values())),
-            safe=self.safe_threshold(prunable), threshold=float(gone.max()) if len(gone) else 0.0,
-            achieved=len(gone) / self.ranking.total, difference=difference, target=outcome,
-            graph_notes=self.graph.notes, score=self.score)
+            safe=self.safe_threshold(), unused=ranking.leading_share(self.largest("weight", "bias") == 0),
+            threshold=float(gone.max()) if len(gone) else 0.0, achieved=len(gone) / ranking.total,
+            difference=difference, target=outcome, graph_notes=self.graph.notes, score=ranking.score,
+            per_flop=self.per_flop)
+
+    def _choose(self, percent: float | None, target: tuple[str, float] | None = None,
+                ) -> tuple[Ranking, np.ndarray, TargetOutcome | None]:
+        """What cut() keeps, bool (ids,), the ranking that it cuts by, and what becomes of a target."""
+        def choose(ranking: Ranking) -> tuple[Ranking, np.ndarray, TargetOutcome | None]:
+            if target is not None:
+                return ranking, *self._reach(ranking, *target)
+            return ranking, ranking.keep_percent(percent or 0.0), None
+
+        choice = choose(self.ranking)
+        if self.score == "auto" and not self._gammas_tell(*choice[:2]):
+            return choose(self.ranked_by("taylor", self.per_flop))
+        return choice
+
+    def _gammas_tell(self, ranking: Ranking, keep: np.ndarray) -> bool:
+        masks, gammas = self.graph.masks(keep), self.gammas(ranking.prunable)
+        kept = torch.cat([masks[name][ranking.prunable[name]] for name in gammas])
+        return gammas_tell(torch.cat(list(gammas.values())), kept)
+
+    def score_for(self, percent: float) -> str:
+        """What cut(percent) ranks the channels by, one of SCORES."""
+        return self._choose(percent)[0].score
+
+    def safe_threshold(self) -> SafeThreshold:
+        """The largest safe gamma, and the percent up to which a cut by gamma alone stays below it."""
+        ranking = self.ranked_by("gamma", False)
+        safe = min(float(gammas.max()) for gammas in self.gammas(ranking.prunable).values())
+        return SafeThreshold(safe, ranking.leading_share(self.largest("weight") < safe))
 
     def check(self, zeroed: M, narrow: M) -> float:
-        """The equivalence check: the largest relative |narrow - zeroed| in float64. ValueError if it is too large."""
-        side = max(self.stride, 32)
-        sizes = ((1, 2 * side, 2 * side), (3, 2 * side, 3 * side))
-        difference = largest_difference(zeroed, narrow, self.channels, sizes)
-        if not difference < EQUIVALENCE_BOUND:
-            raise ValueError(f"the slim model differs from the masked one by {difference:.1e} (relative; rounding is "
-                             f"below {EQUIVALENCE_BOUND:.0e}): it holds a block that the channel graph misreads")
-        return difference
+        """The equivalence check: the largest relative |narrow - zeroed| in float64. ValueError if it is too large.
 
-    def _reach(self, name: str, wanted: float) -> tuple[np.ndarray, TargetOutcome]:
+        The images are small ones of two shapes; for a model that does not compute these, of `imgsz`.
+        """
+        side = max(self.stride, 32)
+        sizes: Sizes = ((1, 2 * side, 2 * side), (3, 2 * side, 3 * side))
+        try:
+            expected = outputs(zeroed, self.channels, sizes)
+        except UnfitImagesError:
+            sizes = ((2, self.imgsz, self.imgsz),)
+            expected = outputs(zeroed, self.channels, sizes)
+        tensors = [y for y in expected if isinstance(y, Tensor) and y.numel()]
+        if not tensors:
+            raise ValueError(f"{type(zeroed).__name__} gives no tensor, so there is nothing to check a cut by")
+        if not all(bool(y.isfinite().all()) for y in tensors):
+            raise ValueError(f"{type(zeroed).__name__} gives values that are not finite, with the cut channels masked; "
+                             "a cut can't be checked")
+        try:
+            found = difference(expected, outputs(narrow, self.channels, sizes))
+        except UnfitImagesError:
+            found = float("inf")
+        if not found < EQUIVALENCE_BOUND:
+            raise ValueError(f"the slim model differs from the masked one by {found:.1e} (relative; rounding is "
+                             f"below {EQUIVALENCE_BOUND:.0e}): it holds a block that the channel graph misreads")
+        return found
+
+    def _reach(self, ranking: Ranking, name: str, wanted: float) -> tuple[np.ndarray, TargetOutcome]:
         """What the cut keeps that just reaches a target, and the outcome."""
-        target, ranking = TARGETS[name], self.ranking
+        target = TARGETS[name]
 
         @cache
         def value(groups: int) -> float:
@@ -101,18 +144,8 @@ class Pruner(TracedModel[M]):
 
     def preview(self, percent: float) -> tuple[Masks, int, int]:
         """(masks, parameters, FLOPs) that cut(percent) would leave. Nothing is cut."""
-        keep = self.ranking.keep_percent(percent)
+        keep = self._choose(percent)[1]
         return self.graph.masks(keep), *self.costs.remaining(keep)
-
-    def _settle_score(self, percent: float) -> None:
-        """score="auto": rank by taylor from here on, if gammas do not tell which channels a cut of `percent` takes."""
-        if not self.automatic:
-            return
-        masks, prunable = self.graph.masks(self.ranking.keep_percent(percent)), self.ranking.prunable
-        gammas = self.gammas(prunable)
-        kept = torch.cat([masks[name][prunable[name]] for name in gammas])
-        if not gammas_tell(torch.cat(list(gammas.values())), kept):
-            self.rank("taylor", self.ranking.rules, self.ranking.per_flop)
 
     def sweep(self, percents: Sequence[float]) -> list[dict[str, Any]]:
         """A row per share (0..1, rising) of the prunable channels, as cut() would cut it.
@@ -121,24 +154,25 @@ class Pruner(TracedModel[M]):
         """
         rows, models = [], []
         for percent in tqdm(percents, desc="sweep", leave=False, disable=None):
-            self._settle_score(percent)
-            keep = self.ranking.keep_percent(percent)
+            ranking, keep, _ = self._choose(percent)
             models.append(slim(self.model, self.graph.masks(keep), self.graph))
-            rows.append({"percent": percent, "score": self.score, **self.evaluate(models[-1]), **self._cost(keep)})
+            rows.append({"percent": percent, "score": ranking.score, **self.evaluate(models[-1]), **self._cost(keep)})
         times = self.milliseconds(models)
         return [row | {"ms": ms} for row, ms in zip(rows, times)]
 
     def sensitivity(self, share: float) -> list[dict[str, Any]]:
-        """A row per layer: accuracy and cost when `share` of its channels goes and all others stay.
+        """A row per layer: accuracy and cost when `share` of its prunable channels goes and all others stay.
+
+        The channels are ranked by score_for(share).
 
         The first row is the whole model. Layers that share their channels have one row, under the name of the first.
         """
-        self._settle_score(share)
-        whole = self.ranking.keep_groups(0)
+        ranking = self._choose(share)[0]
+        whole = ranking.keep_groups(0)
         rows: list[dict[str, Any]] = [{"layer": "(none)", "cut": 0, **self.accuracy, **self._cost(whole)}]
         seen: set[bytes] = set()
         for name, ids in tqdm(self.graph.norms.items(), desc="layers", leave=False, disable=None):
-            keep = self.ranking.keep_layer(name, share)
+            keep = ranking.keep_layer(name, share)
             channels = self.graph.group[ids].tobytes()
             if keep[ids].all() or channels in seen:
                 continue

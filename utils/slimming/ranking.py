@@ -11,11 +11,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
+from inspect import signature
 from typing import Any, Generic
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from utils.slimming.cost import CostModel
@@ -28,10 +29,11 @@ MIN_SHARE = 0.25  # default of prune.py; after an L1 run on BCCD, a floor of 0.1
 
 
 class NothingToCutError(ValueError):
-    """A model without a channel that may go."""
+    """A model without a channel that may go. The message says why."""
 
-    def __init__(self) -> None:
-        super().__init__("this model has no BatchNorm channel that may be cut")
+    def __init__(self, why: Sequence[str]):
+        more = [f"and {len(why) - 3} more reasons"] if len(why) > 3 else []
+        super().__init__("this model has no BatchNorm channel that may be cut: " + "; ".join([*why[:3], *more]))
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class SafeThreshold:
     """The threshold rule: above the smallest of the layers' largest gammas, some layer would lose every channel."""
 
     gamma: float    # the largest threshold that leaves every layer a channel
-    percent: float  # the share of prunable channels below it, 0..1
+    percent: float  # the largest share of the prunable channels, 0..1, whose cut by gamma alone takes only smaller ones
 
 
 class TracedModel(Generic[M]):
@@ -65,7 +67,8 @@ class TracedModel(Generic[M]):
     evaluate: model -> its accuracy, such as {"mAP50": 0.9, "mAP50-95": 0.6}, for target map-drop, sweep, sensitivity.
     milliseconds: models -> milliseconds per image of each, measured in turns, for target latency and sweep.
     losses: model -> the loss of one batch after another, for scores that want gradients on data.
-    Raises NothingToCutError, a ValueError, where the model has no BatchNorm whose channels can be cut.
+    Raises ValueError for weights that are not finite, for a model of several inputs and for one that can't be traced;
+    NothingToCutError, a ValueError, where it has no BatchNorm whose channels can be cut.
     """
 
     def __init__(self, model: M, imgsz: int = 640, channels: int = 3, *,
@@ -77,9 +80,12 @@ class TracedModel(Generic[M]):
         self.losses: Callable[[M], Iterable[Tensor]] = losses or _missing("losses")
         self.milliseconds: Callable[[Sequence[M]], Sequence[float]] = milliseconds or (
             lambda models: latency(models, imgsz, channels=channels))
+        _refuse_unfit(model)
         self.graph = trace(model)
         if not self.graph.norms:
-            raise NothingToCutError
+            has_norm = any(isinstance(m, _BatchNorm) for m in model.modules())
+            raise NothingToCutError([*self.graph.notes, "no BatchNorm with a scale follows a convolution"] if has_norm
+                                    else ["it has no BatchNorm (fused or exported? give the model from before fusing)"])
         self.norms: dict[str, _BatchNorm] = batch_norms(model, self.graph.norms)
 
     @cached_property
@@ -97,14 +103,29 @@ class TracedModel(Generic[M]):
         return {name: self.norms[name].weight.detach().float().cpu().abs()[mask]
                 for name, mask in prunable.items() if bool(mask.any())}
 
-    def safe_threshold(self, prunable: Masks) -> SafeThreshold:
-        """The largest safe gamma, and the percent that it corresponds to."""
-        layers = self.gammas(prunable)
-        if not layers:
-            return SafeThreshold(0.0, 0.0)
-        safe = min(float(g.max()) for g in layers.values())
-        everything = torch.cat(list(layers.values()))
-        return SafeThreshold(safe, float((everything < safe).float().mean()))
+    def largest(self, *keys: str) -> np.ndarray:
+        """(ids,) largest |weight|, |bias| (keys) of a group's BatchNorm channels, at the id that numbers it."""
+        found = np.zeros(len(self.graph.group))
+        for name, norm in self.norms.items():
+            for key in keys:
+                values = getattr(norm, key).detach().float().cpu().abs().numpy()
+                np.maximum.at(found, self.graph.group[self.graph.norms[name]], values)
+        return found
+
+
+def _refuse_unfit(model: nn.Module) -> None:
+    """ValueError for weights that are not finite, and for a model that is not called with images alone."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if not tensor.is_floating_point() or tensor.detach().sum(dtype=torch.float32).isfinite():
+            continue
+        if tensor.isnan().any() or (isinstance(tensor, nn.Parameter) and tensor.isinf().any()):  # a buffer may mean it
+            raise ValueError(f"{name} holds values that are not finite, so nothing can be ranked or checked; "
+                             "take weights from before the training diverged")
+    inputs = [p.name for p in signature(model.forward).parameters.values()
+              if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    if len(inputs) > 1:
+        raise ValueError(f"{type(model).__name__} takes {len(inputs)} inputs ({', '.join(inputs)}), but is called as "
+                         "model(images); wrap it in a module that makes the others of the images")
 
 
 def _missing(name: str) -> Callable[[Any], Any]:
@@ -176,38 +197,36 @@ class Ranking:
     """The groups of channels of a model, ranked once. Its methods give what any cut keeps, bool (ids,).
 
     `score` is one of SCORES, divided by the FLOPs of the channel where `per_flop` asks for it. Ties are broken by layer
-    order. Raises ValueError for a pattern in rules.keep that no BatchNorm fits.
+    order. Prunable are the channels that the graph, the shortcuts and rules.keep let go: every share is one of these.
+    Raises ValueError for a pattern in rules.keep that no BatchNorm fits.
     """
 
     def __init__(self, traced: TracedModel, rules: Rules, score: str = "gamma", per_flop: bool = False):
         graph = traced.graph
-        self.graph, self.rules, self.per_flop = graph, rules, per_flop
+        self.graph, self.rules, self.score = graph, rules, score
         self.scores = SCORES[score](traced)
         if per_flop:
             divisor = np.ones(len(graph.group))
             for name, flops in traced.costs.flops_per_channel().items():
                 divisor[graph.group[graph.norms[name]]] = np.maximum(flops, 1)
             self.scores = self.scores / divisor
-        whole = matching(graph.norms, rules.keep)
-        removable = graph.removable(rules.coupled)
-        self.prunable = {name: torch.from_numpy(removable[ids] & (name not in whole))
-                         for name, ids in graph.norms.items()}
+        self.may_go = graph.removable(rules.coupled)  # (ids,)
+        for name in matching(graph.norms, rules.keep):  # and whoever shares channels with it
+            self.may_go &= ~np.isin(graph.group, graph.group[graph.norms[name]])
+        self.prunable = {name: torch.from_numpy(self.may_go[ids]) for name, ids in graph.norms.items()}
         groups, channels = np.unique(graph.group[np.concatenate(list(graph.norms.values()))], return_counts=True)
-        self.total = int(channels[removable[groups]].sum())  # BatchNorm channels that may go at all
-        candidates = removable[groups] & ~self._protected(whole)[groups]
+        self.total = int(channels[self.may_go[groups]].sum())  # prunable channels
+        candidates = self.may_go[groups] & ~self._protected()[groups]
         groups, channels = groups[candidates], channels[candidates]
         order = np.argsort(self.scores[groups], kind="stable")
         self.groups, self.channels = groups[order], channels[order]  # from the first to go to the last
 
-    def _protected(self, whole: set[str]) -> np.ndarray:
-        """bool (ids,): groups that the rules keep: whole layers, and the best channels of every other layer."""
+    def _protected(self) -> np.ndarray:
+        """bool (ids,): groups among the best channels of a layer, which the rules keep."""
         graph, rules = self.graph, self.rules
         protected = np.zeros(len(graph.group), bool)
-        for name, ids in graph.norms.items():
+        for ids in graph.norms.values():
             groups = graph.group[ids]
-            if name in whole:
-                protected[groups] = True
-                continue
             best = groups[np.argsort(-self.scores[groups], kind="stable")]
             protected[best[:rules.min_channels]] = True
             share = best[:math.ceil(rules.min_share * len(ids))]
@@ -216,6 +235,21 @@ class Ranking:
             groups = graph.group[ids]
             protected[groups[np.argmax(self.scores[groups])]] = True
         return protected
+
+    def why_empty(self) -> list[str]:
+        """Why no channel may go."""
+        graph, why = self.graph, list(self.graph.notes)
+        removable = [graph.removable(coupled)[ids].any() for coupled in (self.rules.coupled, True)
+                     for ids in graph.norms.values()]
+        if any(removable[:len(graph.norms)]):
+            why.append(f"all that could go is to be kept whole ({', '.join(self.rules.keep)})")
+        elif any(removable):
+            why.append("shortcuts couple all that could go (Rules(coupled=True), --shortcuts joint let them go)")
+        return why or ["all of them are outputs of the model"]
+
+    def leading_share(self, chosen: np.ndarray) -> float:
+        """Largest share (0..1) of the prunable channels of which a cut takes only groups that are `chosen`, (ids,)."""
+        return int(self.channels[np.logical_and.accumulate(chosen[self.groups])].sum()) / self.total
 
     def keep_percent(self, percent: float) -> np.ndarray:
         """Cut the lowest share (0..1) of the prunable channels. ValueError for 1 and whatever lies outside."""
@@ -228,9 +262,10 @@ class Ranking:
         return self._without(self.groups[:count])
 
     def keep_layer(self, name: str, share: float) -> np.ndarray:
-        """Cut the lowest share (0..1) of the groups of one BatchNorm that may go, and nothing else."""
-        own = self.groups[np.isin(self.groups, self.graph.group[self.graph.norms[name]])]
-        return self._without(own[:round(share * len(own))])
+        """Cut the lowest share (0..1) of the prunable channels of one BatchNorm, and nothing else."""
+        ids = self.graph.norms[name]
+        groups = self.graph.group[ids[self.may_go[ids]]]
+        return self._without(self.groups[np.isin(self.groups, groups)][:round(share * len(np.unique(groups)))])
 
     def smallest_cut(self, done: Callable[[int], bool]) -> tuple[int, bool]:
         """The smallest number of groups for which done(number) is true, by bisection, and True.

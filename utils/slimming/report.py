@@ -1,6 +1,7 @@
 """The record of a pruning: tables on the screen, plain data for report.json."""
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -74,13 +75,19 @@ def score_note(score: str, images: int) -> str:
             "channels apart (--score gamma: by gamma all the same)")
 
 
+def _floor(share: float) -> str:
+    """Three digits that are not above `share`, so that a cut of so much keeps what is said of it."""
+    return f"{math.floor(1000 * share + 1e-9) / 1000:.3f}"
+
+
 def describe(result: PruneResult, asked: float, requested: str, floors: str) -> str:
     """What the threshold rule allows, what was requested, what came of it, and the table of the layers.
 
     asked: share of the prunable channels, 0..1. floors: what every layer keeps, in words.
     """
     safe = result.safe
-    lines = [f"largest safe gamma: {safe.gamma:.4g}; cutting below it is --percent {safe.percent:.3f} "
+    otherwise = "by gamma alone, " if result.per_flop or result.score != "gamma" else ""
+    lines = [f"largest safe gamma: {safe.gamma:.4g}; {otherwise}cutting below it is --percent {_floor(safe.percent)} "
              "(the smallest of the layers' largest gammas: beyond it some layer would lose every channel)"]
     if asked > safe.percent:
         lines.append(f"warning: {asked:.3f} is above that limit; every layer keeps {floors}. "
@@ -89,7 +96,7 @@ def describe(result: PruneResult, asked: float, requested: str, floors: str) -> 
     lines.append(f"requested {requested}, achieved {result.achieved:.1%}, {largest} {result.threshold:.4g}")
     if zero := float((result.gammas == 0).float().mean()):
         lines.append(f"{zero:.1%} of the prunable gammas are exactly 0: "
-                     f"a --percent up to {zero:.3f} cuts nothing that the model uses")
+                     f"a --percent up to {_floor(result.unused)} cuts nothing that the model uses")
     lines += [f"note: {note}" for note in result.notes]
     layers = [(row["layer"], row["original"], row["remaining"], "" if row["prunable"] else "kept whole")
               for row in result.layers]

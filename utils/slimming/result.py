@@ -42,12 +42,14 @@ class PruneResult(Generic[M]):
     prunable: Masks              # which channels may be cut at all
     gammas: Tensor               # |gamma| of all prunable channels
     safe: SafeThreshold
+    unused: float                # largest share of the prunable channels of which a cut takes only those that are 0
     threshold: float             # the largest |gamma| that was cut
     achieved: float              # share of the prunable channels that was cut, 0..1
     difference: float            # of the equivalence check: largest relative |slim - masked|
     target: TargetOutcome | None
     graph_notes: list[str]
     score: str                   # one of SCORES, by which the channels were ranked
+    per_flop: bool               # ... per FLOP
 
     @cached_property
     def masked(self) -> M:

@@ -1,17 +1,14 @@
 """From masks to a slim model, to a masked one, and from a slim model's weights back to its shape."""
 from __future__ import annotations
 
-from collections.abc import Iterable
 from copy import deepcopy
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from utils.slimming.graph import ChannelGraph, Convolution, Masks, batch_norms, convolutions
-from utils.slimming.tracing import trace
+from utils.slimming.tracing import M, copy_sharing, trace
 
-M = TypeVar("M", bound=nn.Module)
 REPLACED = ("weight", "bias", "running_mean", "running_var")  # tensors of a layer that is cut
 
 
@@ -61,11 +58,6 @@ def masked_view(model: M, masks: Masks) -> M:
             norm.weight[~masks[name]] = 0.0
             norm.bias[~masks[name]] = 0.0
     return new
-
-
-def copy_sharing(model: M, tensors: Iterable[Tensor | None]) -> M:
-    """A deep copy of `model`, except for these parameters and buffers, which both hold."""
-    return deepcopy(model, {id(tensor): tensor for tensor in tensors if tensor is not None})
 
 
 def compose_masks(old: Masks, new: Masks) -> Masks:

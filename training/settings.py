@@ -1,0 +1,129 @@
+"""Where a setting comes from when its flag is not given.
+
+A flag beats the data yaml's `defaults:` section (the built-in set carries its own), and that beats YOLOv5's defaults.
+"""
+from __future__ import annotations
+
+import math
+from argparse import Namespace
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from utils.data.config import DataConfig, other_names, read_data
+from utils.errors import UserError
+from utils.files import ROOT
+from utils.options import BUILT_IN_DATA, HYP_FOR, LEAST
+from utils.text import read_yaml_mapping
+
+# What holds when neither a flag nor the data yaml says otherwise: YOLOv5's defaults.
+DEFAULTS: dict[str, Any] = {"weights": "yolov5s.pt", "cfg": "", "imgsz": 640, "epochs": 100, "batch_size": 16,
+                            "nbs": None, "optimizer": "SGD", "cache": "auto", "hyp": None}
+BELOW_1 = ("momentum", "warmup_momentum")  # hyper-parameters
+# They stand in YOLOv5's files, old or new, and have no effect here.
+IGNORED_HYP = {"anchors", "label_smoothing", "iou_t", "giou"}
+
+
+def resolve(opt: Namespace, checkpoint: dict[str, Any] | None = None) -> Namespace:
+    """Fill in what was not given; returns a new Namespace of plain values, in which .hyp is a dict.
+
+    `checkpoint` (read()'s dict) supplies data, image size, optimizer and hyper-parameters to the scripts that go on
+    with somebody's training. Paths of files become absolute: who goes on with the run may be in another folder.
+    Raises UserError for settings that can't be.
+    """
+    opt = Namespace(**{name: value for name, value in vars(opt).items() if name != "given"})
+    if getattr(opt, "adam", False):
+        opt.optimizer = opt.optimizer or "AdamW"
+    held, weights = checkpoint or {}, getattr(opt, "weights", None)
+    _take_from_training(opt, held.get("opt") or {})
+    # Whoever reads images checks that they are there.
+    config = read_data(opt.data, needed=()) if opt.data else trained_data(
+        held, weights[0] if isinstance(weights, list) else str(weights), opt.single_cls)
+    config = config or read_data(ROOT / BUILT_IN_DATA, needed=())
+    opt.data, suited = str(config.file), config.defaults
+    _check_defaults(opt.data, suited)
+    # The architecture is one setting in two flags: who names one does not want the other's default.
+    if weights or getattr(opt, "cfg", None):
+        suited = {key: "" if key in ("weights", "cfg") else value for key, value in suited.items()}
+    for key, value in {**DEFAULTS, **suited}.items():
+        if hasattr(opt, key) and getattr(opt, key) is None:
+            setattr(opt, key, value)
+    if hasattr(opt, "hyp"):
+        opt.hyp = read_hyp(opt.hyp or HYP_FOR[opt.optimizer])
+    for key in ("weights", "cfg"):
+        if isinstance(value := getattr(opt, key, None), str):
+            setattr(opt, key, absolute(value))
+    return opt
+
+
+def absolute(text: str) -> str:
+    """The absolute path of a file or folder that is there; other text, such as a name to look for, as it is."""
+    return str(Path(text).absolute()) if text and Path(text).exists() else text
+
+
+def trained_data(held: Mapping[str, Any], file: str, single_cls: bool = False) -> DataConfig | None:
+    """The data set that a checkpoint (read()'s dict of `file`) was trained on; None where it does not say.
+
+    UserError where its yaml is gone, or names other classes by now, which --single-cls takes as one.
+    """
+    recorded = (held.get("opt") or {}).get("data")
+    if not recorded:
+        return None
+    # The last one: of a repository that lies elsewhere now.
+    places = (Path(recorded), ROOT / recorded, ROOT / "data" / Path(recorded).name)
+    data = next((place for place in places if place.is_file()), None)
+    if data is None:
+        raise UserError(f"{file}: was trained on {recorded}, which is not there any more; give --data")
+    config = read_data(data, needed=())
+    other = "" if single_cls else other_names(config.names, held.get("names") or config.names)
+    if other:
+        raise UserError(f"{file}: was trained on {data}, which {other} by now; give the --data it was trained on")
+    return config
+
+
+def _take_from_training(opt: Namespace, earlier: dict[str, Any]) -> None:
+    """Image size, optimizer and hyper-parameters of the training that made the checkpoint, where not given."""
+    opt.imgsz = opt.imgsz or earlier.get("imgsz")
+    opt.single_cls = opt.single_cls or earlier.get("single_cls", False)
+    if hasattr(opt, "hyp") and not opt.hyp and not opt.optimizer:  # a rate belongs to its optimizer: both or neither
+        opt.hyp, opt.optimizer = earlier.get("hyp"), earlier.get("optimizer")
+
+
+def _check_defaults(data: str, suited: dict[str, Any]) -> None:
+    """Refuse settings of a data yaml's `defaults:` that can't be."""
+    if unknown := suited.keys() - DEFAULTS.keys():
+        raise UserError(f"{data}: defaults has unknown keys {', '.join(sorted(unknown))}; "
+                        f"known are {', '.join(DEFAULTS)}")
+    weights = str(suited.get("weights") or "")
+    if Path(weights).name != weights and not Path(weights).is_file():
+        raise UserError(f"{data}: defaults: weights: there is no {weights}; give its name alone to fetch it")
+    for key, least in LEAST.items():
+        if key in suited and not (isinstance(suited[key], int) and suited[key] >= least):
+            raise UserError(f"{data}: defaults: {key} must be a whole number from {least} on, not {suited[key]}")
+    if suited.get("optimizer", "SGD") not in HYP_FOR:
+        raise UserError(f"{data}: defaults: optimizer must be one of {', '.join(HYP_FOR)}, not {suited['optimizer']}")
+
+
+def hyp_file(hyp: str | Path) -> Path:
+    """The file that --hyp means, absolute if it is there. It is looked for as given, then in data/hyps/."""
+    places = (Path(hyp), ROOT / hyp, ROOT / "data/hyps" / hyp)
+    return next((place.absolute() for place in places if place.is_file()), Path(hyp))
+
+
+def read_hyp(hyp: str | Path | dict) -> dict[str, float]:
+    """Hyper-parameters with every key present and numeric."""
+    reference = read_yaml_mapping(ROOT / HYP_FOR["SGD"], "--hyp")
+    if not isinstance(hyp, dict):
+        hyp = read_yaml_mapping(hyp_file(hyp), "--hyp")
+    if unknown := hyp.keys() - reference.keys() - IGNORED_HYP:
+        raise UserError(f"--hyp: unknown '{min(map(str, unknown))}'; known are {', '.join(reference)}")
+    values = dict(reference)
+    for key in hyp.keys() & reference.keys():
+        if isinstance(hyp[key], bool) or not isinstance(hyp[key], (int, float)):
+            raise UserError(f"--hyp: '{key}' must be a number, not {hyp[key]!r}")
+        if not 0 <= hyp[key] < math.inf:
+            raise UserError(f"--hyp: '{key}' must not be negative nor infinite, but is {hyp[key]:g}")
+        if key in BELOW_1 and hyp[key] >= 1:
+            raise UserError(f"--hyp: '{key}' must be below 1, but is {hyp[key]:g}")
+        values[key] = float(hyp[key])
+    return values
