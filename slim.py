@@ -127,10 +127,10 @@ def require_possible(pipeline: Pipeline, config: DataConfig, names: dict[int, st
     for split in tasks(config, "train"):
         images = DetectionDataset(getattr(config, split), 32, single_cls=pipeline.single_cls, nc=config.nc,
                                   prefix=split)
-        images.require_labels()
         if split == "train" and len(images) < LEAST_IMAGES:
             raise UserError(f"{config.file}: train: has a single image that can be used, from which no model learns; "
                             "give more")
+        images.require_labels()
     sparse = next(stage for stage in pipeline.stages if stage.script == "train_sparsity.py")
     flags = [*start_flags(pipeline), *pipeline.dataset, *pipeline.flags, "--epochs", "1", *goal(pipeline, sparse, 1.0)]
     start = Namespace(**vars(train_sparsity.parse(flags)))

@@ -262,7 +262,7 @@ CASES: dict[str, tuple[Callable[[Path], object], str, str, int]] = {
         "defaults has unknown keys lr", 2),
     "other classes": (
         data_yaml("path: my\nval: images/val\nnames: [a, b, c]\n"), VAL,
-        "knows 2 classes, my.yaml names 3", 2),
+        "my.yaml names 3; give the --data it was trained on", 2),
     # hyper-parameters
     "no hyp": (
         nothing, f"{TRAIN} --hyp none.yaml",
