@@ -485,6 +485,64 @@ def test_bad_yaml_is_one_line(tmp_path: Path, text: str, message: str) -> None:
     assert "\n" not in str(error.value) and "set.yaml" in str(error.value)
 
 
+@pytest.mark.parametrize("text, names", [
+    ("[on, off, 010, 12:30, null, 2024-01-01, 1.50]", ["on", "off", "010", "12:30", "null", "2024-01-01", "1.50"]),
+    ("{0: yes, 1: no}", ["yes", "no"]), ("{'1': b, '0': a}", ["a", "b"]), ("{00: a, 01: b}", ["a", "b"]),
+    ("[鱼, ' x ']", ["鱼", " x "])])
+@pytest.mark.parametrize("nc", ["{}", "'{}'"])
+def test_names_are_texts_as_they_are_written(images: Path, tmp_path: Path, text: str, names: list[str],
+                                             nc: str) -> None:
+    """They used to become True, False, 8, 750, None and a date."""
+    path = tmp_path / "set.yaml"
+    path.write_text(f"path: set\ntrain: images\nval: images\nnames: {text}\nnc: {nc.format(len(names))}\n", "utf-8")
+    assert list(read_data(path).names.values()) == names
+
+
+@pytest.mark.parametrize("text, message", [
+    ("names: {0: a, 0: b}", "line 1: '0' is given twice"), ("names: {0: a, '0': b}", "line 1: '0' is given twice"),
+    ("names: {0: a, 00: b}", "without a gap"), ("names: {0: a, x: b}", "without a gap"),
+    ("names: {0: a, " + "1" * 900 + ": b}", "without a gap"), ("names: [a, [b]]", "class 1 must be a name"),
+    ("names: [a, ]\nnames: [b]", "line 2: 'names' is given twice"), ("names: [a, '']", "class 1 must be a name"),
+    ("names: [a, ~]", "class 1 must be a name"), ("names: [a]\nnc: two", "says nc: two"),
+    ("names: [a]\npath: ~nosuchuser/set", "~nosuchuser/set/images does not exist"),
+    ("names: [a]\npath: " + "x" * 5000, "does not exist"), ('names: [a]\npath: "a\\0b"', "is no str"),
+    ("names: [a]\npath: loop", "does not exist")])
+def test_more_bad_yamls_are_one_line(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(UserError, match=message) as error:
+        read_data(write_yaml(tmp_path, f"{text}\ntrain: images\nval: images\n"))
+    assert "\n" not in str(error.value) and "set.yaml" in str(error.value)
+
+
+@pytest.mark.parametrize("encoding", ["gbk", "latin-1"])
+def test_a_yaml_in_another_encoding_names_file_line_and_encoding(tmp_path: Path, encoding: str) -> None:
+    name = "鱼" if encoding == "gbk" else "é"
+    (tmp_path / "set.yaml").write_bytes(f"train: .\nnames: [{name}]\n".encode(encoding))
+    with pytest.raises(UserError, match=r"set.yaml: line 2 is not UTF-8 \(byte 0x..\); save the file as UTF-8"):
+        read_data(tmp_path / "set.yaml")
+
+
+@pytest.mark.parametrize("text", [
+    "path: set\nval: images\\train", "path: .\\set\nval: .\\images\\train", "val: set\\images\\train",
+    "path: C:\\Users\\me\\set\nval: images/train", "path: set\nval: D:\\data\\set\\images\\train",
+    "path: set\nval: ..\\images\\train", "path: set\nval: images\\list.txt", "path: 2024\nval: 1"])
+def test_paths_of_windows_and_numbers_are_found(images: Path, tmp_path: Path, text: str) -> None:
+    (tmp_path / "2024").mkdir()
+    (tmp_path / "2024/1").symlink_to(images)
+    lines = [f"train\\{p.name}" if i % 2 else f"C:\\me\\train\\{p.name}" for i, p in enumerate(images.iterdir())]
+    (images.parent / "list.txt").write_text("\r\n".join(lines), encoding="utf-16")
+    config = read_data(write_yaml(tmp_path, f"names: [a, b]\n{text}\n"), needed=("val",))
+    assert len(DetectionDataset(config.val, 64, nc=2)) == 7
+
+
+def test_backslashes_that_lead_nowhere_are_named(images: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"images\\gone does not exist; its backslashes are of Windows"):
+        read_data(write_yaml(tmp_path, "path: set\nval: images\\gone\nnames: [a]\n"), needed=("val",))
+    (tmp_path / "list.txt").write_text(f"{next(images.iterdir())}\nC:\\gone\\a.png\n")
+    refused = DetectionDataset([tmp_path / "list.txt"], 64).refused
+    assert [reason for _, reason in refused] == ["no such file, its backslashes are of Windows"]
+
+
 def test_missing_yaml(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such file"):
         read_data(tmp_path / "none.yaml")

@@ -107,6 +107,22 @@ def test_an_annotation_file_decides_on_ids_and_is_the_truth(dataset: DetectionDa
         CocoResults(COCO, tmp_path / "none.json")
 
 
+def test_the_truth_may_lack_what_pycocotools_needs(dataset: DetectionDataset, tmp_path: Path) -> None:
+    """Polygons without bbox, no area, no ids, ids that are texts here and numbers there: mAP 0, or a KeyError."""
+    data = truth(tmp_path / "anns.json", dataset)
+    for i, row in enumerate(data["annotations"]):
+        x, y, w, h = row["bbox"]
+        row |= {"area": None, "iscrowd": "0", "id": 0, "category_id": str(row["category_id"])}
+        if i % 2:
+            row |= {"bbox": [], "segmentation": [[x, y, x + w, y, x + w, y + h, x, y + h]]}
+    (tmp_path / "odd.json").write_text(json.dumps(data), encoding="utf-16")
+    assert collected(dataset, COCO, tmp_path / "odd.json").figures(dataset) == pytest.approx((1.0, 1.0))
+    del data["annotations"][1]["segmentation"]
+    (tmp_path / "odd.json").write_text(json.dumps(data))
+    with pytest.raises(UserError, match="annotation 2 has no bbox"):
+        collected(dataset, COCO, tmp_path / "odd.json")
+
+
 def outputs(dataset: DetectionDataset, folder: Path, *flags: str) -> val.Outputs:
     opt = val.parse(["--save-txt", "--noplots", *flags])
     written = val.Outputs(folder, dataset, COCO, opt)
