@@ -61,6 +61,17 @@ def label(text: str | bytes) -> Callable[[Path], object]:
     return change
 
 
+def labels(text: str, split: str = "train") -> Callable[[Path], object]:
+    """All label files of a split become this."""
+    return lambda folder: [path.write_text(text) for path in (folder / "my/labels" / split).iterdir()]
+
+
+def capitals(folder: Path) -> None:
+    for name in ("images", "labels"):
+        (folder / "my" / name).rename(folder / "my" / name.capitalize())
+    (folder / "my.yaml").write_text("path: my\ntrain: Images/train\nval: Images/val\nnames: [square, circle]\n")
+
+
 def data_yaml(text: str) -> Callable[[Path], object]:
     return lambda folder: (folder / "my.yaml").write_text(text)
 
@@ -189,7 +200,7 @@ CASES: dict[str, tuple[Callable[[Path], object], str, str, int]] = {
         "1 malformed rows skipped", 0),
     "pixels, not shares": (
         label("0 48 36 20 20"), TRAIN,
-        "1 boxes dropped (no area in the image)", 0),
+        "1 rows outside the image skipped (pixels? divide by its width and height)", 0),
     "over the edge": (
         label("0 .95 .5 .2 .2"), TRAIN,
         "1 boxes cut at the edge", 0),
@@ -201,13 +212,37 @@ CASES: dict[str, tuple[Callable[[Path], object], str, str, int]] = {
         "1 duplicate rows removed", 0),
     "bytes": (
         label(bytes(range(256))), TRAIN,
-        "malformed rows skipped", 0),
+        "1 label files skipped (no text; save them as UTF-8)", 0),
     "byte-order mark": (
         label("\ufeff0 .5 .5 .2 .2"), TRAIN,
         "", 0),
     "no labels at all": (
         lambda f: shutil.rmtree(f / "my/labels"), TRAIN,
-        "no labels at all: looked for", 0),
+        "images/train: no image has a usable label: there are no label files, looked for", 2),
+    "all in pixels": (
+        labels("0 40 40 90 90\n"), TRAIN,
+        "12 rows outside the image skipped (pixels? divide by its width and height), e.g. line 1 of", 2),
+    "six columns": (
+        labels("0 .5 .5 .2 .2 .9\n"), SPARSITY,
+        "12 malformed rows skipped, e.g. line 1 of", 2),
+    "background alone": (
+        labels(""), FINETUNE,
+        "12 label files are empty, 0 are missing", 2),
+    "nothing to slim for": (
+        labels(""), f"slim.py --data my.yaml --weights untrained.pt --epochs 3 {SMALL}",
+        "12 label files are empty, 0 are missing", 2),
+    "val images without labels": (
+        labels("", "val"), TRAIN,
+        "images/val: no image has a usable label", 2),
+    "val images without labels in val.py": (
+        labels("", "val"), VAL,
+        "images/val: no image has a usable label", 2),
+    "predictions for images without labels": (
+        labels("", "val"), f"{VAL} --save-json",
+        "no image has a usable label", 0),
+    "folders in capitals": (
+        capitals, TRAIN,
+        "train: 12 images, 12 boxes, 4 images without any", 0),
     "labels are a folder": (
         lambda f: ((f / "my/labels/train/001.txt").unlink(), (f / "my/labels/train/001.txt").mkdir()), TRAIN,
         "can't be read", 2),

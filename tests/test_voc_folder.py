@@ -125,3 +125,18 @@ def test_folders_given_by_name(tmp_path: Path) -> None:
         beside.mkdir(parents=True, exist_ok=True)
         with pytest.raises(UserError, match=words):
             voc.convert(voc.parse([*map(str, more), "--out", str(tmp_path / "new")]))
+
+
+@pytest.mark.parametrize("years", [("",), ("VOC2007", "VOC2012")])
+def test_loops_of_links_and_pipes_change_nothing(folder: Path, tmp_path: Path, years: tuple[str, ...]) -> None:
+    for year in years:
+        for stem in ("a", "b"):
+            add(folder / year, f"{stem}{year}")
+        for inside in (folder / year, folder / year / "Annotations", folder / year / "JPEGImages"):
+            (inside / "loop").symlink_to(".")
+            (inside / "loop too").symlink_to(inside)
+        os.mkfifo(folder / year / "Annotations" / f"pipe{year}.xml")
+        os.mkfifo(folder / year / "JPEGImages" / f"pipe{year}.jpg")
+    (folder / "again").symlink_to(years[0] or ".")
+    report = run(folder, tmp_path / "out")
+    assert "left out" not in report and len(converted(tmp_path / "out")) == 2 * len(years)

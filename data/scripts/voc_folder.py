@@ -100,21 +100,23 @@ def find_folders(root: Path) -> list[VocFolder]:
     UserError where there are no XML files.
     """
     folders = []
-    for folder in _units(root):
+    for folder in _units(root, set()):
         parts = [SPLIT_WORDS.get(part.lower(), "") for part in folder.relative_to(root).parts]
         folders.append(VocFolder(folder, split=next(filter(None, parts), "")))
     return folders
 
 
-def _units(root: Path) -> list[Path]:
-    """The folders at or below `root` that hold annotations and their images."""
+def _units(root: Path, seen: set[Path]) -> list[Path]:
+    """The folders at or below `root` that hold annotations and their images. `seen`, which grows: not those again."""
+    seen.add(root.resolve())
     entries = _visible(root)
     if any(p.suffix.lower() in XML for p in entries) or _child(root, ANNOTATIONS, XML):
         return [root]
     below = [p for p in entries if p.is_dir() and _holds(p, XML)]
     if not below or _child(root, LISTS, TXT) or not all(_holds(folder, IMAGE_SUFFIXES) for folder in below):
         return [root]
-    return [unit for folder in below for unit in _units(folder)]
+    below.sort(key=Path.is_symlink)  # a folder that links lead to as well has its own name
+    return [unit for folder in below if folder.resolve() not in seen for unit in _units(folder, seen)]
 
 
 def _visible(folder: Path) -> list[Path]:

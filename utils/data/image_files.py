@@ -1,6 +1,7 @@
 """Image and label files: which there are, what they hold, what is wrong with them. Files are only ever read."""
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections import Counter
@@ -131,16 +132,15 @@ def label_files(images: Iterable[str]) -> Iterator[str]:
 
 
 def _label_folder(folder: str) -> str:
-    parts = folder.split(os.sep)
-    lower = [part.lower() for part in parts]
-    if "images" not in lower:
-        return folder
-    usual = folder
+    usual, parts = folder, folder.split(os.sep)
     if "images" in parts:
         at = _last(parts, "images")
         usual = os.sep.join([*parts[:at], "labels", *parts[at + 1:]])
         if os.path.isdir(usual):
             return usual
+    lower = [part.lower() for part in parts]
+    if "images" not in lower:
+        return usual
     at = _last(lower, "images")
     above = os.sep.join(parts[:at]) or os.sep
     beside = sorted(os.listdir(above)) if os.path.isdir(above) else []
@@ -152,16 +152,24 @@ def _last(parts: Sequence[str], name: str) -> int:
     return len(parts) - 1 - parts[::-1].index(name)
 
 
+def _opened(path: Path) -> BinaryIO:
+    """A file, open to be read. OSError if it is a pipe or a device, which one could wait for without end."""
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise OSError(errno.EINVAL, "not a file", str(path))
+    return os.fdopen(handle, "rb")
+
+
 def label_text(path: Path) -> str | None:
     """What a label file says; nothing where there is none, None where it is no text. UserError if it can't be read."""
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise UserError(f"{path}: is no file; remove it")
-        data = path.read_bytes()
+        with _opened(path) as file:
+            data = file.read()
     except (FileNotFoundError, NotADirectoryError):
         return ""
     except OSError as error:
-        raise UserError(f"{path}: can't be read ({error.strerror}); mend its permissions") from None
+        raise UserError(f"{path}: can't be read ({error.strerror}); remove it or mend its permissions") from None
     try:
         return decoded(data, path)
     except UserError:
@@ -199,8 +207,6 @@ def read_header(path: Path) -> Header:
 
     One of UNREADABLE for a file that is not an image, or not a whole one as far as that is seen.
     """
-    if not stat.S_ISREG(os.stat(path).st_mode):  # reading a pipe would wait for ever
-        raise ValueError("not a file")
     try:
         return _read_header(path)
     except UNREADABLE:
@@ -210,7 +216,7 @@ def read_header(path: Path) -> Header:
 
 
 def _read_header(path: Path) -> Header:
-    with open(path, "rb") as file, Image.open(file) as image:
+    with _opened(path) as file, Image.open(file) as image:
         size, kind = image.size, image.format
         common = kind == "JPEG" or (kind == "PNG" and "16" not in str(image.tile))
         orientation = 1
@@ -284,29 +290,29 @@ def reason_of(error: Exception, path: Path) -> str:
 
 
 def scan_image(path: Path, nc: int | None = None, single_cls: bool = False, reading: str = "",
-               whole: bool = True) -> Record:
+               whole: bool = True, labels: Path | None = None) -> Record:
     """Read an image and its labels. UserError for a class not below `nc`, or a label file that can't be read.
 
     reading: see parse_labels(). whole: decode the image whatever its format; without it, where its header does not
-    tell most damage.
+    tell most damage. labels: label_path() where it is known.
     """
     no_labels = np.zeros((0, 5), np.float32)
-    problems: Counter[str] = Counter()
+    fewer_bits = False
     try:
         size, orientation, common = read_header(path)
         if whole or not common:
             pixels = _stored_pixels(path)
-            if pixels.dtype == np.uint16 and _used_bits(pixels) < 16:
-                problems["images of fewer than 16 bits in files of 16 (scaled by the bits that they use)"] += 1
+            fewer_bits = pixels.dtype == np.uint16 and _used_bits(pixels) < 16
     except UNREADABLE as error:
         reason = reason_of(error, path)
         return Record(path, (0, 0), 1, no_labels, Counter({"unreadable images skipped": 1}), reason)
     if min(size) < LEAST_SIDE:
         problems = Counter({f"images under {LEAST_SIDE} px skipped": 1})
         return Record(path, size, 1, no_labels, problems, f"{size[0]} x {size[1]} px")
-    file = label_path(path)
+    file = labels or label_path(path)
     text = label_text(file)
-    if text is None:
-        return Record(path, size, orientation, no_labels, problems + Counter({NO_TEXT: 1}))
-    labels, found = parse_labels(text, file, nc, single_cls, reading)
-    return Record(path, size, orientation, labels, problems + found)
+    boxes, problems = (no_labels, Counter({NO_TEXT: 1})) if text is None else parse_labels(
+        text, file, nc, single_cls, reading)
+    if fewer_bits:
+        problems["images of fewer than 16 bits in files of 16 (scaled by the bits that they use)"] += 1
+    return Record(path, size, orientation, boxes, problems)

@@ -37,7 +37,7 @@ def parse_labels(text: str, path: Path, nc: int | None = None, single_cls: bool 
     UserError for a class that is not below `nc`: there is no way to tell which class was meant.
     """
     problems: Counter[str] = Counter()
-    rows = []
+    rows, tidy = [], True
     for number, line in enumerate(text.splitlines(), 1):
         if not line.strip():
             continue
@@ -46,6 +46,11 @@ def parse_labels(text: str, path: Path, nc: int | None = None, single_cls: bool 
             row = _box_of_other_row(row or [], reading, problems)
         if row is None:
             continue
+        if not _well_inside(*row[1:]):
+            tidy = False
+            if max(row[1:]) > 1 + SLACK or min(row[1:]) < -SLACK:
+                problems[OUTSIDE] += 1
+                continue
         if single_cls:
             rows.append([0.0, *row[1:]])
         elif nc is not None and row[0] >= nc:
@@ -53,9 +58,8 @@ def parse_labels(text: str, path: Path, nc: int | None = None, single_cls: bool 
                             "correct the label or add the name")
         else:
             rows.append(row)
-    with np.errstate(over="ignore"):  # what is too large for float32 is outside
-        labels = np.array(rows, np.float32).reshape(-1, 5)
-    if not all(_well_inside(*row[1:]) for row in rows) or len(set(map(tuple, labels.tolist()))) < len(rows):
+    labels = np.array(rows, np.float32).reshape(-1, 5)
+    if not tidy or len(set(map(tuple, labels.tolist()))) < len(rows):
         labels = _repair(labels, problems)
     return labels, +problems  # without zeros
 
@@ -166,10 +170,7 @@ def _well_inside(x: float, y: float, w: float, h: float) -> bool:
 
 
 def _repair(labels: np.ndarray, problems: Counter[str]) -> np.ndarray:
-    """Cut boxes at the image's edge; drop duplicates and boxes far outside or without area inside. Count each."""
-    outside = ((labels[:, 1:] < -SLACK) | (labels[:, 1:] > 1 + SLACK)).any(1)
-    problems[OUTSIDE] += int(outside.sum())
-    labels = labels[~outside]
+    """Cut boxes at the image's edge; drop duplicates and boxes without area inside the image. Count each."""
     corners = xywh2xyxy(labels[:, 1:])
     inside = corners.clip(0, 1)
     excess = np.abs(corners - inside).max(1, initial=0)

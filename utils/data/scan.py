@@ -17,7 +17,7 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from utils.data.image_files import Record
+from utils.data.image_files import Record, label_files
 from utils.data.ragged import Ragged
 from utils.errors import UserError
 
@@ -69,8 +69,8 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def scan_groups(scan: Callable[[Path], Record], groups: Sequence[Sequence[str]], title: str) -> Iterator[Scan]:
-    """A Scan of each group of images, in order; a progress bar appears after a second.
+def scan_groups(scan: Callable[..., Record], groups: Sequence[Sequence[str]], title: str) -> Iterator[Scan]:
+    """A Scan of each group of images, by scan_image(), in order; a progress bar appears after a second.
 
     Many images are read in as many processes as there are cores: what takes the time is Python. Where processes can't
     be forked it is threads, which have the files' waiting times in common at least.
@@ -101,8 +101,8 @@ def scan_groups(scan: Callable[[Path], Record], groups: Sequence[Sequence[str]],
             executor.shutdown(cancel_futures=True)
 
 
-def _scan_batch(scan: Callable[[Path], Record], images: Sequence[str]) -> Scan:
-    return Scan.of([scan(Path(image)) for image in images])
+def _scan_batch(scan: Callable[..., Record], images: Sequence[str]) -> Scan:
+    return Scan.of([scan(Path(image), labels=Path(file)) for image, file in zip(images, label_files(images))])
 
 
 def _start_process() -> None:
