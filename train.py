@@ -32,7 +32,7 @@ from training.interruption import Listener, listen
 from training.loggers import RunLogger
 from training.loss import DetectionLoss, scale_gains
 from training.optimizer import EarlyStopping, ModelEMA, Schedule, build_optimizer, ema_tau, suited_nbs
-from training.resume import go_on, mend, require_finite, restore, restore_hooks, save, save_epoch
+from training.resume import go_on, mend, require_finite, restore, restore_hooks, save, save_epoch, start_hooks
 from training.run import Hook, Run, Step, amp_name
 from training.start import (
     adapt_anchors,
