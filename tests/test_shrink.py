@@ -192,7 +192,7 @@ def test_killed_at_any_time_it_ends_bit_identical(flags, whole, tmp_path, when):
 def test_flags_that_contradict_each_other_are_refused(monkeypatch, tmp_path, tiny, cfg):
     monkeypatch.chdir(tmp_path)
     common = ["--data", str(tiny), "--weights", "", "--cfg", str(cfg), "--epochs", "1", "--imgsz", "64"]
-    for flags, words in ((["--shrink"], "needs --target-sparsity or --target"),
+    for flags, words in ((["--shrink"], "has no effect without --target-sparsity or --target"),
                          (["--target", "flops=0.5", "--target-sparsity", "0.5"], "leave one of the two out"),
                          (["--target", "flops=0.01"], "of the flops can go; every layer keeps some; give more")):
         with pytest.raises(train_sparsity.UserError, match=words):
