@@ -15,7 +15,7 @@ import pytest
 import slim
 import train
 from tests.conftest import ROOT
-from training.pipeline import Pipeline
+from training.pipeline import Pipeline, Settings
 from training.start import move_away
 from utils import files
 from utils.data import label_cache
@@ -68,7 +68,7 @@ def test_no_second_training_in_a_folder_in_use(holder, tiny, cfg, tmp_path):
     last = tmp_path / "exp/weights/last.pt"
     last.parent.mkdir()
     last.write_bytes(b"of the other process")
-    Pipeline(tmp_path / "exp", "", [], None, None, "", 64, False, ("flops", 0.5), 9, 1, True).save()
+    Pipeline(tmp_path / "exp", "", Settings(None, None, "", 64, False, ("flops", 0.5), 9, 1, True)).save()
     start = ["--data", str(tiny), "--weights", "", "--cfg", str(cfg), "--epochs", "1", "--imgsz", "64",
              "--workers", "0", "--project", str(tmp_path), "--exist-ok", "--device", "cpu"]
     for main, flags in ((train.main, ["--resume", str(last)]), (train.main, start),

@@ -14,7 +14,7 @@ from slim import pipeline_parser
 from tests import crash
 from tests.blocks import randomised
 from tests.test_crash import run_with
-from training.pipeline import Pipeline, known_pipeline
+from training.pipeline import Pipeline, Settings, known_pipeline
 from utils.errors import UserError
 from utils.slimming.cost import profile
 from utils.slimming.targets import TARGETS, Target
@@ -107,8 +107,8 @@ def test_milliseconds_become_flops(flags, monkeypatch, capsys):
     monkeypatch.setattr(slim, "LEAST_MAP", -1.0)
     with pytest.raises(UserError, match="can't be reached, with all that may go 1.000 of the time"):
         slim.main(again)  # its data, image size and optimizer are those of the checkpoint
-    told = json.loads(Path("runs/slim/exp2/slim.json").read_text())
-    assert told["trained"] and told["imgsz"] == 64 and told["flags"] == ["--optimizer", "AdamW"]
+    told = json.loads(Path("runs/slim/exp2/slim.json").read_text())["settings"]
+    assert told["trained"] and told["imgsz"] == 64 and told["training"] == {"optimizer": "AdamW"}
 
 
 @pytest.mark.parametrize("change, words", [
@@ -132,8 +132,7 @@ def test_what_can_be_known_at_the_start_is_refused_there(flags, tmp_path, change
 
 def begun(*flags: object) -> Pipeline:
     """The pipeline that these flags begin."""
-    parser = pipeline_parser()
-    return slim.begin(parser.parse_args(list(map(str, flags))), parser)
+    return slim.begin(pipeline_parser().parse_args(list(map(str, flags))))
 
 
 @pytest.mark.usefixtures("quick")
@@ -146,16 +145,18 @@ def test_size_and_single_cls_are_settled_at_the_start_for_every_stage(tiny, cfg,
     common = ["--workers", 0, "--device", "cpu", "--hyp", "hyp.yaml", "--teacher-weight", 2]
     known = begun("--weights", "one.pt", *common, "--target", "map-drop=.02")
     fresh = begun("--weights", "", "--cfg", "model.yaml", "--data", tiny, "--imgsz", 100, "--single-cls", *common)
-    assert known.trained and [stage.name for stage in known.stages] == ["sparse", "cut", "tuned"]
-    assert [stage.name for stage in fresh.stages] == ["dense", "sparse"]
-    for pipeline, scripts in ((known, known.stages), (fresh, fresh.stages[:1])):
-        assert (pipeline.imgsz, pipeline.single_cls, pipeline.data) == (128, True, str(tiny))
+    stages = known.settings.stages, fresh.settings.stages
+    assert known.settings.trained and [stage.name for stage in stages[0]] == ["sparse", "cut", "tuned"]
+    assert [stage.name for stage in stages[1]] == ["dense", "sparse"]
+    for pipeline, scripts in ((known, stages[0]), (fresh, stages[1][:1])):
+        settings = pipeline.settings
+        assert (settings.imgsz, settings.single_cls, settings.data) == (128, True, str(tiny))
         for stage in scripts:
             flags = slim.stage_flags(pipeline, stage, "one.pt")
             assert "--single-cls" in flags and flags[flags.index("--imgsz") + 1] == "128"
             if stage.script != "prune.py":  # read from wherever the pipeline goes on
                 assert flags[flags.index("--hyp") + 1] == str(tmp_path / "hyp.yaml")
-    assert known.weights == str(tmp_path / "one.pt") and fresh.cfg == str(tmp_path / "model.yaml")
+    assert known.settings.weights == str(tmp_path / "one.pt") and fresh.settings.cfg == str(tmp_path / "model.yaml")
 
 
 @pytest.mark.parametrize("change, words", [
@@ -210,7 +211,7 @@ def test_weights_that_find_nothing_teach_nothing(tiny, teacher):
 
 @pytest.mark.usefixtures("quick")
 def test_a_pipeline_keeps_what_it_was_started_with(tmp_path):
-    pipeline = Pipeline(tmp_path / "runs/slim/exp", "", [], None, None, "", 64, False, ("flops", 0.5), 9, 1, True)
+    pipeline = Pipeline(tmp_path / "runs/slim/exp", "", Settings(None, None, "", 64, False, ("flops", 0.5), 9, 1, True))
     pipeline.save()
     assert known_pipeline(True, "runs/slim") == pipeline
     with pytest.raises(UserError, match="a pipeline is there already; --resume goes on"):

@@ -32,35 +32,41 @@ class Stage:
         return best if best.is_file() or not last.is_file() else last
 
 
-@dataclass
-class Pipeline:
-    """What is known of a pipeline. It lies in its folder, as slim.json, written anew after each stage."""
+@dataclass(frozen=True)
+class Settings:
+    """What a pipeline is asked for. All of it is resolved when the pipeline begins, and does not change."""
 
-    folder: Path
-    command: str
-    flags: list[str]              # given by the user, for the trainings
     weights: str | None           # that it starts from; None: those that train.py takes where none are given
-    cfg: str | None
-    data: str
-    imgsz: int                    # in whole strides
+    cfg: str | None               # model yaml
+    data: str                     # data yaml, an absolute path
+    imgsz: int                    # pixels, in whole strides
     single_cls: bool
-    target: tuple[str, float]
-    epochs: int
-    rounds: int
+    target: tuple[str, float]     # a name of TARGETS, and what is to be left
+    epochs: int                   # of all stages
+    rounds: int                   # trainings to sparsity
     trained: bool                 # the weights were trained on the classes of the data: no dense training is needed
     teacher: str | None = None    # another one than the model before; "none": no teacher
     teacher_weight: float = 1.0
-    export: list[str] = field(default_factory=list)  # flags of export.py
+    training: dict[str, Any] = field(default_factory=dict)  # other settings that were given for the trainings
+    export: list[str] = field(default_factory=list)         # formats to write in the end
+    int8: bool = False            # write them, and measure, in 8 bits
     runtime: str = "torch"        # in which milliseconds are measured
-    precision: str = "fp32"       # of that runtime
-    workers: int = 8
-    device: str = ""
-    flops: float | None = None    # with a target of latency: the share of the FLOPs that is to reach it
-    done: dict[str, Any] = field(default_factory=dict)  # name of a stage or measurement -> its figures
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "target", tuple(self.target))  # JSON has lists only
+        for stage in self.stages:
+            if stage.script != PRUNE and stage.epochs < 1:
+                raise UserError(f"--epochs {self.epochs}: too few, the pipeline is {len(self.stages)} stages long; "
+                                "give more")
+
+    @property
+    def precision(self) -> str:
+        """Of what is measured."""
+        return "int8" if self.int8 and self.runtime != "torch" else "fp32"
 
     @property
     def stages(self) -> list[Stage]:
-        """The commands in order. UserError where there are too few epochs for them."""
+        """The commands in order."""
         left, found = self.epochs, []
         if not self.trained:
             found.append(Stage("dense", "train.py", left // SHARE))
@@ -72,36 +78,57 @@ class Pipeline:
             found.append(Stage(name, "train_sparsity.py", left // self.rounds + (i < left % self.rounds)))
         if self.target[0] == "map-drop":
             found += [Stage("cut", PRUNE), Stage("tuned", "finetune_pruned.py", tuning)]
-        if any(stage.epochs < 1 for stage in found if stage.script != PRUNE):
-            raise UserError(f"--epochs {self.epochs}: too few, the pipeline is {len(found)} stages long; give more")
         return found
 
     @property
-    def machine(self) -> list[str]:
-        """Flags that every script takes, and that may change when the pipeline goes on."""
-        return ["--workers", str(self.workers), *(["--device", self.device] if self.device else [])]
+    def dataset(self) -> dict[str, Any]:
+        """Settings that every script takes: the data, the size of its images, and whether its classes are one."""
+        return {"data": self.data, "imgsz": self.imgsz, "single_cls": self.single_cls}
 
     @property
-    def dataset(self) -> list[str]:
-        """Flags that every script takes: the data, the size of its images, and whether its classes are one."""
-        return ["--data", self.data, "--imgsz", str(self.imgsz), *(["--single-cls"] if self.single_cls else [])]
+    def start(self) -> dict[str, Any]:
+        """What the first training starts from."""
+        return {"weights": self.weights, "cfg": self.cfg or None}
+
+
+@dataclass
+class Pipeline:
+    """A pipeline on its way. It lies in its folder, as slim.json, written anew after each stage."""
+
+    folder: Path
+    command: str                  # that began it
+    settings: Settings
+    workers: int = 8              # of this machine: they may change when the pipeline goes on
+    device: str = ""
+    flops: float | None = None    # with a target of latency: the share of the FLOPs that is to reach it
+    done: dict[str, Any] = field(default_factory=dict)  # name of a stage or measurement -> its figures
 
     @property
-    def taught(self) -> list[str]:
-        """Flags of a training that has a teacher."""
-        if self.teacher == "none":
-            return ["--teacher", "none"]
-        return ["--teacher", self.teacher or self.before, "--teacher-weight", str(self.teacher_weight)]
+    def machine(self) -> dict[str, Any]:
+        """Settings of this machine, which every script takes."""
+        return {"workers": self.workers, "device": self.device or None}
+
+    @property
+    def teacher(self) -> dict[str, Any]:
+        """Settings of a training that has a teacher."""
+        if self.settings.teacher == "none":
+            return {"teacher": "none"}
+        return {"teacher": self.settings.teacher or self.before, "teacher_weight": self.settings.teacher_weight}
 
     @property
     def before(self) -> str:
         """The checkpoint of the model that becomes slim, which is its teacher as well unless another one is given."""
-        return str(self.weights if self.trained else self.stages[0].product(self.folder))
+        settings = self.settings
+        return str(settings.weights if settings.trained else settings.stages[0].product(self.folder))
 
     @property
     def after(self) -> Path:
         """The slim checkpoint."""
-        return self.stages[-1].product(self.folder)
+        return self.settings.stages[-1].product(self.folder)
+
+    def run_of(self, name: str) -> dict[str, Any]:
+        """Settings of a script whose run lies in the pipeline's folder under this name."""
+        return {"project": str(self.folder), "name": name, "exist_ok": True}
 
     def save(self) -> None:
         """Write slim.json, atomically."""
@@ -117,7 +144,7 @@ def known_pipeline(resume: str | bool, project: str) -> Pipeline:
         if (folder / STATE).is_file():
             try:
                 data = read_json(folder / STATE)
-                return Pipeline(folder, **{**data, "target": tuple(data["target"])})
+                return Pipeline(folder, **{**data, "settings": Settings(**data["settings"])})
             except (UserError, TypeError, KeyError):
                 raise UserError(f"{folder / STATE}: damaged, or of another version; start a new pipeline: "
                                 "--weights with the best of its stages") from None

@@ -10,7 +10,7 @@ from argparse import (
     BooleanOptionalAction,
     Namespace,
 )
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -61,17 +61,6 @@ class HelpfulParser(OneLineParser):
             setattr(opt, name, deepcopy(self.get_default(name)))
         self._refuse_ignored(opt)
         return opt
-
-    def flags(self, opt: Namespace, leave: Collection[str] = ()) -> list[str]:
-        """What was given, as a command line again; but for the values of the names in `leave`."""
-        found: list[str] = []
-        for action in self._actions:
-            if action.dest not in opt.given or action.dest in leave:
-                continue
-            value, name = getattr(opt, action.dest), action.option_strings[0]
-            values = value if isinstance(value, list) else [] if action.nargs == 0 else [value]
-            found += [name, *map(str, values)]
-        return found
 
     def error(self, message: str) -> Any:
         """Raise UserError; what a validator below refuses is said in its own words."""
@@ -155,3 +144,13 @@ def named_fraction(names: Collection[str], hint: str) -> Callable[[str], tuple[s
 def path_or_none(text: str) -> str:
     """An absolute path; '' for 'none'."""
     return "" if text == "none" else str(Path(text).absolute())
+
+
+def as_flags(values: Mapping[str, Any]) -> list[str]:
+    """Names and values of flags -> a command line. None and False: the flag is not given; True: it takes no value."""
+    found: list[str] = []
+    for name, value in values.items():
+        if value is not None and value is not False:
+            given = [] if value is True else value if isinstance(value, list) else [value]
+            found += [f"--{name.replace('_', '-')}", *map(str, given)]
+    return found
