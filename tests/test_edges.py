@@ -431,7 +431,7 @@ def test_an_image_size_between_strides_is_rounded_up(weights, tiny):
 
 @pytest.mark.slow
 def test_a_latency_out_of_reach_is_refused_and_its_batch_can_be_chosen(weights, tiny, here, monkeypatch):
-    from models import speed
+    from models.formats import speed
 
     asked = []
     monkeypatch.setattr(speed, "torch_latency", lambda models, imgsz, device, batch: asked.append(batch) or [1.0, 0.9])
