@@ -10,6 +10,7 @@ utils/slimming/pruner.py. The next step is: python finetune_pruned.py
 from __future__ import annotations
 
 from argparse import Namespace
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from training.repair import repair
 from training.resume import newest_run
 from training.sample import IMAGES, TrainingSample
 from training.settings import read_hyp, resolve
+from utils.data.loader import DetectionLoader
 from utils.device import select_device
 from utils.errors import UserError, run_cli
 from utils.files import command_line, copy_file, new_run_folder, write_json
@@ -42,6 +44,7 @@ from utils.tables import write_csv
 from val import accuracy, dataset_loader, pictures
 
 OUTPUT = "pruned_model.pt"
+Loader = Callable[[], DetectionLoader]  # of the val images, which are read where they are needed, once
 
 
 def pruning_parser() -> HelpfulParser:
@@ -95,9 +98,22 @@ def pruning_parser() -> HelpfulParser:
     return parser
 
 
-def rank(model: Model, opt: Namespace, device: torch.device) -> Pruner[Model]:
+def settle(opt: Namespace, saved: dict[str, Any], model: Model) -> Namespace:
+    """The flags, and for those that were not given what the checkpoint (read()'s dict) of the model says."""
+    nothing_left = saved.get("shrunk", {}).get("done") and not {"percent", "target", "sweep", "sensitivity"} & set(
+        opt.given)
+    if nothing_left:
+        print(f"{opt.weights}: its zeros were cut in the training, nothing more is (--percent 0.2: a fifth more)")
+    trained = {**(saved.get("opt") or {}), **saved.get("sparsity", {})}
+    opt = resolve(opt, saved)
+    return Namespace(**{**vars(opt), "percent": 0.0 if nothing_left else opt.percent,
+                        "hyp": read_hyp(saved.get("hyp") or {}), "imgsz": whole_strides(opt.imgsz, model.stride),
+                        "shortcuts": opt.shortcuts or trained.get("shortcuts", "skip"),
+                        "round_to": opt.round_to or trained.get("round_to") or 1})
+
+
+def rank(model: Model, opt: Namespace, device: torch.device, loader: Loader) -> Pruner[Model]:
     """The engine, with the model's channels ranked as the flags say."""
-    loader = cache(lambda: dataset_loader(model, opt))
     rules = Rules(opt.min_channels, opt.min_share, opt.round_to, coupled=opt.shortcuts == "joint", keep=tuple(opt.keep))
 
     def evaluate(candidate: Model) -> dict[str, float]:
@@ -161,13 +177,13 @@ def explore(pruner: Pruner[Model], opt: Namespace) -> Path:
     return folder
 
 
-def write(result: PruneResult[Model], opt: Namespace, source: dict[str, Any]) -> Path:
+def write(result: PruneResult[Model], opt: Namespace, saved: dict[str, Any]) -> Path:
     """The slim checkpoint and the pictures into the run's folder."""
     folder = new_run_folder(opt.project, opt.name, opt.exist_ok)
     repaired = opt.reconstruct or opt.absorb or opt.recalibrate  # which a start from the model before would undo
     here = {key: getattr(opt, key) for key in ("data", "imgsz", "single_cls")}
-    carried = {"opt": {**(source.get("opt") or {}), **here}, "data": opt.data, "hyp": source.get("hyp")}
-    carried |= {"sparsity": source["sparsity"]} if "sparsity" in source else {}
+    carried = {"opt": {**(saved.get("opt") or {}), **here}, "data": opt.data, "hyp": saved.get("hyp")}
+    carried |= {"sparsity": saved["sparsity"]} if "sparsity" in saved else {}
     carried |= {"parent": str(Path(opt.weights).resolve()), "gradual": not (result.small_gammas or repaired)}
     checkpoint.save(folder / OUTPUT, result.slim, imgsz=opt.imgsz, command=command_line(), **carried,
                     metrics={"difference": result.difference, "percent": result.achieved})
@@ -188,15 +204,14 @@ def copy_here(folder: Path) -> None:
 
 
 def measure(result: PruneResult[Model], models: dict[str, Model], folder: Path, opt: Namespace,
-            device: torch.device) -> None:
+            device: torch.device, loader: Loader) -> None:
     """Accuracy of the stages (name -> model), cost before and after: printed, as report.json and report.html."""
     model, stages, ms, pairs = result.model, [], {}, []
     if not opt.noval:
-        loader = dataset_loader(model, opt)
-        stages = [{"stage": stage, **accuracy(m, loader, opt, device)} for stage, m in models.items()]
+        stages = [{"stage": stage, **accuracy(m, loader(), opt, device)} for stage, m in models.items()]
         print(report.stage_table(stages) + "\n")
         ms = milliseconds([model, result.slim], opt.imgsz, device, opt.runtime, "int8" if opt.int8 else "fp32")
-        pairs = pictures([model, result.slim], loader, device)
+        pairs = pictures([model, result.slim], loader(), device)
     before, after = (profile(m, opt.imgsz, model.yaml["ch"]) for m in (model, result.slim))
     print(report.cost_table(costs := report.cost_rows(before, after, ms)))
     print(f"milliseconds are medians, in turn; {torch.get_num_threads()} threads on the CPU\n" if ms else "")
@@ -224,28 +239,20 @@ def main(argv: list[str] | None = None, copy: bool = True) -> Path:
     if not opt.weights:
         opt.weights = str(newest_run("train_sparsity.py"))
         print(f"--weights not given: taking the newest sparsity run, {opt.weights}")
-    model = checkpoint.build(source := checkpoint.read(opt.weights), path=opt.weights)
-    if source.get("shrunk", {}).get("done") and not {"percent", "target", "sweep", "sensitivity"} & set(opt.given):
-        opt.percent = 0.0
-        print(f"{opt.weights}: its zeros were cut in the training, nothing more is (--percent 0.2: a fifth more)")
+    model = checkpoint.build(saved := checkpoint.read(opt.weights), path=opt.weights)
     if opt.cfg:
         check_cfg(model.yaml, opt.cfg)
-    opt = resolve(opt, source)
-    opt.hyp = read_hyp(source.get("hyp") or {})
-    opt.imgsz = whole_strides(opt.imgsz, model.stride)
-    trained = {**(source.get("opt") or {}), **source.get("sparsity", {})}
-    opt.shortcuts = opt.shortcuts or trained.get("shortcuts", "skip")
-    opt.round_to = opt.round_to or trained.get("round_to") or 1
-    device = select_device(opt.device)
-    pruner = rank(model, opt, device)
+    opt = settle(opt, saved, model)
+    device, loader = select_device(opt.device), cache(lambda: dataset_loader(model, opt))
+    pruner = rank(model, opt, device, loader)
     if opt.sweep or opt.sensitivity:
         return explore(pruner, opt)
     result = cut(pruner, opt)
     models = repair(pruner, result, opt, device)
-    folder = write(result, opt, source)  # before the measurements: whatever becomes of them, the model is there
+    folder = write(result, opt, saved)  # before the measurements: whatever becomes of them, the model is there
     if copy:
         copy_here(folder)
-    measure(result, models, folder, opt, device)
+    measure(result, models, folder, opt, device, loader)
     print(f"Slim model: {folder / OUTPUT}{f' (and {OUTPUT})' if copy else ''}; report.html and pictures in {folder}")
     return folder
 
