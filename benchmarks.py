@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> Path:
     device = select_device(opt.device)
     models = {name: checkpoint.build(data, path=path)
               for name, path, data in zip(titles(opt.weights), opt.weights, read)}
-    opt.imgsz = whole_strides(opt.imgsz, max(int(model.stride.max()) for model in models.values()))
+    opt.imgsz = whole_strides(opt.imgsz, max(model.divisor for model in models.values()))
     folder = new_run_folder(opt.project, opt.name, opt.exist_ok)
     calibration = Calibration(opt)
     entries: list[Entry] = []

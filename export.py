@@ -99,7 +99,7 @@ def chosen_formats(opt: Namespace) -> list[Format]:
 
 def options_of(opt: Namespace, model: Model, trained: dict[str, Any]) -> ExportOptions:
     """What the writers are told. `trained` is read()'s dict. For --int8 the calibration images are read."""
-    size, stride = opt.imgsz or [int(trained.get("imgsz") or 640)], int(model.stride.max())
+    size, stride = opt.imgsz or [int(trained.get("imgsz") or 640)], model.divisor
     if len(size) > 2 or any(side % stride for side in size):
         raise UserError(f"--imgsz {' '.join(map(str, size))}: one or two multiples of {stride} are needed")
     shape = [opt.batch_size, model.yaml["ch"], size[0], size[-1]]
@@ -129,7 +129,7 @@ def largest_difference(model: Model, detector: Detector, options: ExportOptions)
     batch, channels, height, width = options.image.shape
     shapes = [(batch, channels, height, width)]
     if not any(detector.input_shape):
-        shapes.append((2, channels, height + int(model.stride.max()), width))
+        shapes.append((2, channels, height + model.divisor, width))
     reference, worst = Decoded(fused(model)).eval(), 0.0
     for shape in shapes:
         images = torch.rand(shape)
@@ -196,7 +196,7 @@ def main(argv: list[str] | None = None) -> list[Path]:
     trained = checkpoint.read(opt.weights)
     model = checkpoint.build(trained, path=opt.weights)
     chosen, weights = chosen_formats(opt), Path(opt.weights)
-    options, stride = options_of(opt, model, trained), int(model.stride.max())
+    options, stride = options_of(opt, model, trained), model.divisor
     if opt.int8_sensitivity:
         return sensitivity(model, chosen, options, validation(opt, options, stride), weights)
     loader = validation(opt, options, stride) if opt.int8 and not opt.noval else None

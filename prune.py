@@ -107,7 +107,7 @@ def settle(opt: Namespace, saved: dict[str, Any], model: Model) -> Namespace:
     trained = {**(saved.get("opt") or {}), **saved.get("sparsity", {})}
     opt = resolve(opt, saved)
     return Namespace(**{**vars(opt), "percent": 0.0 if nothing_left else opt.percent,
-                        "hyp": read_hyp(saved.get("hyp") or {}), "imgsz": whole_strides(opt.imgsz, model.stride),
+                        "hyp": read_hyp(saved.get("hyp") or {}), "imgsz": whole_strides(opt.imgsz, model.divisor),
                         "shortcuts": opt.shortcuts or trained.get("shortcuts", "skip"),
                         "round_to": opt.round_to or trained.get("round_to") or 1})
 

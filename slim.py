@@ -117,7 +117,7 @@ def settle(opt: Namespace) -> tuple[Settings, Model]:
     model = start_model(resolved, names, {}, World(1, 2, torch.device("cpu")))  # not the main process: it says nothing
     return Settings(
         weights=opt.weights and absolute(opt.weights), cfg=opt.cfg and absolute(opt.cfg), data=resolved.data,
-        imgsz=whole_strides(resolved.imgsz, model.stride),
+        imgsz=whole_strides(resolved.imgsz, model.divisor),
         single_cls=resolved.single_cls, target=opt.target,
         epochs=opt.epochs or (suited * 3 // 2 if suited else DEFAULTS["epochs"]), rounds=opt.rounds, trained=trained,
         teacher="none" if opt.teacher == "" else opt.teacher, teacher_weight=opt.teacher_weight, training=training,
@@ -304,7 +304,7 @@ def write_page(pipeline: Pipeline, rows: list[dict[str, Any]], timed: str) -> No
     settings, folder, device = pipeline.settings, pipeline.folder, select_device(pipeline.device)
     before, after = checkpoint.load(pipeline.before), checkpoint.load(pipeline.after)
     config, imgsz = read_data(settings.data), settings.imgsz
-    loader = validation_loader(config, "val", imgsz, 10, int(after.stride.max()), workers=0,
+    loader = validation_loader(config, "val", imgsz, 10, after.divisor, workers=0,
                                single_cls=settings.single_cls)
     histories = {stage.name: list(np.load(file, allow_pickle=False)) for stage in settings.stages
                  if (file := folder / stage.name / "gammas.npy").is_file()}

@@ -173,7 +173,7 @@ def rescaled(run: Run, x: Tensor) -> Tensor:
 
     The size is a pure function of the iteration: a resumed run sees the same.
     """
-    stride, imgsz = int(run.model.stride.max()), run.imgsz
+    stride, imgsz = run.model.divisor, run.imgsz
     rng = np.random.default_rng([run.opt.seed, run.iteration])
     size = int(rng.integers(imgsz // 2, imgsz * 3 // 2 + stride)) // stride * stride
     scale = max(size, min(2 * stride, imgsz)) / max(x.shape[2:])  # a map of 1x1 has no variance for BatchNorm
@@ -263,7 +263,7 @@ def build_run(opt: Namespace, resumed: dict[str, Any], world: World, hooks: Sequ
         torch.backends.cudnn.benchmark = not (opt.multi_scale or opt.rect)
     config = read_data(opt.data)
     model = start_model(opt, {0: "object"} if opt.single_cls else config.names, resumed, world)
-    stride = int(model.stride.max())
+    stride = model.divisor
     imgsz = whole_strides(opt.imgsz, stride)
     loader = training_loader(opt, config, imgsz, stride, world, signals)
     if not resumed:
@@ -368,7 +368,7 @@ def finish(run: Run, hours: float) -> Evaluation:
     model: Model = checkpoint.load(file, device)
     loader = run.val_loader
     if run.world.size > 1:  # it has this process's images only
-        loader = val_loader(opt, run.config, run.imgsz, int(model.stride.max()), run.world, every=True)
+        loader = val_loader(opt, run.config, run.imgsz, model.divisor, run.world, every=True)
     result = evaluate(on_device(model, device), loader, device, confusion=True)
     print(f"\n{run.epoch + 1} epochs in {hours:.3f} hours. {file.name}, epoch {epoch + 1}:")
     print_table(result, run.model.names, per_class=run.config.nc <= 20)

@@ -133,7 +133,7 @@ def dataset_loader(model: Detector, opt: Namespace, task: str = "val", square: b
     config = read_data(opt.data, needed=(task,))
     if not opt.single_cls:
         require_same_classes(opt, model.names, config.names)
-    loader = validation_loader(config, task, opt.imgsz, opt.batch_size, largest_stride(model), opt.workers,
+    loader = validation_loader(config, task, opt.imgsz, opt.batch_size, model.divisor, opt.workers,
                                cache=cache, single_cls=opt.single_cls,
                                rect=not square and not model.input_shape[2],
                                pin_memory=torch.cuda.is_available() and opt.device != "cpu", labelled=labelled)
@@ -152,11 +152,6 @@ def require_same_classes(opt: Namespace, known: Mapping[int, str], named: Mappin
                         "give the --data it was trained on")
     if other := other_names(named, known):
         print(f"note: {opt.data}: {other} as {opt.weights} does; classes are compared by number")
-
-
-def largest_stride(model: Detector) -> int:
-    """Sides of the images must be multiples of it."""
-    return int(torch.as_tensor(model.stride).max())
 
 
 def accuracy(model: Model, loader: DetectionLoader, opt: Namespace, device: torch.device) -> dict[str, float]:

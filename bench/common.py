@@ -128,7 +128,7 @@ def measure(files: Mapping[str, str], folder: Path, flags: str = "", suffix: str
 
 def map_on(model: Model, data: Path, split: str = "val", imgsz: int = 320) -> float:
     """mAP50-95 on the val or test images."""
-    loader = validation_loader(read_data(str(data)), split, imgsz, 32, int(model.stride.max()), workers=2)
+    loader = validation_loader(read_data(str(data)), split, imgsz, 32, model.divisor, workers=2)
     return evaluate(on_device(fused(model), "cpu"), loader, torch.device("cpu")).ap.map
 
 

@@ -37,7 +37,7 @@ def measure(weights: str, data: str, folder: Path, images: int) -> list[Row]:
             detectors[runtime] = fmt.there_and_back(model, folder / "m.pt", options, CPU)[1]
     rows = []
     for split in ("val", "test"):
-        loader = validation_loader(read_data(data), split, options.metadata["imgsz"][0], 1, int(model.stride.max()),
+        loader = validation_loader(read_data(data), split, options.metadata["imgsz"][0], 1, model.divisor,
                                    workers=2, rect=False)
         rows += [{"weights": Path(weights).parent.parent.name or Path(weights).stem, "split": split, "runtime": runtime,
                   "map": evaluate(detector, loader, CPU).ap.map} for runtime, detector in detectors.items()]

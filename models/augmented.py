@@ -16,16 +16,16 @@ class TestTimeAugmentation:
     VIEWS = ((1.0, False), (0.83, True), (0.67, False))  # scale, mirrored
 
     def __init__(self, model: Model):
-        self.model, self.names, self.stride = model, model.names, model.stride
+        self.model, self.names, self.divisor = model, model.names, model.divisor
         self.dtype, self.input_shape = model.dtype, model.input_shape
 
     def __call__(self, images: Tensor) -> tuple[Tensor, None]:
         """(B, 3, h, w) -> (decoded (B, N, nc + 5), None)."""
-        strides = self.stride.tolist()
+        strides = self.model.stride.tolist()
         width, found = images.shape[3], []
         for scale, mirrored in self.VIEWS:
             view = images.flip(3) if mirrored else images
-            boxes = self.model(_scaled(view, scale, int(max(strides))))[0].clone()
+            boxes = self.model(_scaled(view, scale, self.divisor))[0].clone()
             boxes[..., :4] /= scale
             if mirrored:
                 boxes[..., 0] = width - boxes[..., 0]
@@ -38,11 +38,11 @@ class TestTimeAugmentation:
         return torch.cat((found[0][:, :-coarsest], *found[1:-1], found[-1][:, finest:]), 1), None
 
 
-def _scaled(images: Tensor, scale: float, stride: int) -> Tensor:
-    """Images of `scale` times the size, padded at the right and below to whole strides with ImageNet's mean."""
+def _scaled(images: Tensor, scale: float, divisor: int) -> Tensor:
+    """Images of `scale` times the size, padded at the right and below to multiples of it with ImageNet's mean."""
     if scale == 1:
         return images
     sides = [int(s * scale) for s in images.shape[2:]]
     smaller = F.interpolate(images, size=sides, mode="bilinear", align_corners=False)
-    height, width = (math.ceil(s * scale / stride) * stride for s in images.shape[2:])
+    height, width = (math.ceil(s * scale / divisor) * divisor for s in images.shape[2:])
     return F.pad(smaller, (0, width - sides[1], 0, height - sides[0]), value=0.447)

@@ -13,8 +13,8 @@ class Detector(Protocol):
     names: dict[int, str]
 
     @property
-    def stride(self) -> Any:
-        """Largest stride, or one per level, in pixels."""
+    def divisor(self) -> int:
+        """Sides of the images, in pixels, are multiples of it."""
 
     @property
     def dtype(self) -> torch.dtype:

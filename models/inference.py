@@ -31,7 +31,7 @@ def image_size(model: Detector, asked: int | None, usual: int | None, flag: str 
 
     A file of a fixed size has its own. UserError, which names `flag`, where another one was asked for.
     """
-    fixed, wanted = model.input_shape[2:], whole_strides(asked or usual or 640, model.stride)
+    fixed, wanted = model.input_shape[2:], whole_strides(asked or usual or 640, model.divisor)
     if not any(fixed):
         return wanted
     if asked and max(fixed) not in (asked, wanted):
@@ -68,10 +68,9 @@ def detect(model: Detector, images: Sequence[np.ndarray], imgsz: int, device: to
     suppress: utils.boxes.nms with its options. Call it without gradients.
     """
     start = time.perf_counter()
-    stride = int(torch.as_tensor(model.stride).max())
     height, width = model.input_shape[2:]
-    size = (height, width) if height else whole_strides(imgsz, stride)  # a file of a fixed size has its own
-    x = prepare(images, size, stride, bool(height), device, model.dtype)
+    size = (height, width) if height else whole_strides(imgsz, model.divisor)  # a file of a fixed size has its own
+    x = prepare(images, size, model.divisor, bool(height), device, model.dtype)
     synchronize(device)
     prepared = time.perf_counter()
     decoded = model(x)[0].float()

@@ -18,7 +18,7 @@ def model_pruner(model: Model, imgsz: int, device: torch.device | str = "cpu",
     """A Pruner that knows a Model's channels and stride, and times it fused on `device` unless told otherwise."""
     pruner = Pruner(model, imgsz, model.yaml["ch"], evaluate=evaluate, losses=losses, milliseconds=milliseconds or (
         lambda models: torch_latency(models, imgsz, torch.device(device))))
-    pruner.stride = int(model.stride.max())
+    pruner.stride = model.divisor
     return pruner
 
 

@@ -3,7 +3,8 @@ from __future__ import annotations
 
 import math
 import re
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from models.config import read_yaml
 from models.schema import is_number
 from utils.errors import UserError, first_line
 
+LEAST_DIVISOR = 32  # as in YOLOv5, also where the strides are smaller
 # What a block raises that is given the wrong arguments.
 BUILD_ERRORS = (TypeError, ValueError, IndexError, KeyError, AttributeError, AssertionError, RuntimeError,
                 ArithmeticError)
@@ -195,13 +197,14 @@ class _Budget(TorchFunctionMode):
 
 
 class Model(nn.Module):
-    """A detector built from a yaml. Input (B, ch, H, W) in 0..1, H and W multiples of the largest stride.
+    """A detector built from a yaml. Input (B, ch, H, W) in 0..1, H and W multiples of .divisor.
 
     Built on the meta device it has shapes only: whoever gives it its weights and anchors calls set_strides().
 
     .yaml    the description it was built from (nc and anchors as really used)
     .names   dict class index -> name
     .stride  (nl,) pixels a grid cell
+    .divisor sides of images are multiples of it: the whole network divides by it, not only the levels of the head
     .masks   dict BN name -> bool mask over the channels of the first, dense model; empty when nothing was cut
     """
 
@@ -211,6 +214,7 @@ class Model(nn.Module):
         self.yaml = read_yaml(cfg)
         ch = self.yaml["ch"] = self.yaml.get("ch", ch)
         self.input_shape = (0, ch, 0, 0)  # B, H and W may be anything
+        self.divisor = LEAST_DIVISOR
         self.yaml["nc"] = int(nc or self.yaml.get("nc") or len(names or ()) or 80)
         if anchors:
             self.yaml["anchors"] = round(anchors) if isinstance(anchors, (int, float)) else anchors
@@ -297,13 +301,13 @@ class Model(nn.Module):
         head.train()
         for size in (64, 256):  # a small image is the faster one, if it is large enough
             try:
-                with torch.no_grad(), _Shapes():
+                with torch.no_grad(), _Shapes(), _sides_of(self.model) as made:
                     maps = [y.shape[2:4] for y in self.forward(torch.zeros(1, self.yaml["ch"], size, size))]
             except BUILD_ERRORS as error:
                 if size == 64:
                     continue
                 raise UserError(f"model yaml: its layers do not fit together ({first_line(error, 120)})") from None
-            if min(min(sides) for sides in maps) > 1:  # else it may have been rounded up
+            if min(made) > 1:  # else it may have been rounded up
                 break
         for module, training in modes:
             module.training = training
@@ -314,6 +318,7 @@ class Model(nn.Module):
         if head.anchors.shape != (head.nl, head.na, 2) or not bool((head.anchors > 0).all()):
             raise UserError(f"model: its anchors are not {head.nl} times {head.na} widths and heights above 0")
         head.stride.copy_(torch.tensor([size / width for _, width in maps]))
+        self.divisor = max(size // min(made), LEAST_DIVISOR)
 
     def _scale_anchors(self) -> None:
         """Bring the anchors into the strides' order, and to grid units."""
@@ -363,7 +368,22 @@ def on_device(model: Model, device: torch.device | str) -> Model:
     return model.to(device)
 
 
-def whole_strides(imgsz: int, stride: Tensor | int) -> int:
-    """`imgsz` pixels, rounded up to a multiple of the (largest) stride."""
-    largest = int(torch.as_tensor(stride).max())
-    return math.ceil(imgsz / largest) * largest
+@contextmanager
+def _sides_of(layers: nn.Sequential) -> Iterator[list[int]]:
+    """The shorter side of every map that one of the layers makes while the block runs."""
+    sides: list[int] = []
+
+    def note(layer: nn.Module, args: Any, made: Any) -> None:
+        sides.extend(min(y.shape[2:4]) for y in (made if isinstance(made, list) else [made]))
+
+    hooks = [layer.register_forward_hook(note) for layer in layers]
+    try:
+        yield sides
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def whole_strides(imgsz: int, divisor: int) -> int:
+    """`imgsz` pixels, rounded up to a multiple of a model's divisor."""
+    return math.ceil(imgsz / divisor) * divisor

@@ -52,7 +52,7 @@ def narrow(request: pytest.FixtureRequest) -> tuple[Path, Model]:
 @pytest.mark.slow
 def test_half_of_the_channels_go_exactly(narrow):
     path, model = narrow
-    side = 2 * max(int(model.stride.max()), 32)  # the backbone of P34 goes down to 32 all the same
+    side = 2 * model.divisor
     pruner = model_pruner(model, side).rank()
     graph, result = pruner.graph, pruner.cut(percent=0.5)
     assert result.difference < 1e-9
@@ -72,7 +72,7 @@ def test_one_step_of_training_and_sparsity(narrow):
     model = Model(narrow[1].yaml, nc=2).train()
     hyp = scale_gains(read_hyp({}), model.detect.nl, 2, 128)
     targets = torch.tensor([[0, 1, 0.5, 0.5, 0.3, 0.4], [1, 0, 0.4, 0.6, 0.8, 0.7]])
-    side = max(int(model.stride.max()), 64)
+    side = max(model.divisor, 64)
     loss, items = DetectionLoss(model, hyp)(model(torch.rand(2, 3, side, 2 * side)), targets)
     loss.backward()
     assert bool(torch.isfinite(items).all())

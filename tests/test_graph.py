@@ -63,7 +63,7 @@ def network(name: str, seed: int) -> tuple[nn.Module, int, int]:
         return net(name, seed), 32, 16
     torch.manual_seed(seed)
     model = Model({**read_yaml(str(ROOT / name)), "width_multiple": 0.25, "depth_multiple": 0.33})
-    return randomised(model, seed), 128, max(int(model.stride.max()), 32)  # P34's backbone goes down to 32, too
+    return randomised(model, seed), 128, model.divisor
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

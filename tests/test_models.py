@@ -8,7 +8,7 @@ from torch import nn
 from models import checkpoint
 from models.common import BLOCKS, block
 from models.config import read_yaml
-from models.yolo import Model, fused, set_anchors, with_classes
+from models.yolo import Model, fused, set_anchors, whole_strides, with_classes
 from utils.errors import UserError
 
 # Parameters and entries of the state_dict, as stock YOLOv5 counts them.
@@ -198,3 +198,12 @@ def test_silu_works_in_place_in_eval_mode_only():
         gradients.append([p.grad for p in model.parameters()])
     assert all(map(torch.equal, *gradients))
     assert all(m.inplace for m in model.eval().modules() if isinstance(m, nn.SiLU))
+
+
+@pytest.mark.parametrize("name, divisor", [("yolov5n", 32), ("hub/yolov5-p34", 32), ("hub/yolov5n6", 64)])
+def test_images_are_multiples_of_what_the_whole_network_divides_by(name, divisor):
+    """P34's head ends at stride 16, its backbone at 32."""
+    model = Model({**read_yaml(f"models/{name}.yaml"), "width_multiple": 0.125}).eval()
+    assert model.divisor == divisor
+    side = whole_strides(100, model.divisor)
+    model(torch.zeros(1, 3, side, side + model.divisor))

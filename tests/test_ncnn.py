@@ -34,7 +34,7 @@ def narrow(cfg: str = "yolov5n.yaml", **changes: object) -> Model:
 
 def options(model: Model, height: int = 64, width: int = 96, precision: str = "fp32") -> ExportOptions:
     image = torch.rand(1, model.yaml["ch"], height, width)
-    return ExportOptions(image, {"stride": int(model.stride.max()), "names": model.names, "precision": precision},
+    return ExportOptions(image, {"stride": model.divisor, "names": model.names, "precision": precision},
                          precision=precision)
 
 

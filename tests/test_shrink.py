@@ -32,7 +32,7 @@ STEPS = 8
 def prepared(model: nn.Module, optimizer: str, **flags: object) -> tuple[Run, SparsityHook]:
     """A run of STEPS steps, in float64, of which the hook takes half of the channels."""
     if not isinstance(model, Model):  # what a Run asks of a detector
-        model.masks, model.detect, model.yaml, model.stride = {}, None, {"ch": 3}, torch.tensor([32])
+        model.masks, model.detect, model.yaml, model.divisor = {}, None, {"ch": 3}, 32
     model = model.double().train()
     known = {"sr": 0.0, "sr_bias": None, "epochs": 1, "target_sparsity": 0.5, "target": None,
              "percent": 0.5, "round_to": 1, "per_flop": True, "shortcuts": "joint", "keep": [], "only": [],

@@ -27,7 +27,7 @@ class TrainingSample:
     """
 
     def __init__(self, opt: Namespace, model: Model, count: int, device: torch.device):
-        self.opt, self.stride, self.count, self.device = opt, int(model.stride.max()), count, device
+        self.opt, self.stride, self.count, self.device = opt, model.divisor, count, device
         self.model = model
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:

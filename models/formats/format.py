@@ -38,7 +38,7 @@ class ExportOptions:
 
 def export_options(model: Model, shape: Sequence[int], precision: str = "fp32", **rest: Any) -> ExportOptions:
     """Options to export a model for images of `shape` (B, C, h, w), with the metadata that every file carries."""
-    metadata = {"stride": int(model.stride.max()), "names": dict(model.names), "shape": list(shape),
+    metadata = {"stride": model.divisor, "names": dict(model.names), "shape": list(shape),
                 "imgsz": list(shape[2:]), "letterbox": {"colour": 114, "centred": True, "scale_up": True},
                 "precision": precision}
     return ExportOptions(torch.rand(*shape), metadata, precision=precision, **rest)
@@ -114,7 +114,7 @@ class FileDetector:
             names = dict(enumerate(names))
         try:
             self.names = {int(k): str(v) for k, v in dict(names).items()}
-            self.stride = int(plain(metadata["stride"]))
+            self.divisor = self.stride = int(plain(metadata["stride"]))
             self.precision = str(metadata.get("precision", "fp32"))
             self.imgsz = int(np.max(plain(metadata.get("imgsz")) or 0))  # of the export; 0 where the file does not say
             self.input_shape = tuple(int(n) for n in shape)
