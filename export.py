@@ -155,6 +155,7 @@ def compare(model: Model, written: dict[str, Path], loader: DetectionLoader, kee
     rows = [("fp32", *_accuracy(on_device(fused(model), CPU), loader))]
     rows += [(f"{name} int8", *_accuracy(formats.load(path, CPU)[0], loader)) for name, path in written.items()]
     whole = rows[0][2]
+    print(f"on square images of {loader.dataset.imgsz} px, which these files take (val.py has rectangles):")
     print(text_table([[name, f"{map50:.3f}", f"{mean:.3f}", f"{mean - whole:+.3f}"] for name, map50, mean in rows],
                      ["", "mAP50", "mAP50-95", "against fp32"]))
     for name, _, mean in rows[1:]:

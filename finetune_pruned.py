@@ -11,14 +11,14 @@ run; --no-gradual starts with the slim model.
 from __future__ import annotations
 
 import os
-from argparse import BooleanOptionalAction
+from argparse import BooleanOptionalAction, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from models import checkpoint
 from models.yolo import Model
-from train import train
+from train import say_next, train
 from training.gradual import GradualCut
 from training.run import Hook, Run
 from training.settings import resolve
@@ -66,6 +66,20 @@ def _last_cut(data: dict[str, Any], wide: Model) -> Masks | None:
         return None
 
 
+def settle(opt: Namespace) -> tuple[Namespace, GradualCut]:
+    """The flags -> options of a training, and the hook that makes the cut once more."""
+    if opt.cfg:
+        raise UserError("--cfg: not taken here, the slim checkpoint knows its own shape; "
+                        "to train a yaml use train.py")
+    weights = opt.weights or "pruned_model.pt"
+    saved = checkpoint.read(weights)
+    if not saved["masks"]:
+        print(f"note: {weights} is a dense model, nothing was cut from it yet (python prune.py)")
+    teacher = known_teacher(saved) if opt.teacher is None else opt.teacher
+    hook, wide = gradual_cut(saved, opt.freeze != [0]) if opt.gradual else (GradualCut(), None)
+    return resolve(Namespace(**{**vars(opt), "cfg": "", "weights": wide or weights, "teacher": teacher}), saved), hook
+
+
 def main(argv: list[str] | None = None, hooks: Sequence[Hook] = ()) -> Run:
     """Command line, and further hooks -> fine-tuning."""
     parser = training_parser(__doc__)
@@ -73,20 +87,11 @@ def main(argv: list[str] | None = None, hooks: Sequence[Hook] = ()) -> Run:
                         help="where the cut took channels that the model uses, take them again, in steps")
     opt = parser.parse_args(argv)
     opt.script = os.path.basename(__file__)
-    if opt.resume:
-        return train(opt, [GradualCut(), *hooks])
-    opt.weights = opt.weights or "pruned_model.pt"
-    if opt.cfg:
-        raise UserError("--cfg: not taken here, the slim checkpoint knows its own shape; "
-                        "to train a yaml use train.py")
-    data = checkpoint.read(opt.weights)
-    if not data["masks"]:
-        print(f"note: {opt.weights} is a dense model, nothing was cut from it yet (python prune.py)")
-    opt.cfg = ""
-    opt.teacher = known_teacher(data) if opt.teacher is None else opt.teacher
-    hook, wide = gradual_cut(data, opt.freeze != [0]) if opt.gradual else (GradualCut(), None)
-    opt.weights = wide or opt.weights
-    return train(resolve(opt, data), [hook, *hooks])
+    opt, hook = (opt, GradualCut()) if opt.resume else settle(opt)
+    run = train(opt, [hook, *hooks])
+    if argv is None:
+        say_next(run, "export.py", "--include onnx")
+    return run
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ utils/slimming/pruner.py. The next step is: python finetune_pruned.py
 """
 from __future__ import annotations
 
+import shlex
 from argparse import Namespace
 from collections.abc import Callable
 from functools import cache
@@ -217,6 +218,7 @@ def measure(result: PruneResult[Model], models: dict[str, Model], folder: Path, 
     print(f"milliseconds are medians, in turn; {torch.get_num_threads()} threads on the CPU\n" if ms else "")
     if lineage := report.lineage_note(model.masks, result.slim.masks):
         print(lineage + "\n")
+    print(report.layer_table(result) + "\n")
     write_json(folder / "report.json", {
         "command": command_line(), "weights": str(opt.weights), "data": opt.data, "imgsz": opt.imgsz,
         "requested": dict([opt.target]) if opt.target else opt.percent, **result.report, "stages": stages,
@@ -254,6 +256,8 @@ def main(argv: list[str] | None = None, copy: bool = True) -> Path:
         copy_here(folder)
     measure(result, models, folder, opt, device, loader)
     print(f"Slim model: {folder / OUTPUT}{f' (and {OUTPUT})' if copy else ''}; report.html and pictures in {folder}")
+    if argv is None:
+        print(f"now: python finetune_pruned.py --weights {shlex.quote(str(folder / OUTPUT))}")
     return folder
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import os
-import time
+import shlex
 from argparse import Namespace
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -29,7 +29,7 @@ from training.distillation import Teacher
 from training.distributed import World, barrier, broadcast, process_group, share_buffers, wrapped
 from training.image_weights import ImageWeights
 from training.interruption import Listener, listen
-from training.loggers import RunLogger
+from training.loggers import LOSSES, EpochTable, RunLogger, duration
 from training.loss import DetectionLoss, scale_gains
 from training.optimizer import EarlyStopping, ModelEMA, Schedule, build_optimizer, ema_tau, suited_nbs
 from training.resume import go_on, mend, require_finite, restore, restore_hooks, save, save_epoch, start_hooks
@@ -52,7 +52,6 @@ from utils.options import training_parser
 from utils.slimming.cost import profile
 from val import Evaluation, evaluate, plot_curves, print_table
 
-LOSSES = ("box_loss", "obj_loss", "cls_loss")
 DRAWN_BATCHES = 3  # of the first epoch
 MOST_SKIPPED = 50  # steps in a row that the scaler may skip; it needs some twenty to go down from its first scale
 
@@ -64,23 +63,25 @@ def train(opt: Namespace, hooks: Sequence[Hook] = ()) -> Run:
         world = held.enter_context(process_group(opt.device))
         signals = held.enter_context(listen(world.size))
         run = build_run(opt, resumed, world, hooks, signals, held)
-        started = time.time()
+        table = EpochTable(run.epoch, run.opt.epochs, {title: show for hook in run.hooks
+                                                       for title, show in hook.columns().items()})
         if world.main:
             describe(run)
+            print(table.header())
             if not run.opt.resume:
                 save(run, "last.pt")  # there is something to resume before the first step
         with frozen_objects():  # from before the loaders start their workers
             for epoch in range(run.epoch, run.opt.epochs):
                 run.epoch = epoch
-                if not complete_epoch(run):
+                if not complete_epoch(run, table):
                     break
         if world.main:
-            finish(run, (time.time() - started) / 3600)
+            finish(run, table.seconds)
         barrier(world.size)
     return run
 
 
-def complete_epoch(run: Run) -> bool:
+def complete_epoch(run: Run, table: EpochTable) -> bool:
     """Train, validate and save; False where early stopping ends the run. `Interrupted` where a signal does."""
     opt, world, signals = run.opt, run.world, run.signals
     final = run.epoch + 1 == opt.epochs
@@ -96,6 +97,7 @@ def complete_epoch(run: Run) -> bool:
     stop = eligible and not final and run.stopper.over(run.epoch)
     if run.logger is not None:
         run.metrics = log
+        print(table.line(run.epoch, log), flush=True)
         run.logger.epoch(run.epoch, log)
         if not opt.nosave or final or stop or signals.requested:
             save_epoch(run, best)
@@ -235,7 +237,7 @@ def stop_between_steps(run: Run, batches_done: int, mean: Tensor) -> None:
 def validate(run: Run, log: dict[str, float]) -> float:
     """Evaluate the EMA model, every process on its share of the images; returns the fitness.
 
-    Adds the numbers to `log` and prints the epoch's line. A GPU computes in the training's precision.
+    Adds the numbers to `log`. A GPU computes in the training's precision.
     """
     amp = run.amp if run.world.device.type == "cuda" else None
     device, size = run.world.device, run.world.size
@@ -244,10 +246,6 @@ def validate(run: Run, log: dict[str, float]) -> float:
     run.ap = result.ap
     log.update(result.metrics())
     log.update({f"val/{name}": float(value) for name, value in zip(LOSSES, result.losses)})
-    if run.world.main:
-        losses = "  ".join(f"{log[f'train/{name}']:>7.4f}" for name in LOSSES)
-        metrics = "".join(f"{value:>10.3f}" for value in result.metrics().values())
-        print(f"{run.epoch + 1:>5}/{run.opt.epochs:<5}{losses}  {metrics}", flush=True)
     return result.fitness
 
 
@@ -339,6 +337,7 @@ def describe(run: Run) -> None:
     opt, world, schedule = run.opt, run.world, run.schedule
     cost = profile(run.model, run.imgsz)
     kind, processes = "slim" if run.model.masks else "dense", "processes" if world.size > 1 else "process"
+    print(f"results: {run.folder}")
     print(f"{kind} model: {cost.parameters:,} parameters, {cost.gflops:.2f} GFLOPs at {run.imgsz} px; "
           f"{world.device}, {world.size} {processes}, amp {amp_name(opt, world.device)}")
     if opt.resume:
@@ -355,11 +354,9 @@ def describe(run: Run) -> None:
         from utils.plots.training import plot_labels
 
         plot_labels(run.loader.dataset.labels.flat(), run.model.names, run.folder / "labels.png")
-    losses = "".join(f"{name[:3]:>9}" for name in LOSSES)
-    print(f"{'epoch':>8}{losses}" + "".join(f"{name:>10}" for name in ("P", "R", "mAP50", "mAP50-95")))
 
 
-def finish(run: Run, hours: float) -> Evaluation:
+def finish(run: Run, seconds: float) -> Evaluation:
     """The best model's table and the run's pictures."""
     opt, device, weights = run.opt, run.world.device, run.folder / "weights"
     file, epoch = weights / "best.pt", run.stopper.best_epoch
@@ -370,7 +367,7 @@ def finish(run: Run, hours: float) -> Evaluation:
     if run.world.size > 1:  # it has this process's images only
         loader = val_loader(opt, run.config, run.imgsz, model.divisor, run.world, every=True)
     result = evaluate(on_device(model, device), loader, device, confusion=True)
-    print(f"\n{run.epoch + 1} epochs in {hours:.3f} hours. {file.name}, epoch {epoch + 1}:")
+    print(f"\n{run.epoch + 1} epochs in {duration(seconds)}. {file.name}, epoch {epoch + 1}:")
     print_table(result, run.model.names, per_class=run.config.nc <= 20)
     if not opt.noplots:
         from utils.plots.training import plot_results
@@ -391,7 +388,18 @@ def main(argv: list[str] | None = None, hooks: Sequence[Hook] = ()) -> Run:
     parser.needs(["--teacher-weight"], "--teacher")
     opt = parser.parse_args(argv)
     opt.script = os.path.basename(__file__)
-    return train(opt if opt.resume else start_options(opt), hooks)
+    run = train(opt if opt.resume else start_options(opt), hooks)
+    if argv is None:
+        say_next(run, "train_sparsity.py", "--target flops=0.5 --shrink")
+    return run
+
+
+def say_next(run: Run, script: str, flags: str, name: str = "best.pt") -> None:
+    """The last line of a training from the command line: what may come next, with this checkpoint."""
+    if run.world.main:
+        weights = run.folder / "weights" / name
+        weights = weights if weights.is_file() else weights.with_name("last.pt")
+        print(f"now: python {script} --weights {shlex.quote(str(weights))} {flags}")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,8 @@ from copy import deepcopy
 from typing import Any
 
 from models.yolo import Model
-from train import train
+from train import say_next, train
+from training.loggers import Cell
 from training.narrow import RemainingChannels, narrow
 from training.run import Hook, Run
 from training.sparsity import SparsityPlan, frozen_norms
@@ -55,6 +56,9 @@ class SparsityHook(Hook):
     def narrowed(self) -> None:
         self.remaining.follow(self.run.model)
         self.plan.attach(self.run.model, self.run.ema.ema, self.remaining)
+
+    def columns(self) -> dict[str, Cell]:
+        return self.report.columns()
 
     def before_step(self) -> None:
         if self.plan.target and not self.settled:
@@ -190,7 +194,14 @@ def parse(argv: list[str] | None = None) -> Namespace:
 
 def main(argv: list[str] | None = None, hooks: Sequence[Hook] = ()) -> Run:
     """Command line, and further hooks -> sparsity training."""
-    return train(parse(argv), [SparsityHook(), *hooks])
+    opt = parse(argv)
+    run = train(opt, [SparsityHook(), *hooks])
+    if argv is None:
+        if run.opt.shrink:
+            say_next(run, "export.py", "--include onnx")
+        else:
+            say_next(run, "prune.py", f"--percent {run.opt.percent or 0.5:g}", "last.pt")
+    return run
 
 
 if __name__ == "__main__":

@@ -107,8 +107,8 @@ def build_layers(cfg: dict, ch: int) -> tuple[nn.Sequential, list[tuple[int, ...
     inputs: list[tuple[int, ...]] = []
     channels, rows = {-1: ch}, cfg["backbone"] + cfg["head"]
     if sum(_repeat(row, cfg) for row in rows) > MOST_LAYERS:
-        raise UserError(f"model yaml: with the numbers of its rows it has more than {MOST_LAYERS} layers; lower them, or "
-                        "depth_multiple")
+        raise UserError(f"model yaml: with the numbers of its rows it has more than {MOST_LAYERS} layers; lower "
+                        "them, or depth_multiple")
     for i, row in enumerate(rows):
         source, _, name, _ = row
         if name not in BLOCKS:

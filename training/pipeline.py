@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from training.loggers import Cell, duration
 from training.run import Hook, Run
 from utils.errors import UserError
 from utils.files import newest, write_json
@@ -163,10 +164,11 @@ class Progress(Hook):
     def start(self, run: Run) -> None:
         self.run, self.first, self.begun = run, run.epoch, time.monotonic()
 
-    def epoch_end(self, log: dict[str, float]) -> None:
-        if not self.run.world.main:
-            return
+    def columns(self) -> dict[str, Cell]:
+        return {"all stages": lambda log: f"{self.before + self.run.epoch + 1}/{self.epochs}",
+                "all left": lambda log: duration(self.left())}
+
+    def left(self) -> float:
+        """Seconds until the last stage's end, as fast as this stage has been."""
         here = self.run.epoch + 1
-        done = self.before + here
-        minutes = (time.monotonic() - self.begun) / (here - self.first) * (self.epochs - done) / 60
-        print(f"{'':>11}{done} of {self.epochs} epochs of the whole, about {minutes:.1f} minutes left", flush=True)
+        return (time.monotonic() - self.begun) / (here - self.first) * (self.epochs - self.before - here)

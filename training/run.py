@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from models.yolo import Model
 from training.distributed import World, wrapped
 from training.interruption import Listener
-from training.loggers import RunLogger
+from training.loggers import Cell, RunLogger
 from training.loss import DetectionLoss
 from training.optimizer import EarlyStopping, ModelEMA, Schedule
 from utils.data.config import DataConfig
@@ -50,6 +50,10 @@ class Hook:
 
     def epoch_end(self, log: dict[str, float]) -> None:
         """Add what results.csv and TensorBoard should carry for this epoch."""
+
+    def columns(self) -> dict[str, Cell]:
+        """Title -> what the line of an epoch shows of its log under it."""
+        return {}
 
     def narrowed(self) -> None:
         """run.model and run.ema.ema are other objects now, with fewer channels (training/narrow.py)."""

@@ -9,6 +9,7 @@ from PIL import Image
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from models.yolo import Model
+from training.loggers import Cell, cell
 from training.narrow import RemainingChannels
 from training.run import Run
 from training.sparsity import SparsityPlan
@@ -36,8 +37,22 @@ class SparsityReport:
         """Before the first step: what is sparsified and how."""
         if self.run.world.main:
             print(self.summary())
+            print(self.explanation())
             if self.run.opt.sr:
                 print(l1_note(self.run, self.plan.penalty))
+
+    def columns(self) -> dict[str, Cell]:
+        """What the line of an epoch shows: see explanation()."""
+        found = {"zero": cell("sparsity/zero", "{:.1%}"), "<0.1": cell("sparsity/below_1e-1", "{:.1%}"),
+                 "limit": cell("sparsity/limit", "{:.1%}"), "cut GFLOPs": cell("sparsity/gflops_left", "{:.3f}")}
+        return found | ({"cut mAP": cell("sparsity/masked_mAP_0.5:0.95", "{:.3f}")} if self.run.opt.masked_val else {})
+
+    def explanation(self) -> str:
+        """The columns, in two lines."""
+        cut = f"prune.py --percent {self.run.opt.percent:g}" if self.run.opt.percent else "a cut to the target"
+        return ("columns: zero, <0.1: share of gammas that are 0, or below 0.1; limit: --percent up to which a cut by "
+                f"gamma\nempties no layer; cut GFLOPs: what {cut} would leave of the model as it is. TensorBoard and "
+                "results.csv have more.")
 
     def summary(self) -> str:
         """What is sparsified and how, in a line."""
@@ -63,7 +78,7 @@ class SparsityReport:
         return text
 
     def epoch_end(self, log: dict[str, float]) -> None:
-        """Add the figures of an epoch to `log`, print them, and give TensorBoard its histograms."""
+        """Add the figures of an epoch to `log`, and give TensorBoard its histograms."""
         opt, plan = self.run.opt, self.plan
         gammas: list[torch.Tensor] = [norm.weight for norm in plan.shown.values()]
         self.history.append(torch.cat(gammas).detach().abs().half())
@@ -74,9 +89,6 @@ class SparsityReport:
         log["sparsity/sr"] = plan.penalty.coefficient(self.run.epoch)
         log.update({f"sparsity/{key}": value for key, value in stats.items()})
         log["sparsity/limit"] = limit
-        if self.run.world.main:
-            shares = ", ".join(f"{key.replace('_', ' ')}: {value:.1%}" for key, value in stats.items())
-            print(f"{'':>11}gammas {shares}; threshold rule: {limit:.1%}", flush=True)
         log.update(self.preview_cut())
         self.add_histograms()
 
@@ -88,13 +100,9 @@ class SparsityReport:
             percent = target.share * target.total / pruner.ranking.total if target else 0.0
         masks, parameters, flops = pruner.preview(percent)
         log = {"sparsity/parameters_left": float(parameters), "sparsity/gflops_left": flops / 1e9}
-        text = f"--percent {percent:.3g} would leave {parameters:,} parameters, {flops / 1e9:.3f} GFLOPs"
         if opt.masked_val and (run.epoch + 1) % opt.masked_val == 0:
             ap = self.evaluate(masked(run.ema.ema, self.remaining.present(masks)))
             log.update({"sparsity/masked_mAP_0.5": ap.map50, "sparsity/masked_mAP_0.5:0.95": ap.map})
-            text += f", mAP50 {ap.map50:.3f}, mAP50-95 {ap.map:.3f}"
-        if run.world.main:
-            print(f"{'':>11}{text}", flush=True)
         return log
 
     def add_histograms(self) -> None:

@@ -81,7 +81,7 @@ def _floor(share: float) -> str:
 
 
 def describe(result: PruneResult, asked: float, requested: str, floors: str) -> str:
-    """What the threshold rule allows, what was requested, what came of it, and the table of the layers.
+    """What the threshold rule allows, what was requested, and what came of it.
 
     asked: share of the prunable channels, 0..1. floors: what every layer keeps, in words.
     """
@@ -98,8 +98,12 @@ def describe(result: PruneResult, asked: float, requested: str, floors: str) -> 
         lines.append(f"{zero:.1%} of the prunable gammas are exactly 0: "
                      f"a --percent up to {_floor(result.unused)} cuts nothing that the model uses")
     lines += [f"note: {note}" for note in result.notes]
+    return "\n".join([*lines, f"equivalence check: largest relative |slim - masked| in float64 is "
+                      f"{result.difference:.1e} (must be below {EQUIVALENCE_BOUND:.0e})\n"])
+
+
+def layer_table(result: PruneResult) -> str:
+    """layer | original | remaining channels of every BatchNorm."""
     layers = [(row["layer"], row["original"], row["remaining"], "" if row["prunable"] else "kept whole")
               for row in result.layers]
-    return "\n".join([*lines, "", text_table(layers, ("layer", "original", "remaining", "")), "",
-                      f"equivalence check: largest relative |slim - masked| in float64 is {result.difference:.1e} "
-                      f"(must be below {EQUIVALENCE_BOUND:.0e})\n"])
+    return text_table(layers, ("layer", "original", "remaining", ""))
