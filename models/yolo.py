@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 import models.experimental  # noqa: F401  (registers its block)
 from models.common import BLOCKS, EPS, MOMENTUM, Conv, block
 from models.config import read_yaml
-from models.schema import is_number
+from models.schema import is_number, whole
 from utils.errors import UserError, first_line
 
 LEAST_DIVISOR = 32  # as in YOLOv5, also where the strides are smaller
@@ -107,8 +107,8 @@ def build_layers(cfg: dict, ch: int) -> tuple[nn.Sequential, list[tuple[int, ...
     inputs: list[tuple[int, ...]] = []
     channels, rows = {-1: ch}, cfg["backbone"] + cfg["head"]
     if sum(_repeat(row, cfg) for row in rows) > MOST_LAYERS:
-        raise UserError(f"model yaml: with the numbers of its rows it has more than {MOST_LAYERS} layers; lower "
-                        "them, or depth_multiple")
+        raise UserError(f"model yaml: with the numbers of its rows it has more than {MOST_LAYERS} layers; lower them, "
+                        "or depth_multiple")
     for i, row in enumerate(rows):
         source, _, name, _ = row
         if name not in BLOCKS:
@@ -140,7 +140,10 @@ def _layer(row: list, cfg: dict, c1: list[int]) -> tuple[nn.Module, int]:
     _, _, name, args = row
     spec, args, repeat = BLOCKS[name], [_resolve(a, cfg) for a in args], _repeat(row, cfg)
     if spec.channels == "detect":
-        anchors = args[1] if isinstance(args[1], list) else [list(range(1, min(args[1], 100) * 2 + 1))] * len(c1)
+        if not isinstance(anchors := args[1], list):
+            if not whole(1, 100).fits(anchors):
+                raise ValueError("its second argument is rows of anchors, or how many a level has, up to 100")
+            anchors = [list(range(1, anchors * 2 + 1))] * len(c1)
         if args[0] != cfg["nc"]:
             raise ValueError(f"its first argument is the number of classes, {cfg['nc']}: write nc")
         return spec.cls(args[0], anchors, c1), 0

@@ -143,9 +143,9 @@ def test_anchors_that_autoanchor_changed_come_along(mine, tmp_path, monkeypatch)
 
 # Files of others, and damaged ones ------------------------------------------------------------------------------------
 
-def repacked(path: pathlib.Path, change: Callable[[bytes], bytes], compression: int = zipfile.ZIP_STORED) -> pathlib.Path:
+def repacked(path: pathlib.Path, change: Callable[[bytes], bytes], how: int = zipfile.ZIP_STORED) -> pathlib.Path:
     """Another archive, of whose pickle something was changed."""
-    with zipfile.ZipFile(path) as old, zipfile.ZipFile(new := path.with_name("new.pt"), "w", compression) as out:
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(new := path.with_name("new.pt"), "w", how) as out:
         for item in old.infolist():
             content = old.read(item)
             out.writestr(item.filename, change(content) if item.filename.endswith("data.pkl") else content)
@@ -192,13 +192,13 @@ def weight(value: torch.Tensor) -> Callable[[nn.Module], None]:
 @pytest.mark.parametrize("change, words", [
     (cyclic, None), (attribute("stride", [8, 16, 32]), None), (endless, "nested without end"),
     (attribute("stride", ["a"]), "not of YOLOv5"), (attribute("stride", None), "not of YOLOv5"),
-    (attribute("names", 5), "'names' must be a mapping, not 5"), (attribute("names", {0: "a", 7: "b"}), "numbered from 0"),
-    (attribute("names", [["a"], "b", "c"]), None), (attribute("names", bomb()), "without end"),
+    (attribute("names", 5), "'names' must be a mapping, not 5"), (attribute("names", [["a"], "b", "c"]), None),
+    (attribute("names", {0: "a", 7: "b"}), "numbered from 0"), (attribute("names", bomb()), "without end"),
     (attribute("yaml", {"backbone": bomb()}), "without end"), (attribute("yaml", {}), "needs the keys"),
     (attribute("yaml", 5), "holds no YOLOv5 model"), (attribute("_modules", 5), "not of YOLOv5"),
     (attribute("_modules", {"model": 5}), "do not fit"),
-    (weight(torch.zeros(1).half().expand(10 ** 10)), "fewer numbers"), (weight(torch.ones(3).to_sparse()), "unusual kind"),
-    (weight(torch.ones(3)), "do not fit")])
+    (weight(torch.zeros(1).half().expand(10 ** 10)), "fewer numbers"),
+    (weight(torch.ones(3).to_sparse()), "unusual kind"), (weight(torch.ones(3)), "do not fit")])
 def test_a_damaged_yolov5_file_is_read_or_refused(mine, tmp_path, change, words):
     change(whole := to_yolov5(mine))
     torch.save({"model": whole}, tmp_path / "x.pt")
