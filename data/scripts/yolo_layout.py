@@ -236,7 +236,8 @@ def write(plan: Plan, names: Sequence[str], opt: argparse.Namespace, script: str
         raise UserError(f"{where}: can't be written ({error.strerror}); choose another --out") from None
     splits = [split for split in SPLITS if any(item.split == split for item in plan.items)]
     write_text(opt.yaml, _yaml_text(opt.out, splits, names, script))
-    return f"{_report(plan, splits, names)}\nnow: python train.py --data {shlex.quote(str(opt.yaml))} --weights yolov5n.pt --adam"
+    return (f"{_report(plan, splits, names)}\n"
+            f"now: python train.py --data {shlex.quote(str(opt.yaml))} --weights yolov5n.pt --adam")
 
 
 def _write_files(items: Sequence[Item], names: Sequence[str], out: Path, how: str) -> None:
