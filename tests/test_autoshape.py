@@ -393,7 +393,7 @@ def test_mistakes_are_told_in_one_line(model, site, tmp_path):
     buffer = io.BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)).save(buffer, "png")
     cases = [(tmp_path / "none.jpg", "none.jpg: .*No such file"), (str(tmp_path / "text.jpg"), "text.jpg: .*not an"),
-             (tmp_path / "cut.png", "cut.png: "), (tmp_path, "directory"),
+             (tmp_path / "cut.png", "cut.png: "), (tmp_path, "not a file"),
              (f"{site}/none.jpg", f"{site}/none.jpg: can't be fetched"), (f"{site}/tiny.yaml", "yaml: .*not an im"),
              ("http://127.0.0.1:9/a.jpg", "http://127.0.0.1:9/a.jpg: can't be fetched"), (b"abc", "image0: .*bytes"),
              (buffer.getvalue()[:200], "image0"), (None, "not NoneType"), (np.zeros((4, 5, 6, 7)), r"\(4, 5, 6, 7\)"),

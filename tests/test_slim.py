@@ -49,7 +49,7 @@ def test_disturbed_at_each_stage_it_ends_bit_identical(flags, tmp_path):
     crash.finish("slim.py", flags, whole)
     log = (whole / "log.txt").read_text()
     for words in ("dense (3 epochs), sparse (6 epochs); target flops=0.6", "slim from here on", "asked flops=0.6: 0.",
-                  "4 of 9 epochs of the whole, about", "Slim model: "):
+                  "Slim model: "):
         assert words in log, words
     pipeline = whole / "runs/slim/exp"
     assert 0.5 < share_left(pipeline, "flops") <= 0.6
