@@ -90,7 +90,7 @@ def bomb(line: str) -> str:
     ("lr0: !!int abc", "'abc' is no int"), ("lr0: !!int ''", "'' is no int"), ("lr0: !!bool maybe", "is no bool"),
     ("lr0: !!timestamp x", "is no timestamp"), ("lr0: !!float x", "is no float"), ("lr0: !!binary 'é'", "yaml"),
     ("lr0: " + "[" * 3000, "nested too deep"), ("{lr0: " * 3000, "nested too deep"), ("- " * 3000, "nested too deep"),
-    ('lr0: "a\\0b"', "is no str"), ("lr0: 1\nlr0: 2", "line 2: 'lr0' is given twice"),
+    ('lr0: "a\\0b"', "is no str"), ('lr0: "\\uD800"', "is no str"), ("lr0: 1\nlr0: 2", "line 2: 'lr0' is given twice"),
     ("names:\n  0: a\n  '0': b", "line 3: '0' is given twice"), ("{[a]: 1}", "unhashable"), ("a: b: c", "line 1: "),
     ("lr0: &a [*a]", "an alias stands in what it is for"), ("&a {x: *a}", "an alias stands in what it is for"),
     (bomb("[{}]"), "more than 50,000 values"), (bomb("{{<<: [{}]}}"), "more than 50,000 values"),
