@@ -16,12 +16,12 @@ from PIL import Image
 from data.scripts import coco_to_yolo, voc_to_yolo
 from models.formats.format import FileDetector
 from models.yolo import Model
+from training.settings import read_hyp
 from utils.data.coco import CocoResults
 from utils.data.config import read_data
 from utils.data.image_files import find_images, scan_image
 from utils.data.sources import files, frames
 from utils.errors import UserError
-from utils.options import read_hyp
 from utils.tables import read_results
 from utils.text import read_yaml_mapping
 

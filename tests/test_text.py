@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from training.loggers import RunLogger
 from utils.errors import UserError
 from utils.files import write_json, write_yaml
 from utils.tables import read_results, write_csv
@@ -133,6 +134,17 @@ def test_results_are_read_as_spreadsheets_save_them(tmp_path, text, encoding):
     assert read_results(tmp_path / "results.csv") == [
         {"epoch": 0, "train/box": "0.5", "metrics/mAP": ""},
         {"epoch": 1, "train/box": "1.25e-05", "metrics/mAP": "0.125"}]
+
+
+def test_a_run_goes_on_with_results_that_excel_has_saved(tmp_path):
+    (tmp_path / "results.csv").write_text("\ufeff" + TABLE.replace(",", ";").replace(".", ","), encoding="utf-8")
+    log = RunLogger(tmp_path, start_epoch=1)
+    log.epoch(1, {"train/box": 0.25})
+    log.close()
+    assert (tmp_path / "results.csv").read_text() == "epoch,train/box,metrics/mAP\n0,0.5,\n1,0.25,\n"
+    (folder := tmp_path / os.fsdecode(b"a\xff")).mkdir()
+    with pytest.raises(UserError, match="not UTF-8"):
+        RunLogger(folder)
 
 
 @pytest.mark.parametrize("text, words", [
