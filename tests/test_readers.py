@@ -1,9 +1,10 @@
-"""Every reader of text, on any bytes, types and sizes: a result or a UserError of one line, and soon."""
+"""Every reader of text, on any bytes, types and sizes: a result or a UserError, and soon."""
 from __future__ import annotations
 
 import json
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -15,12 +16,12 @@ from PIL import Image
 from data.scripts import coco_to_yolo, voc_to_yolo
 from models.formats.format import FileDetector
 from models.yolo import Model
+from training.settings import read_hyp
 from utils.data.coco import CocoResults
 from utils.data.config import read_data
 from utils.data.image_files import find_images, scan_image
 from utils.data.sources import files, frames
 from utils.errors import UserError
-from utils.options import read_hyp
 from utils.tables import read_results
 from utils.text import read_yaml_mapping
 
@@ -34,7 +35,7 @@ def metadata(path: Path) -> None:
     try:
         FileDetector(content, (1, *content["shape"][1:]))
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(str(error).replace("\n", " ")) from None
+        raise UserError(str(error)) from None
 
 
 def convert_coco(path: Path) -> None:
@@ -69,7 +70,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def read(folder: Path, kind: str, data: bytes) -> None:
-    """Hand bytes to a reader. It fails the test with any other error, a second line, or more time than SECONDS."""
+    """Hand bytes to a reader. Any error but UserError fails the test, and so does more time than SECONDS."""
     name, reader = READERS[kind]
     (folder / name).write_bytes(data)
     if kind == "VOC":
@@ -77,9 +78,8 @@ def read(folder: Path, kind: str, data: bytes) -> None:
                                          "<xmax>9</xmax><ymax>9</ymax></bndbox></object></annotation>")
     began = time.process_time()
     try:
-        reader(folder / name)
-    except UserError as error:
-        assert len(str(error).splitlines()) == 1 or "\n" in repr(data), error
+        with suppress(UserError):  # of which run_cli() prints one line, test_text.py has that
+            reader(folder / name)
     finally:
         for file in ("good.xml", name):
             (folder / file).unlink(missing_ok=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from training.loggers import RunLogger
 from utils.errors import UserError
 from utils.files import write_json, write_yaml
 from utils.tables import read_results, write_csv
@@ -90,7 +91,7 @@ def bomb(line: str) -> str:
     ("lr0: !!int abc", "'abc' is no int"), ("lr0: !!int ''", "'' is no int"), ("lr0: !!bool maybe", "is no bool"),
     ("lr0: !!timestamp x", "is no timestamp"), ("lr0: !!float x", "is no float"), ("lr0: !!binary 'é'", "yaml"),
     ("lr0: " + "[" * 3000, "nested too deep"), ("{lr0: " * 3000, "nested too deep"), ("- " * 3000, "nested too deep"),
-    ('lr0: "a\\0b"', "is no str"), ("lr0: 1\nlr0: 2", "line 2: 'lr0' is given twice"),
+    ('lr0: "a\\0b"', "is no str"), ('lr0: "\\uD800"', "is no str"), ("lr0: 1\nlr0: 2", "line 2: 'lr0' is given twice"),
     ("names:\n  0: a\n  '0': b", "line 3: '0' is given twice"), ("{[a]: 1}", "unhashable"), ("a: b: c", "line 1: "),
     ("lr0: &a [*a]", "an alias stands in what it is for"), ("&a {x: *a}", "an alias stands in what it is for"),
     (bomb("[{}]"), "more than 50,000 values"), (bomb("{{<<: [{}]}}"), "more than 50,000 values"),
@@ -133,6 +134,17 @@ def test_results_are_read_as_spreadsheets_save_them(tmp_path, text, encoding):
     assert read_results(tmp_path / "results.csv") == [
         {"epoch": 0, "train/box": "0.5", "metrics/mAP": ""},
         {"epoch": 1, "train/box": "1.25e-05", "metrics/mAP": "0.125"}]
+
+
+def test_a_run_goes_on_with_results_that_excel_has_saved(tmp_path):
+    (tmp_path / "results.csv").write_text("\ufeff" + TABLE.replace(",", ";").replace(".", ","), encoding="utf-8")
+    log = RunLogger(tmp_path, start_epoch=1)
+    log.epoch(1, {"train/box": 0.25})
+    log.close()
+    assert (tmp_path / "results.csv").read_text() == "epoch,train/box,metrics/mAP\n0,0.5,\n1,0.25,\n"
+    (folder := tmp_path / os.fsdecode(b"a\xff")).mkdir()
+    with pytest.raises(UserError, match="not UTF-8"):
+        RunLogger(folder)
 
 
 @pytest.mark.parametrize("text, words", [

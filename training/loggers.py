@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from utils.errors import UserError
 from utils.files import write_text
 from utils.tables import read_results
 
@@ -53,7 +54,8 @@ class EpochTable:
 class RunLogger:
     """results.csv and TensorBoard events in a run's folder. `tb` is a SummaryWriter for what hooks add of their own.
 
-    On resume, rows from `start_epoch` on are dropped from both, so that no epoch is lost or doubled.
+    On resume, rows from `start_epoch` on are dropped from both, so that no epoch is lost or doubled. UserError for a
+    folder that TensorBoard can't write into.
     """
 
     def __init__(self, folder: Path, start_epoch: int | None = None):
@@ -63,7 +65,11 @@ class RunLogger:
         self.rows: list[dict[str, Any]] = []
         if start_epoch and self.path.is_file():
             self.rows = [row for row in read_results(self.path) if row["epoch"] < start_epoch]
-        self.tb = SummaryWriter(str(folder), purge_step=start_epoch)
+        try:
+            self.tb = SummaryWriter(str(folder), purge_step=start_epoch)
+        except UnicodeEncodeError:
+            raise UserError(f"{folder}: has a name that is not UTF-8, TensorBoard can't write there; choose another "
+                            "--project") from None
 
     def epoch(self, epoch: int, values: dict[str, float]) -> None:
         """Write one epoch. Columns that are new get empty cells in the rows before."""

@@ -183,7 +183,7 @@ class _Loader(yaml.SafeLoader):
             if node.tag == f"{TAG}int" and len(node.value) > MOST_DIGITS:
                 raise ValueError
             value = super().construct_object(node, deep)
-            if isinstance(value, str) and "\0" in value:
+            if isinstance(value, str) and b"\0" in value.encode("utf-8", "surrogateescape"):  # and others fail
                 raise ValueError
             return value
         except yaml.YAMLError:

@@ -84,7 +84,7 @@ def plot_results(csv_path: str | Path, path: str | Path) -> Path:
     one class) has no chart.
     """
     rows = read_results(Path(csv_path))
-    columns = {name: np.array([float(row[name] or "nan") for row in rows]) for name in rows[0]}
+    columns = {name: np.array([float("nan" if row[name] == "" else row[name]) for row in rows]) for name in rows[0]}
     epochs = columns.pop("epoch") + 1
     charts: dict[str, list[tuple[str, np.ndarray]]] = {}
     for column, values in columns.items():
