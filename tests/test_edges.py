@@ -442,8 +442,8 @@ def test_a_latency_out_of_reach_is_refused_and_its_batch_can_be_chosen(weights, 
 
 def test_calibration_images_are_a_random_subset_as_training_sees_them(tiny):
     hyp = {"mosaic": 1.0, "scale": 0.5}
-    opt = Namespace(data=str(tiny), imgsz=64, hyp=hyp, single_cls=False, batch_size=4, workers=0)
-    images = TrainingSample(opt, Namespace(divisor=32), 6, torch.device("cpu"))
+    opt = Namespace(weights="x.pt", data=str(tiny), imgsz=64, hyp=hyp, single_cls=False, batch_size=4, workers=0)
+    images = TrainingSample(opt, Namespace(divisor=32, input_shape=(0, 3, 0, 0)), 6, torch.device("cpu"))
     first, second = (torch.cat([pixels for pixels, _ in images]) for _ in range(2))
     assert first.shape == (6, 3, 64, 64) and torch.equal(first, second)
     assert float((first * 255 == 114).all(1).float().mean()) < 0.5  # letterboxed, a quarter of 96 x 72 would be grey

@@ -236,7 +236,7 @@ def start(path: Path) -> None:
     model, data = formats.load(path, torch.device("cpu"))
     model(torch.zeros(1, 3, 64, 64))
     flags = ["--weights", str(path), "--device", "cpu", "--workers", "0"]
-    options = pruning_parser("", ["torch"]).parse_args(flags)
+    options = pruning_parser().parse_args(flags)
     resolve(options, data)
     start_options(training_parser("").parse_args(flags))
     known_teacher(data)
