@@ -14,6 +14,7 @@ import os
 import shlex
 from argparse import Namespace
 from collections.abc import Mapping
+from contextlib import redirect_stdout
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ from utils.device import select_device
 from utils.errors import UserError, run_cli
 from utils.files import command_line, in_use, new_run_folder, write_json
 from utils.options import training_parser
-from utils.parser import HelpfulParser, at_least, named_fraction
+from utils.parser import Argv, HelpfulParser, at_least, from_python, named_fraction
 from utils.plots.page import Page, headline
 from utils.plots.slimming import plot_gamma_history, plot_kept, plot_tradeoff
 from utils.slimming import TARGETS, Rules, report
@@ -85,15 +86,12 @@ def pipeline_parser() -> HelpfulParser:
 def begin(opt: Namespace, parser: HelpfulParser) -> Pipeline:
     """A new pipeline, in a folder of its own. UserError for whatever can be known at the start to fail."""
     held = checkpoint.read(opt.weights) if opt.weights else {}
-    trained = held.get("opt") or {}
     settled = resolve(opt, held)
     config = read_data(settled.data)
     suited = config.defaults.get("epochs")  # of a training: half as many again for becoming slim
     epochs = opt.epochs or (suited * 3 // 2 if suited else DEFAULTS["epochs"])
     names = {0: "object"} if settled.single_cls else config.names
     known = not opt.cfg and bool(held) and not other_names(names, held["names"])
-    if settled.single_cls and not opt.single_cls:
-        print(f"--single-cls not given: taken, as {opt.weights} was trained")
     if (Path(opt.project) / opt.name / STATE).is_file() and opt.exist_ok:
         raise UserError(f"{Path(opt.project) / opt.name}: a pipeline is there already; --resume goes on with it, "
                         "another --name starts a new one")
@@ -105,9 +103,7 @@ def begin(opt: Namespace, parser: HelpfulParser) -> Pipeline:
         raise UserError("--int8: belongs to --export, such as --export openvino --int8, or to --runtime")
     precision = "int8" if opt.int8 and opt.runtime != "torch" else "fp32"
     opt.hyp = str(hyp_file(opt.hyp)) if opt.hyp else opt.hyp
-    flags = parser.flags(opt, OWN)
-    if known and trained.get("optimizer") and not {"optimizer", "adam", "hyp"} & set(opt.given):
-        flags = [*flags, "--optimizer", trained["optimizer"]]  # go on as these weights were trained
+    flags = parser.flags(opt, OWN) + (["--no-single-cls"] if opt.single_cls is False else [])
     pipeline = Pipeline(
         folder=Path(), command=command_line(), flags=flags, weights=opt.weights and absolute(opt.weights),
         cfg=opt.cfg and absolute(opt.cfg), data=settled.data, imgsz=settled.imgsz, single_cls=settled.single_cls,
@@ -133,8 +129,9 @@ def require_possible(pipeline: Pipeline, config: DataConfig, names: dict[int, st
         images.require_labels()
     sparse = next(stage for stage in pipeline.stages if stage.script == "train_sparsity.py")
     flags = [*start_flags(pipeline), *pipeline.dataset, *pipeline.flags, "--epochs", "1", *goal(pipeline, sparse, 1.0)]
-    start = Namespace(**vars(train_sparsity.parse(flags)))
-    model = start_model(start, names, {}, World(1, 2, torch.device("cpu")))  # not as the main process: it says nothing
+    with redirect_stdout(None):  # begin() has said what the recipe is
+        start = Namespace(**vars(train_sparsity.parse(flags)))
+        model = start_model(start, names, {}, World(0, 1, torch.device("cpu")))
     pipeline.imgsz = whole_strides(start.imgsz, model.stride)
     if pipeline.teacher not in (None, "none"):
         refuse_other_kind(f"--teacher {pipeline.teacher}", checkpoint.load(pipeline.teacher), model)
@@ -351,7 +348,7 @@ def finish(pipeline: Pipeline) -> None:
           f"every stage is a run in {pipeline.folder}")
 
 
-def main(argv: list[str] | None = None) -> Path:
+def main(argv: Argv = None) -> Path:
     """Command line -> slim.pt; returns the pipeline's folder."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("slim.py: runs in one process; under torchrun start the commands that it prints")
@@ -375,6 +372,8 @@ def main(argv: list[str] | None = None) -> Path:
         finish(pipeline)
     return pipeline.folder
 
+
+run = from_python(main)
 
 if __name__ == "__main__":
     run_cli(main)

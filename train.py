@@ -25,9 +25,8 @@ from tqdm import tqdm
 
 from models import checkpoint
 from models.yolo import Model, fused, on_device, whole_strides
-from training.distillation import Teacher
+from training.autobatch import settle_batch
 from training.distributed import World, barrier, broadcast, process_group, share_buffers, wrapped
-from training.image_weights import ImageWeights
 from training.interruption import Listener, listen
 from training.loggers import RunLogger
 from training.loss import DetectionLoss, scale_gains
@@ -39,6 +38,7 @@ from training.start import (
     freeze,
     make_deterministic,
     shared_run_folder,
+    standard_hooks,
     start_model,
     start_options,
     synchronised,
@@ -49,6 +49,7 @@ from utils.data.loader import Batch, DetectionLoader, build_loader, frozen_objec
 from utils.errors import NonFiniteError, UserError, run_cli
 from utils.files import write_yaml
 from utils.options import training_parser
+from utils.parser import Argv, from_python
 from utils.slimming.cost import profile
 from val import Evaluation, evaluate, plot_curves, print_table
 
@@ -265,6 +266,7 @@ def build_run(opt: Namespace, resumed: dict[str, Any], world: World, hooks: Sequ
     model = start_model(opt, {0: "object"} if opt.single_cls else config.names, resumed, world)
     stride = int(model.stride.max())
     imgsz = whole_strides(opt.imgsz, stride)
+    opt = settle_batch(opt, model, imgsz, world)
     loader = training_loader(opt, config, imgsz, stride, world, signals)
     if not resumed:
         adapt_anchors(opt, imgsz, model, loader.dataset, world)
@@ -299,12 +301,6 @@ def build_run(opt: Namespace, resumed: dict[str, Any], world: World, hooks: Sequ
         # The first file of the run: what hooks refuse leaves none.
         run.logger = RunLogger(folder, run.epoch if resumed else None)
     return run
-
-
-def standard_hooks(opt: Namespace) -> list[Hook]:
-    """The hooks that flags of every training script ask for."""
-    hooks: list[Hook] = [ImageWeights()] if opt.image_weights else []
-    return [*hooks, Teacher(opt.teacher, opt.teacher_weight)] if opt.teacher else hooks
 
 
 def training_loader(opt: Namespace, config: DataConfig, imgsz: int, stride: int, world: World,
@@ -385,7 +381,7 @@ def finish(run: Run, hours: float) -> Evaluation:
     return result
 
 
-def main(argv: list[str] | None = None, hooks: Sequence[Hook] = ()) -> Run:
+def main(argv: Argv = None, hooks: Sequence[Hook] = ()) -> Run:
     """Command line, and hooks -> training."""
     parser = training_parser(__doc__)
     parser.needs(["--teacher-weight"], "--teacher")
@@ -393,6 +389,8 @@ def main(argv: list[str] | None = None, hooks: Sequence[Hook] = ()) -> Run:
     opt.script = os.path.basename(__file__)
     return train(opt if opt.resume else start_options(opt), hooks)
 
+
+run = from_python(main)
 
 if __name__ == "__main__":
     run_cli(main)
