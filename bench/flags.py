@@ -1,4 +1,4 @@
-"""YOLOv5's flags with this repository's beside them: the table of the questions (docs/faq.md). bench/readme.py fills it.
+"""YOLOv5's flags with this repository's beside them: a table of docs/faq.md, into which bench/readme.py writes it.
 
     python bench/flags.py                     # the table, as the parsers are now
     python bench/flags.py --stock ../yolov5   # first compares utils/yolov5_flags.py with a checkout of YOLOv5
@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import patch
 
-from columns import ROOT  # noqa: F401: it makes the scripts importable
+from columns import Words
 
 from utils.errors import UserError, run_cli
 from utils.parser import HelpfulParser
@@ -25,7 +25,7 @@ HEADER = (["script", "YOLOv5", "here"], ["脚本", "YOLOv5", "本项目"])
 SAME = ("the same", "相同")
 UNNAMED = ("left out", "没有")
 # Values of flags that are the same.
-VALUES = {
+VALUES: dict[str, list[tuple[str, Words]]] = {
     "train.py": [("`--device 0,1`", ("`torchrun --nproc_per_node 2 train.py`",) * 2)],
     "val.py": [("`--task speed`, `study`", ("benchmarks.py, prune.py --sweep", "benchmarks.py、prune.py --sweep"))],
     "export.py": [("`--include` engine, coreml, saved_model, pb, tflite, edgetpu, tfjs, paddle",
@@ -63,7 +63,7 @@ def table(chinese: bool = False) -> tuple[list[list[str]], list[str]]:
 
     rows = []
     for script, flags in FLAGS.items():
-        here, groups = known(script), {SAME: []}
+        here, groups = known(script), dict[Words, list[str]]()
         for flag in flags:
             groups.setdefault(SAME if flag in here else LEFT_OUT.get(flag, UNNAMED), []).append(flag)
         found = [(" ".join(f"`{flag}`" for flag in names), why) for why, names in groups.items()]
@@ -75,7 +75,7 @@ def stock_flags(file: Path) -> tuple[str, ...]:
     """The flags of a script of YOLOv5's, in their order: of its calls of add_argument(). Nothing of it is run."""
     calls = [node for node in ast.walk(ast.parse(read_text(file, "--stock")))
              if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "add_argument"]
-    return tuple(word.value for call in sorted(calls, key=lambda call: call.lineno) for word in call.args
+    return tuple(str(word.value) for call in sorted(calls, key=lambda call: call.lineno) for word in call.args
                  if isinstance(word, ast.Constant))
 
 
