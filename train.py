@@ -36,7 +36,7 @@ from training.run import Hook, Run, Step, amp_name
 from training.start import (
     adapt_anchors,
     freeze,
-    make_deterministic,
+    seed_and_kernels,
     shared_run_folder,
     standard_hooks,
     start_model,
@@ -257,11 +257,7 @@ def validate(run: Run, log: dict[str, float]) -> float:
 def build_run(opt: Namespace, resumed: dict[str, Any], world: World, hooks: Sequence[Hook], signals: Listener,
               held: ExitStack) -> Run:
     """Options -> a run that is ready for its first, or its next, epoch. `held` gets the lock of a new folder."""
-    torch.manual_seed(opt.seed)
-    if opt.deterministic:
-        make_deterministic()
-    else:  # cuDNN tries its kernels once for a shape and keeps the fastest one
-        torch.backends.cudnn.benchmark = not (opt.multi_scale or opt.rect)
+    seed_and_kernels(opt)
     config = read_data(opt.data)
     model = start_model(opt, {0: "object"} if opt.single_cls else config.names, resumed, world)
     stride = int(model.stride.max())

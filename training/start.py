@@ -114,14 +114,18 @@ def synchronised(model: Model, world: World) -> Model:
     return nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
 
-def make_deterministic() -> None:
-    """--deterministic: GPU kernels whose result does not depend on the order in which threads finish.
+def seed_and_kernels(opt: Namespace) -> None:
+    """--seed, and --deterministic: GPU kernels whose result does not depend on the order in which threads finish.
 
     An operation that has none warns and runs all the same. PyTorch documents the limits under "Reproducibility".
     """
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+    torch.manual_seed(opt.seed)
+    if opt.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.backends.cudnn.deterministic = True
+    # Else cuDNN tries its kernels once for a shape and keeps the fastest one.
+    torch.backends.cudnn.benchmark = not (opt.deterministic or opt.multi_scale or opt.rect)
 
 
 def freeze(model: Model, layers: Sequence[int]) -> None:
