@@ -29,7 +29,7 @@ from utils.device import select_device
 from utils.errors import UserError, first_line, run_cli
 from utils.files import new_run_folder
 from utils.options import add_common
-from utils.parser import HelpfulParser, at_least
+from utils.parser import Argv, HelpfulParser, at_least, from_python
 from utils.plots.slimming import plot_latencies
 from utils.slimming.cost import profile
 from utils.slimming.timing import medians, synchronize
@@ -54,9 +54,9 @@ class Entry:
     reason: str = ""                   # why there is no figure
 
 
-def parse(argv: list[str] | None = None) -> Namespace:
+def parse(argv: Argv = None) -> Namespace:
     """Command line -> options."""
-    parser = HelpfulParser(__doc__)
+    parser = HelpfulParser(__doc__, like="benchmarks.py")
     add = parser.add_argument
     add("--weights", nargs="+", required=True, help="checkpoints: dense, slim, official; the first one is the measure")
     add_common(parser, "runs/benchmarks")
@@ -76,7 +76,7 @@ def parse(argv: list[str] | None = None) -> Namespace:
     return opt
 
 
-def main(argv: list[str] | None = None) -> Path:
+def main(argv: Argv = None) -> Path:
     """Command line -> the folder with table, csv and picture."""
     opt = parse(argv)
     if opt.threads:
@@ -223,6 +223,8 @@ def shown(rows: list[dict[str, Any]]) -> list[list[str]]:
     return [[formats_of.get(key, "{}").format(value) if value != "" else "" for key, value in row.items()]
             for row in rows]
 
+
+run = from_python(main)
 
 if __name__ == "__main__":
     run_cli(main)

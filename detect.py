@@ -27,13 +27,13 @@ from utils.device import select_device
 from utils.errors import UserError, run_cli
 from utils.files import UniqueNames, atomic, new_run_folder, printable, safe_name, write_text
 from utils.options import add_detection_flags, add_imgsz_flag, add_run_flags
-from utils.parser import HelpfulParser, at_least
+from utils.parser import Argv, HelpfulParser, at_least, from_python
 from utils.plots.detections import draw_boxes
 
 
-def parse(argv: list[str] | None = None) -> Namespace:
+def parse(argv: Argv = None) -> Namespace:
     """Command line -> options."""
-    parser = HelpfulParser(__doc__)
+    parser = HelpfulParser(__doc__, like="detect.py")
     add = parser.add_argument
     add("--weights", required=True, help="checkpoint (.pt: dense, slim, official), or a file that export.py wrote")
     add("--source", required=True, help="image, video, folder, pattern, .txt list, stream address, .streams file, "
@@ -174,7 +174,7 @@ def _write_image(path: Path, image: np.ndarray) -> None:
 
 
 @torch.inference_mode()
-def main(argv: list[str] | None = None) -> Path:
+def main(argv: Argv = None) -> Path:
     """Command line -> the run's folder."""
     opt = parse(argv)
     device = select_device(opt.device, half=opt.half)
@@ -201,6 +201,8 @@ def main(argv: list[str] | None = None) -> Path:
     print(f"{shown} pictures: {summary}; {ms:.1f} ms each at {pixels} px. Results in {output.folder}")
     return output.folder
 
+
+run = from_python(main)
 
 if __name__ == "__main__":
     run_cli(main)

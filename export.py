@@ -30,7 +30,7 @@ from utils.data.config import read_data
 from utils.data.loader import DetectionLoader, validation_loader
 from utils.errors import UserError, run_cli
 from utils.options import add_imgsz_flag, add_seed_flag
-from utils.parser import HelpfulParser, at_least
+from utils.parser import Argv, HelpfulParser, at_least, from_python
 from utils.tables import text_table, write_csv
 from val import evaluate, require_same_classes
 
@@ -38,9 +38,9 @@ WARN_BEYOND = 0.01  # mAP50-95 lost by int8
 CPU = torch.device("cpu")
 
 
-def parse(argv: list[str] | None = None) -> Namespace:
+def parse(argv: Argv = None) -> Namespace:
     """Command line -> options."""
-    parser = HelpfulParser(__doc__)
+    parser = HelpfulParser(__doc__, like="export.py")
     add = parser.add_argument
     add("--weights", required=True, help="checkpoint: dense or slim, ours or an official one")
     add("--include", nargs="+", choices=[*formats.formats(), "all"], default=["onnx"],
@@ -191,7 +191,7 @@ def sensitivity(model: Model, chosen: list[Format], options: ExportOptions, load
     return [csv]
 
 
-def main(argv: list[str] | None = None) -> list[Path]:
+def main(argv: Argv = None) -> list[Path]:
     """Command line -> the files written."""
     opt = parse(argv)
     trained = checkpoint.read(opt.weights)
@@ -223,6 +223,8 @@ def megabytes(path: Path) -> float:
     files = path.iterdir() if path.is_dir() else [path]
     return sum(file.stat().st_size for file in files) / 1e6
 
+
+run = from_python(main)
 
 if __name__ == "__main__":
     run_cli(main)

@@ -2,14 +2,15 @@
 
     python finetune_pruned.py --weights pruned_model.pt --adam --epochs 100
 
-The shape is slim in every checkpoint. Data, image size and hyper-parameters are the checkpoint's unless given. The
-teacher is that of the sparsity training, else the model that was cut, where its file is still there; --teacher names
-another one, --teacher none takes none.
+The shape is slim in every checkpoint. Data, image size, optimizer and hyper-parameters are the checkpoint's unless
+given. The teacher is the best of three, by the mAP50-95 in their files: the teacher of the sparsity training, the
+weights that it started from, the model that was cut. --teacher names another one, --teacher none takes none.
 Where the cut took channels that the model uses, that model makes it once more, gradually, in the first third of the
 run; --no-gradual starts with the slim model.
 """
 from __future__ import annotations
 
+import math
 import os
 from argparse import BooleanOptionalAction, Namespace
 from collections.abc import Sequence
@@ -17,26 +18,52 @@ from pathlib import Path
 from typing import Any
 
 from models import checkpoint
+from models.schema import is_number
 from models.yolo import Model
 from train import say_next, train
 from training.gradual import GradualCut
 from training.run import Hook, Run
 from training.settings import resolve
+from utils.data.config import other_names
 from utils.errors import UserError, run_cli
 from utils.options import training_parser
+from utils.parser import Argv, from_python
 from utils.slimming import slim
 from utils.slimming.graph import Masks
 from utils.slimming.surgery import last_masks
 
 
 def known_teacher(data: dict[str, Any]) -> str | None:
-    """The teacher of the sparsity training, or the model that was cut, if the file is still there."""
-    taught = (data.get("opt") or {}).get("teacher")
-    files = [file for file in (taught, data.get("parent")) if file]
-    found = next((file for file in files if Path(file).is_file()), None)
-    if files and not found:
-        print(f"note: no teacher, {files[0]} is not there any more; --teacher names one")
-    return found
+    """The best by stored mAP50-95 of the models that this one comes from, as far as their files are still there.
+
+    They are the teacher of the sparsity training, which stays where it holds no metrics (a file of YOLOv5's); the model
+    that was cut; and the weights that the sparsity training started from, if they hold metrics for the same classes.
+    """
+    opt = data.get("opt") or {}
+    taught, cut, start = opt.get("teacher"), data.get("parent"), None if opt.get("cfg") else opt.get("weights")
+    named = [file for file in (taught, cut, start) if file]
+    found = {file: stored_map(file, data["names"]) for file in named if Path(file).is_file()}
+    worth = {file: value if value >= 0 else math.inf if file == taught else -1.0 for file, value in found.items()
+             if value >= 0 or file in (taught, cut)}
+    if not worth:
+        if named:
+            print(f"note: no teacher, {named[0]} is not there any more; --teacher names one")
+        return None
+    best = max(worth, key=worth.__getitem__)
+    others = ", ".join(f"{file} ({value:.3f})" for file, value in found.items() if file != best and value >= 0)
+    if others and found[best] >= 0:
+        print(f"mAP50-95 of the model to learn from: {found[best]:.3f}; not taken: {others}")
+    return best
+
+
+def stored_map(file: str, names: dict[int, str]) -> float:
+    """The mAP50-95 that a checkpoint holds; -1 where it holds none, or is of other classes."""
+    try:
+        held = checkpoint.read(file)
+    except UserError:
+        return -1.0
+    value = (held.get("metrics") or {}).get("metrics/mAP_0.5:0.95", -1.0)
+    return value if is_number(value) and not other_names(held["names"], names) else -1.0
 
 
 def gradual_cut(data: dict[str, Any], frozen: bool) -> tuple[GradualCut, str | None]:
@@ -76,11 +103,12 @@ def settle(opt: Namespace) -> tuple[Namespace, GradualCut]:
     if not saved["masks"]:
         print(f"note: {weights} is a dense model, nothing was cut from it yet (python prune.py)")
     teacher = known_teacher(saved) if opt.teacher is None else opt.teacher
+    settled = resolve(Namespace(**{**vars(opt), "cfg": "", "weights": weights, "teacher": teacher}), saved)
     hook, wide = gradual_cut(saved, opt.freeze != [0]) if opt.gradual else (GradualCut(), None)
-    return resolve(Namespace(**{**vars(opt), "cfg": "", "weights": wide or weights, "teacher": teacher}), saved), hook
+    return Namespace(**{**vars(settled), "weights": wide or settled.weights}), hook
 
 
-def main(argv: list[str] | None = None, hooks: Sequence[Hook] = ()) -> Run:
+def main(argv: Argv = None, hooks: Sequence[Hook] = ()) -> Run:
     """Command line, and further hooks -> fine-tuning."""
     parser = training_parser(__doc__)
     parser.add_argument("--gradual", action=BooleanOptionalAction, default=True,
@@ -93,6 +121,8 @@ def main(argv: list[str] | None = None, hooks: Sequence[Hook] = ()) -> Run:
         say_next(run, "export.py", "--include onnx")
     return run
 
+
+run = from_python(main)
 
 if __name__ == "__main__":
     run_cli(main)

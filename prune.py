@@ -34,7 +34,7 @@ from utils.device import select_device
 from utils.errors import UserError, run_cli
 from utils.files import command_line, copy_file, new_run_folder, write_json
 from utils.options import add_common
-from utils.parser import HelpfulParser, at_least, fraction, fractions, named_fraction
+from utils.parser import Argv, HelpfulParser, at_least, fraction, fractions, from_python, named_fraction
 from utils.plots.page import Page
 from utils.plots.slimming import plot_gammas, plot_kept, plot_sensitivity, plot_sweep
 from utils.slimming import TARGETS, Pruner, PruneResult, Rules, report
@@ -235,7 +235,7 @@ def write_page(folder: Path, opt: Namespace, score: str, stages: list[dict[str, 
          {"Stages": stages, "Cost": costs}, drawn, pairs, [command_line()]).write(folder / "report.html")
 
 
-def main(argv: list[str] | None = None, copy: bool = True) -> Path:
+def main(argv: Argv = None, copy: bool = True) -> Path:
     """Command line -> slim checkpoint, of which a copy lies in the working directory; returns the run's folder."""
     opt = pruning_parser().parse_args(argv)
     if not opt.weights:
@@ -260,6 +260,8 @@ def main(argv: list[str] | None = None, copy: bool = True) -> Path:
         print(f"now: python finetune_pruned.py --weights {shlex.quote(str(folder / OUTPUT))}")
     return folder
 
+
+run = from_python(main)
 
 if __name__ == "__main__":
     run_cli(main)

@@ -14,6 +14,7 @@ import os
 import shlex
 from argparse import Namespace
 from collections.abc import Mapping
+from contextlib import redirect_stdout
 from dataclasses import fields
 from datetime import date
 from pathlib import Path
@@ -47,7 +48,7 @@ from utils.device import select_device
 from utils.errors import UserError, run_cli
 from utils.files import command_line, in_use, new_run_folder, write_json
 from utils.options import training_parser
-from utils.parser import HelpfulParser, as_flags, at_least, named_fraction
+from utils.parser import Argv, HelpfulParser, as_flags, at_least, from_python, named_fraction
 from utils.plots.page import Page, headline
 from utils.plots.slimming import plot_gamma_history, plot_kept, plot_tradeoff
 from utils.slimming import TARGETS, Rules, report
@@ -100,19 +101,16 @@ def begin(opt: Namespace) -> Pipeline:
 def settle(opt: Namespace) -> tuple[Settings, Model]:
     """The command line -> all that stages and measurements need to know, and the model that the first stage trains."""
     saved = checkpoint.read(opt.weights) if opt.weights else {}
-    earlier = saved.get("opt") or {}
     resolved = resolve(opt, saved)
     config = read_data(resolved.data)
     names = {0: "object"} if resolved.single_cls else config.names
     trained = not opt.cfg and bool(saved) and not other_names(names, saved["names"])
-    if resolved.single_cls and not opt.single_cls:
-        print(f"--single-cls not given: taken, as {opt.weights} was trained")
     own = {field.name for field in fields(Settings)} | {"resume", "project", "name", "exist_ok", "workers", "device"}
     training = {name: getattr(opt, name) for name in opt.given if name not in own}
     if opt.hyp:
         training["hyp"] = str(hyp_file(opt.hyp))
-    if trained and earlier.get("optimizer") and not {"optimizer", "adam", "hyp"} & set(opt.given):
-        training["optimizer"] = earlier["optimizer"]  # go on as these weights were trained
+    if opt.single_cls is False:  # given: the weights may have been trained as one class
+        training["no_single_cls"] = True
     suited = config.defaults.get("epochs")  # of a training: half as many again for becoming slim
     model = start_model(resolved, names, {}, World(1, 2, torch.device("cpu")))  # not the main process: it says nothing
     return Settings(
@@ -141,8 +139,9 @@ def require_possible(settings: Settings, model: Model) -> None:
     if settings.runtime != "torch":  # a model that it can't run would be known in the end only
         stopwatch(settings.runtime, settings.imgsz, torch.device("cpu"), precision=settings.precision)([model])
     first = next(stage for stage in settings.stages if stage.script == "train_sparsity.py")
-    opt = train_sparsity.parse(as_flags({**settings.start, **settings.dataset, **settings.training, "epochs": 1,
-                                         **goal(settings, first, 1.0)}))
+    with redirect_stdout(None):  # settle() has said what the recipe is
+        opt = train_sparsity.parse(as_flags({**settings.start, **settings.dataset, **settings.training, "epochs": 1,
+                                             **goal(settings, first, 1.0)}))
     freeze(model, opt.freeze)
     SparsityPlan(opt, settings.imgsz, model, frozen_norms(model))
 
@@ -356,7 +355,7 @@ def finish(pipeline: Pipeline) -> None:
           f"every stage is a run in {pipeline.folder}")
 
 
-def main(argv: list[str] | None = None) -> Path:
+def main(argv: Argv = None) -> Path:
     """Command line -> slim.pt; returns the pipeline's folder."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("slim.py: runs in one process; under torchrun start the commands that it prints")
@@ -380,6 +379,8 @@ def main(argv: list[str] | None = None) -> Path:
         finish(pipeline)
     return pipeline.folder
 
+
+run = from_python(main)
 
 if __name__ == "__main__":
     run_cli(main)

@@ -25,9 +25,8 @@ from tqdm import tqdm
 
 from models import checkpoint
 from models.yolo import Model, fused, on_device, whole_strides
-from training.distillation import Teacher
+from training.autobatch import settle_batch
 from training.distributed import World, barrier, broadcast, process_group, share_buffers, wrapped
-from training.image_weights import ImageWeights
 from training.interruption import Listener, listen
 from training.loggers import LOSSES, EpochTable, RunLogger, duration
 from training.loss import DetectionLoss, scale_gains
@@ -37,8 +36,9 @@ from training.run import Hook, Run, Step, amp_name
 from training.start import (
     adapt_anchors,
     freeze,
-    make_deterministic,
+    seed_and_kernels,
     shared_run_folder,
+    standard_hooks,
     start_model,
     start_options,
     synchronised,
@@ -49,6 +49,7 @@ from utils.data.loader import Batch, DetectionLoader, build_loader, frozen_objec
 from utils.errors import NonFiniteError, UserError, run_cli
 from utils.files import write_yaml
 from utils.options import training_parser
+from utils.parser import Argv, from_python
 from utils.slimming.cost import profile
 from val import Evaluation, evaluate, plot_curves, print_table
 
@@ -254,15 +255,12 @@ def validate(run: Run, log: dict[str, float]) -> float:
 def build_run(opt: Namespace, resumed: dict[str, Any], world: World, hooks: Sequence[Hook], signals: Listener,
               held: ExitStack) -> Run:
     """Options -> a run that is ready for its first, or its next, epoch. `held` gets the lock of a new folder."""
-    torch.manual_seed(opt.seed)
-    if opt.deterministic:
-        make_deterministic()
-    else:  # cuDNN tries its kernels once for a shape and keeps the fastest one
-        torch.backends.cudnn.benchmark = not (opt.multi_scale or opt.rect)
+    seed_and_kernels(opt)
     config = read_data(opt.data)
     model = start_model(opt, {0: "object"} if opt.single_cls else config.names, resumed, world)
     stride = model.divisor
     imgsz = whole_strides(opt.imgsz, stride)
+    opt = settle_batch(opt, model, imgsz, world)
     loader = training_loader(opt, config, imgsz, stride, world, signals)
     if not resumed:
         adapt_anchors(opt, imgsz, model, loader.dataset, world)
@@ -297,12 +295,6 @@ def build_run(opt: Namespace, resumed: dict[str, Any], world: World, hooks: Sequ
         # The first file of the run: what hooks refuse leaves none.
         run.logger = RunLogger(folder, run.epoch if resumed else None)
     return run
-
-
-def standard_hooks(opt: Namespace) -> list[Hook]:
-    """The hooks that flags of every training script ask for."""
-    hooks: list[Hook] = [ImageWeights()] if opt.image_weights else []
-    return [*hooks, Teacher(opt.teacher, opt.teacher_weight)] if opt.teacher else hooks
 
 
 def training_loader(opt: Namespace, config: DataConfig, imgsz: int, stride: int, world: World,
@@ -382,7 +374,7 @@ def finish(run: Run, seconds: float) -> Evaluation:
     return result
 
 
-def main(argv: list[str] | None = None, hooks: Sequence[Hook] = ()) -> Run:
+def main(argv: Argv = None, hooks: Sequence[Hook] = ()) -> Run:
     """Command line, and hooks -> training."""
     parser = training_parser(__doc__)
     parser.needs(["--teacher-weight"], "--teacher")
@@ -401,6 +393,8 @@ def say_next(run: Run, script: str, flags: str, name: str = "best.pt") -> None:
         weights = weights if weights.is_file() else weights.with_name("last.pt")
         print(f"now: python {script} --weights {shlex.quote(str(weights))} {flags}")
 
+
+run = from_python(main)
 
 if __name__ == "__main__":
     run_cli(main)

@@ -25,7 +25,7 @@ from training.sparsity_report import SparsityReport
 from training.start import start_options
 from utils.errors import UserError, run_cli
 from utils.options import training_parser
-from utils.parser import HelpfulParser, at_least, fraction, named_fraction
+from utils.parser import Argv, HelpfulParser, at_least, fraction, from_python, named_fraction
 from utils.slimming.cost import profile
 from utils.slimming.surgery import slim
 from val import evaluate
@@ -183,7 +183,7 @@ def add_sparsity_flags(parser: HelpfulParser) -> None:
     parser.needs(["--shrink", "--round-to", "--per-flop", "--no-per-flop"], *targets, "--sparsity target")
 
 
-def parse(argv: list[str] | None = None) -> Namespace:
+def parse(argv: Argv = None) -> Namespace:
     """Command line -> options; those of a run that does not go on are resolved."""
     parser = training_parser(__doc__)
     add_sparsity_flags(parser)
@@ -192,7 +192,7 @@ def parse(argv: list[str] | None = None) -> Namespace:
     return opt if opt.resume else start_options(settle(opt))
 
 
-def main(argv: list[str] | None = None, hooks: Sequence[Hook] = ()) -> Run:
+def main(argv: Argv = None, hooks: Sequence[Hook] = ()) -> Run:
     """Command line, and further hooks -> sparsity training."""
     opt = parse(argv)
     run = train(opt, [SparsityHook(), *hooks])
@@ -203,6 +203,8 @@ def main(argv: list[str] | None = None, hooks: Sequence[Hook] = ()) -> Run:
             say_next(run, "prune.py", f"--percent {run.opt.percent or 0.5:g}", "last.pt")
     return run
 
+
+run = from_python(main)
 
 if __name__ == "__main__":
     run_cli(main)

@@ -32,7 +32,7 @@ from utils.errors import UserError, run_cli
 from utils.files import UniqueNames, new_run_folder, newest, write_json, write_text
 from utils.metrics import APResult, ConfusionMatrix, ap_per_class, fitness, match
 from utils.options import add_common, add_detection_flags
-from utils.parser import HelpfulParser
+from utils.parser import Argv, HelpfulParser, from_python
 from utils.slimming.timing import synchronize
 
 IOU_THRESHOLDS = torch.linspace(0.5, 0.95, 10)
@@ -203,9 +203,9 @@ def print_table(result: Evaluation, names: dict[int, str], per_class: bool) -> N
         print(f"{name[:22]:>22}{result.images:>10}{count:>11}{p:>9.3f}{r:>9.3f}{map50:>9.3f}{map50_95:>10.3f}")
 
 
-def parse(argv: list[str] | None = None) -> Namespace:
+def parse(argv: Argv = None) -> Namespace:
     """Command line -> options."""
-    parser = HelpfulParser(__doc__)
+    parser = HelpfulParser(__doc__, like="val.py")
     add = parser.add_argument
     add("--weights", help="checkpoint, or a file that export.py wrote "
                           "(not given: the newest best.pt or pruned_model.pt under runs/)")
@@ -224,7 +224,7 @@ def parse(argv: list[str] | None = None) -> Namespace:
     return parser.parse_args(argv)
 
 
-def main(argv: list[str] | None = None) -> dict[str, Any]:
+def main(argv: Argv = None) -> dict[str, Any]:
     """Evaluate a checkpoint as the command line says; returns what metrics.json holds."""
     opt = parse(argv)
     if not opt.weights:
@@ -317,6 +317,8 @@ def _now(device: torch.device) -> float:
     synchronize(device)
     return time.perf_counter()
 
+
+run = from_python(main)
 
 if __name__ == "__main__":
     run_cli(main)

@@ -1,5 +1,7 @@
 """Write the tables of the READMEs and of docs/ from bench/results/*.csv, between their <!-- table NAME --> marks.
 
+The table of flags is made of the scripts' parsers (bench/flags.py).
+
     python bench/readme.py
 
 A page whose name ends in .zh-CN.md gets them in Chinese.
@@ -9,6 +11,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import flags
 from columns import ROOT, TABLES, formatted, grouped, read_results, spread
 
 from utils.errors import UserError, run_cli
@@ -55,6 +58,7 @@ def tables(chinese: bool = False) -> dict[str, str]:
     """Name of a mark -> what stands behind it."""
     made = {name: formatted(table.rows(read_results(table.results)), table.columns, chinese)
             for name, table in TABLES.items()}
+    made["flags"] = flags.table(chinese)
     return {"summary": summary(chinese), **{name: markdown_table(*table) for name, table in made.items()}}
 
 

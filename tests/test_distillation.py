@@ -127,3 +127,38 @@ def test_short_runs_get_more_steps():
     for iterations in (200, 2_000, 5_000, 50_000):
         for batch_size in (4, 16, 128):
             assert suited_nbs(iterations, batch_size) <= suited_nbs(2 * iterations, batch_size)
+
+
+NAMES = {0: "square", 1: "circle"}
+
+
+@pytest.mark.parametrize("maps, other, chosen, words", [
+    # mAP50-95 in the files of the sparsity training's teacher, the model that was cut, the weights it started from;
+    # None: there is no such file, "": it holds none
+    ((None, 0.115, 0.649), {}, "start", "0.649; not taken: cut.pt (0.115)"),
+    ((0.7, 0.115, 0.649), {}, "taught", "0.700; not taken: cut.pt (0.115), start.pt (0.649)"),
+    ((0.1, 0.5, None), {}, "cut", "0.500; not taken: taught.pt (0.100)"),
+    ((None, 0.6, 0.5), {}, "cut", "0.600; not taken: start.pt (0.500)"),
+    (("", 0.115, 0.649), {}, "taught", None), ((None, "", ""), {}, "cut", None), ((None, None, ""), {}, None, None),
+    ((None, "", 0.3), {}, "start", None), ((None, 0.1, float("nan")), {}, "cut", None),
+    ((None, 0.1, 0.9), {"names": {0: "dog", 1: "circle"}}, "cut", None),
+    ((None, 0.1, 0.9), {"cfg": "yolov5s.yaml"}, "cut", None), ((None, 0.1, "broken"), {}, "cut", None),
+    ((None, None, None), {}, None, "")])
+def test_the_teacher_is_the_best_of_those_that_it_comes_from(cfg, tmp_path, monkeypatch, capsys, maps, other, chosen,
+                                                             words):
+    """A sparse model of .115 taught the slim one, although the training had started from one of .649."""
+    monkeypatch.chdir(tmp_path)
+    files = {name: f"{name}.pt" for name in ("taught", "cut", "start")}
+    for (name, file), value in zip(files.items(), maps):
+        names = other.get("names", NAMES) if name == "start" else NAMES
+        if value == "broken":
+            (tmp_path / file).write_bytes(b"no checkpoint")
+        elif value is not None:
+            metrics = {} if value == "" else {"metrics/mAP_0.5:0.95": value}
+            checkpoint.save(file, Model(str(cfg), nc=2, names=names), metrics=metrics)
+    opt = {"teacher": None if maps[0] is None else files["taught"], "weights": files["start"], "cfg": other.get("cfg")}
+    found = finetune_pruned.known_teacher({"opt": opt, "parent": files["cut"], "names": NAMES})
+    assert found == (chosen and files[chosen])
+    said = capsys.readouterr().out
+    assert (f"mAP50-95 of the model to learn from: {words}\n" in said) if words else "not taken" not in said
+    assert ("no teacher, cut.pt is not there any more" in said) == (chosen is None)

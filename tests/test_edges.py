@@ -14,16 +14,16 @@ import torch
 import prune
 import train
 import train_sparsity
+import val
 from models import checkpoint
 from models.yolo import Model
 from tests.blocks import randomised
-from training import distributed, resume
+from training import autobatch, distributed, resume
 from training.distributed import device_of_rank
 from training.optimizer import EarlyStopping, build_optimizer
 from training.run import Hook, amp_name
 from training.sample import TrainingSample
 from training.settings import resolve
-from training.start import start_options
 from utils import device
 from utils.errors import NonFiniteError, UserError
 from utils.files import newest
@@ -491,23 +491,45 @@ def test_scores_leave_the_gpu_before_they_become_float64():
     assert group_mean(graph, {"bn": OnGpu()}, graph.norms).tolist() == [1.0, 1.0]
 
 
-@pytest.mark.parametrize("parse", [
-    train_sparsity.parse, lambda argv: start_options(training_parser("").parse_args(argv))])
-def test_a_training_without_data_goes_on_with_that_of_its_weights(parse, tiny, here, capsys):
-    """It used to take the built-in set: whoever left --data out trained his model on drawn shapes."""
-    model = Model("yolov5n.yaml", nc=2, names={0: "square", 1: "circle"})
-    earlier = {"data": str(tiny), "imgsz": 96, "optimizer": "AdamW", "hyp": {"lr0": 0.002}}
-    checkpoint.save(here / "mine.pt", model, imgsz=96, opt=earlier)
-    opt = parse(["--weights", "mine.pt", "--epochs", "3"])
-    assert (opt.data, opt.imgsz, opt.optimizer, opt.hyp["lr0"]) == (str(tiny), 96, "AdamW", 0.002)
-    assert f"taking {tiny}, on which mine.pt was trained" in capsys.readouterr().out
-    assert parse(["--weights", "mine.pt", "--imgsz", "64"]).imgsz == 64 and "taking" in capsys.readouterr().out
-    for flags in (["--weights", "mine.pt", "--data", str(tiny)], ["--weights", "", "--cfg", "yolov5n.yaml"]):
-        opt = parse(flags)
-        assert (opt.imgsz, opt.optimizer) != (96, "AdamW")
-        note = "was trained with --imgsz 96 (now 640), --optimizer AdamW (now SGD)"
-        assert (note in capsys.readouterr().out) == ("--data" in flags)
-    assert parse(["--weights", "mine.pt", "--data", str(tiny), "--imgsz", "64", "--adam"]).imgsz == 64
-    assert capsys.readouterr().out == ""
-    checkpoint.save(here / "foreign.pt", model)
-    assert parse(["--weights", "foreign.pt"]).data.endswith("shapes.yaml")
+# --batch-size -1 ------------------------------------------------------------------------------------------------------
+
+def test_a_batch_that_fits_the_memory_is_on_the_line_through_what_was_measured():
+    assert autobatch.fitting_batch({2: 300, 4: 400, 8: 600, 16: 1000}, 5000) == 16 + 80
+    assert autobatch.fitting_batch({2: 300, 4: 400}, 250) == 1 and autobatch.fitting_batch({2: 300}, 1e9) == 2
+    assert autobatch.fitting_batch({}, 1e9) == 1 and autobatch.fitting_batch({2: 5, 4: 5}, 1e15) == autobatch.MOST
+
+
+def test_a_batch_of_minus_1(cfg, monkeypatch, capsys):
+    opt = training_parser("").parse_args(["--batch-size", "-1", "--multi-scale"])
+    model, cpu, gpu = Model(str(cfg), nc=2), torch.device("cpu"), torch.device("cuda:0")
+    assert autobatch.settle_batch(opt, model, 64, distributed.World(0, 1, cpu)).batch_size == 16
+    assert capsys.readouterr().out == "--batch-size -1: 16 (only a GPU's memory is measured)\n"
+    assert opt.batch_size == -1  # settings do not change
+    with pytest.raises(UserError, match="with several give a number"):
+        autobatch.settle_batch(opt, model, 64, distributed.World(0, 2, cpu))
+    asked = []
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (10 * 2**30, 16 * 2**30))
+    monkeypatch.setattr(autobatch, "measured", lambda model, imgsz, *_: asked.append(imgsz) or {8: 2**30, 16: 2**31})
+    assert autobatch.settle_batch(opt, model, 64, distributed.World(0, 1, gpu)).batch_size == 64
+    assert asked == [96] and "64 (of 10.0 GiB)" in capsys.readouterr().out
+    for wrong in ("0", "-2", "x"):
+        with pytest.raises(UserError, match="--batch-size"):
+            training_parser("").parse_args(["--batch-size", wrong])
+    with pytest.raises(UserError, match="must be at least 1"):
+        val.parse(["--batch-size", "-1"])
+
+
+def test_what_a_batch_takes_is_measured_until_the_memory_is_full(cfg, monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda _: calls.append(1))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+
+    def reserved(_):
+        if len(calls) == 3:
+            raise torch.cuda.OutOfMemoryError
+        return 100 * len(calls)
+
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", reserved)
+    model = Model(str(cfg), nc=2).eval()
+    assert autobatch.measured(model, 64, torch.device("cpu"), None) == {2: 100, 4: 200}
+    assert not model.training and all(p.grad is None for p in model.parameters())

@@ -1,6 +1,7 @@
 """Where a setting comes from when its flag is not given.
 
-A flag beats the data yaml's `defaults:` section (the built-in set carries its own), and that beats YOLOv5's defaults.
+A flag beats the recipe of the weights: a model that was trained here keeps it, whatever data it is given. That beats
+the data yaml's `defaults:` section (the built-in set carries its own), and that beats YOLOv5's defaults.
 """
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from training.distributed import first_process
 from utils.data.config import DataConfig, other_names, read_data
 from utils.errors import UserError
 from utils.files import ROOT
@@ -19,41 +21,71 @@ from utils.text import read_yaml_mapping
 # What holds when neither a flag nor the data yaml says otherwise: YOLOv5's defaults.
 DEFAULTS: dict[str, Any] = {"weights": "yolov5s.pt", "cfg": "", "imgsz": 640, "epochs": 100, "batch_size": 16,
                             "nbs": None, "optimizer": "SGD", "cache": "auto", "hyp": None}
+RECIPE = ("data", "imgsz", "single_cls", "optimizer", "hyp")
 BELOW_1 = ("momentum", "warmup_momentum")  # hyper-parameters
 # They stand in YOLOv5's files, old or new, and have no effect here.
 IGNORED_HYP = {"anchors", "label_smoothing", "iou_t", "giou"}
 
 
 def resolve(opt: Namespace, checkpoint: dict[str, Any] | None = None) -> Namespace:
-    """Fill in what was not given; returns a new Namespace of plain values, in which .hyp is a dict.
+    """Fill in what was not given, and print where it comes from; returns a new Namespace of plain values.
 
-    `checkpoint` (read()'s dict) supplies data, image size, optimizer and hyper-parameters to the scripts that go on
-    with somebody's training. Paths of files become absolute: who goes on with the run may be in another folder.
-    Raises UserError for settings that can't be.
+    `checkpoint`: read()'s dict of opt.weights. In the result .hyp is a dict, and paths of files are absolute: who goes
+    on with the run may be in another folder. Raises UserError for settings that can't be.
     """
     opt = Namespace(**{name: value for name, value in vars(opt).items() if name != "given"})
     if getattr(opt, "adam", False):
         opt.optimizer = opt.optimizer or "AdamW"
-    held, weights = checkpoint or {}, getattr(opt, "weights", None)
-    _take_from_training(opt, held.get("opt") or {})
+    weights = getattr(opt, "weights", None)
+    file = str((weights[0] if isinstance(weights, list) else weights) or "the default weights")
+    trained = trained_recipe(opt, checkpoint or {}, file)
     # Whoever reads images checks that they are there.
-    config = read_data(opt.data, needed=()) if opt.data else trained_data(
-        held, weights[0] if isinstance(weights, list) else str(weights), opt.single_cls)
-    config = config or read_data(ROOT / BUILT_IN_DATA, needed=())
-    opt.data, suited = str(config.file), config.defaults
-    _check_defaults(opt.data, suited)
+    config = read_data(opt.data or trained.get("data") or ROOT / BUILT_IN_DATA, needed=())
+    suited = config.defaults
+    _check_defaults(str(config.file), suited)
     # The architecture is one setting in two flags: who names one does not want the other's default.
     if weights or getattr(opt, "cfg", None):
         suited = {key: "" if key in ("weights", "cfg") else value for key, value in suited.items()}
-    for key, value in {**DEFAULTS, **suited}.items():
-        if hasattr(opt, key) and getattr(opt, key) is None:
-            setattr(opt, key, value)
+    taken = {f"from {file}": _fill(opt, trained), f"from {config.file.name}": _fill(opt, suited),
+             "by default": _fill(opt, {**DEFAULTS, "data": BUILT_IN_DATA})}
+    opt.data, opt.single_cls = str(config.file), bool(opt.single_cls)
     if hasattr(opt, "hyp"):
-        opt.hyp = read_hyp(opt.hyp or HYP_FOR[opt.optimizer])
+        taken["by default"] |= _fill(opt, {"hyp": HYP_FOR[opt.optimizer]})
+        opt.hyp = read_hyp(opt.hyp)
     for key in ("weights", "cfg"):
         if isinstance(value := getattr(opt, key, None), str):
             setattr(opt, key, absolute(value))
+    for source, values in taken.items():
+        if (said := [_flag(key, values[key]) for key in RECIPE if values.get(key)]) and first_process():
+            print(f"{source}: {', '.join(said)}")
     return opt
+
+
+def _fill(opt: Namespace, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Give options that have none their values; returns these."""
+    taken = {key: value for key, value in values.items()
+             if hasattr(opt, key) and getattr(opt, key) is None and value is not None}
+    vars(opt).update(taken)
+    return taken
+
+
+def _flag(key: str, value: Any) -> str:
+    """A setting as its flag, such as --imgsz 320; hyper-parameters that are in no file with the first of them."""
+    value = f"(lr0 {value.get('lr0')}, ...)" if isinstance(value, dict) else "" if value is True else value
+    return f"--{key.replace('_', '-')} {value}".rstrip()
+
+
+def trained_recipe(opt: Namespace, held: Mapping[str, Any], file: str) -> dict[str, Any]:
+    """What the training that made a checkpoint (read()'s dict of `file`) was told of RECIPE, as far as it holds.
+
+    Rates belong to their optimizer: where another one was given they do not hold. Empty for files of others.
+    """
+    earlier = held.get("opt") or {}
+    recipe = {"imgsz": held.get("imgsz"), **{key: earlier.get(key) for key in RECIPE if earlier.get(key)}}
+    if getattr(opt, "optimizer", None) not in (None, earlier.get("optimizer")):
+        recipe.pop("hyp", None)
+    config = None if opt.data else trained_data(held, file, bool(opt.single_cls))
+    return {**recipe, "data": str(config.file) if config else None}
 
 
 def absolute(text: str) -> str:
@@ -75,18 +107,11 @@ def trained_data(held: Mapping[str, Any], file: str, single_cls: bool = False) -
     if data is None:
         raise UserError(f"{file}: was trained on {recorded}, which is not there any more; give --data")
     config = read_data(data, needed=())
+    single_cls = single_cls or bool(held["opt"].get("single_cls"))
     other = "" if single_cls else other_names(config.names, held.get("names") or config.names)
     if other:
         raise UserError(f"{file}: was trained on {data}, which {other} by now; give the --data it was trained on")
     return config
-
-
-def _take_from_training(opt: Namespace, earlier: dict[str, Any]) -> None:
-    """Image size, optimizer and hyper-parameters of the training that made the checkpoint, where not given."""
-    opt.imgsz = opt.imgsz or earlier.get("imgsz")
-    opt.single_cls = opt.single_cls or earlier.get("single_cls", False)
-    if hasattr(opt, "hyp") and not opt.hyp and not opt.optimizer:  # a rate belongs to its optimizer: both or neither
-        opt.hyp, opt.optimizer = earlier.get("hyp"), earlier.get("optimizer")
 
 
 def _check_defaults(data: str, suited: dict[str, Any]) -> None:

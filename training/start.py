@@ -1,4 +1,4 @@
-"""What a training starts from: its options, its model and anchors, its frozen layers and its kind of BatchNorm."""
+"""What a training starts from: its options, model and anchors, its hooks, frozen layers and kind of BatchNorm."""
 from __future__ import annotations
 
 import os
@@ -17,33 +17,25 @@ from models import checkpoint
 from models.inference import require_rgb
 from models.yolo import Model, set_anchors, with_classes
 from training.autoanchor import fit_anchors
+from training.distillation import Teacher
 from training.distributed import World, broadcast
-from training.settings import resolve
-from utils.data.config import other_names
+from training.image_weights import ImageWeights
+from training.run import Hook
+from training.settings import DEFAULTS, resolve
+from utils.data.config import other_names, read_data
 from utils.data.dataset import DetectionDataset
 from utils.errors import UserError
-from utils.files import in_use, new_run_folder
+from utils.files import ROOT, in_use, new_run_folder
+from utils.options import BUILT_IN_DATA
 
 
 def start_options(opt: Namespace) -> Namespace:
-    """resolve(); without --data the run goes on with the data, image size, optimizer and rates of its --weights.
-
-    With --data they are YOLOv5's defaults, as there; a note says where the weights were trained with others.
-    """
-    given = {"imgsz": opt.imgsz, "optimizer": opt.optimizer or opt.adam}
-    all_given = bool(opt.data) and all(given.values())  # nothing to learn from the file, which takes time to read
-    if opt.cfg or all_given or not opt.weights or not Path(opt.weights).is_file():
-        return resolve(opt)
-    saved = checkpoint.read(opt.weights)
-    earlier = saved.get("opt") or {}
-    resolved = resolve(opt, None if opt.data else saved)
-    if earlier.get("data") and not opt.data:
-        print(f"--data not given: taking {resolved.data}, on which {opt.weights} was trained")
-    changed = [key for key in given if not given[key] and earlier.get(key) not in (None, getattr(resolved, key))]
-    if changed:
-        pairs = ", ".join(f"--{key} {earlier[key]} (now {getattr(resolved, key)})" for key in changed)
-        print(f"note: {opt.weights} was trained with {pairs}")
-    return resolved
+    """resolve(), with the recipe of the weights that the run starts from where they were trained here."""
+    weights = opt.weights
+    if weights is None and not opt.cfg:
+        weights = read_data(opt.data or ROOT / BUILT_IN_DATA, needed=()).defaults.get("weights", DEFAULTS["weights"])
+    there = weights and Path(weights).is_file()  # one that is to be fetched is not ours
+    return resolve(opt, checkpoint.read(weights) if there else None)
 
 
 def start_model(opt: Namespace, names: dict[int, str], resumed: dict[str, Any], world: World) -> Model:
@@ -74,6 +66,12 @@ def _start_model(opt: Namespace, names: dict[int, str], resumed: dict[str, Any],
         if world.main:
             print(f"{taken} of {len(model.state_dict())} tensors taken from {opt.weights}")
     return model
+
+
+def standard_hooks(opt: Namespace) -> list[Hook]:
+    """The hooks that flags of every training script ask for."""
+    hooks: list[Hook] = [ImageWeights()] if opt.image_weights else []
+    return [*hooks, Teacher(opt.teacher, opt.teacher_weight)] if opt.teacher else hooks
 
 
 def shared_run_folder(opt: Namespace, world: World, held: ExitStack) -> Path:
@@ -116,14 +114,18 @@ def synchronised(model: Model, world: World) -> Model:
     return nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
 
-def make_deterministic() -> None:
-    """--deterministic: GPU kernels whose result does not depend on the order in which threads finish.
+def seed_and_kernels(opt: Namespace) -> None:
+    """--seed, and --deterministic: GPU kernels whose result does not depend on the order in which threads finish.
 
     An operation that has none warns and runs all the same. PyTorch documents the limits under "Reproducibility".
     """
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+    torch.manual_seed(opt.seed)
+    if opt.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.backends.cudnn.deterministic = True
+    # Else cuDNN tries its kernels once for a shape and keeps the fastest one.
+    torch.backends.cudnn.benchmark = not (opt.deterministic or opt.multi_scale or opt.rect)
 
 
 def freeze(model: Model, layers: Sequence[int]) -> None:

@@ -1,10 +1,10 @@
 """Command-line flags that several scripts share."""
 from __future__ import annotations
 
-from argparse import ArgumentParser
+from argparse import ArgumentParser, BooleanOptionalAction
 from typing import Any
 
-from utils.parser import HelpfulParser, at_least, fraction, path_or_none
+from utils.parser import HelpfulParser, at_least, fraction, images_a_batch, path_or_none
 
 BUILT_IN_DATA = "data/shapes.yaml"
 MOST_EPOCHS = 100_000
@@ -34,14 +34,16 @@ def add_imgsz_flag(parser: ArgumentParser, help: str = "image size in pixels (64
     parser.add_argument("--imgsz", "--img", "--img-size", type=at_least(LEAST["imgsz"]), help=help, **options)
 
 
-def add_common(parser: ArgumentParser, project: str) -> None:
+def add_common(parser: ArgumentParser, project: str, training: bool = False) -> None:
     """Flags of every script that reads a data set."""
     add = parser.add_argument
     add("--data", help=f"data yaml (not given: the built-in set, {BUILT_IN_DATA}, or the checkpoint's)")
     add_imgsz_flag(parser)
-    add("--batch-size", type=at_least(LEAST["batch_size"]), help="images a batch, over all processes (16)")
+    add("--batch-size", type=images_a_batch if training else at_least(LEAST["batch_size"]),
+        help="images a batch, over all processes (16)" + ("; -1: as fit into the GPU's memory" if training else ""))
     add("--workers", type=at_least(0), default=8, help="most loader processes; never more than there are cores")
-    add("--single-cls", action="store_true", help="treat all classes as one")
+    add("--single-cls", action=BooleanOptionalAction,
+        help="treat all classes as one; --no-single-cls: also where the weights were trained so")
     add_run_flags(parser, project)
 
 
@@ -57,11 +59,11 @@ def add_detection_flags(parser: ArgumentParser, conf: float, iou: float, max_det
 
 def training_parser(description: str | None, project: str = "runs/train") -> HelpfulParser:
     """The flags of train.py; train_sparsity.py and finetune_pruned.py add theirs."""
-    parser = HelpfulParser(description)
+    parser = HelpfulParser(description, like="train.py")
     add = parser.add_argument
     add("--weights", help="checkpoint to start from, ours or an official one; '' = from scratch (yolov5s.pt)")
     add("--cfg", help="model yaml; not needed with --weights, a checkpoint knows its own")
-    add_common(parser, project)
+    add_common(parser, project, training=True)
     add("--hyp", help="hyper-parameter yaml (data/hyps/hyp.scratch-low.yaml; hyp.adamw.yaml with Adam and AdamW)")
     add("--epochs", type=at_least(LEAST["epochs"], most=MOST_EPOCHS), help="epochs in all (100)")
     add("--nbs", type=at_least(LEAST["nbs"]),

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from argparse import (
     SUPPRESS,
     Action,
@@ -10,25 +11,31 @@ from argparse import (
     BooleanOptionalAction,
     Namespace,
 )
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from utils.errors import OneLineParser, UserError
+from utils.yolov5_flags import FLAGS, LEFT_OUT
 
 MOST_FRACTIONS = 1000
+# What main() of a script takes: the words of a command line, or its flags as run() gets them; None: the process's own.
+Result = TypeVar("Result")
+Argv = Sequence[str] | Mapping[str, Any] | None
 
 
 class HelpfulParser(OneLineParser):
     """A parser that shows defaults, and refuses in one line a value, and a flag that another one makes meaningless.
 
     For the latter, apart() and needs() take flags as they are written: "--rect", "--no-st", or with a value,
-    "--optimizer SGD".
+    "--optimizer SGD". A flag may be written as any beginning that no other one has. like: the script of YOLOv5 whose
+    flags this one takes: a beginning that means one of them there means it here, whatever other flags there are.
     """
 
-    def __init__(self, description: str | None):
+    def __init__(self, description: str | None, like: str = ""):
         super().__init__(description=description, formatter_class=_Formatter, allow_abbrev=False)
+        self.stock = FLAGS.get(like, ())
         self._apart: list[tuple[str, str, str]] = []
         self._needs: list[tuple[str, tuple[str, ...]]] = []
 
@@ -53,14 +60,53 @@ class HelpfulParser(OneLineParser):
                 raise UserError(f"{flag}: has no effect without {' or '.join(others)}")
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As ArgumentParser's. `.given` lists the flags that were given, by the names of their values."""
+        """As ArgumentParser's; of Argv. `.given` lists the flags that were given, by the names of their values."""
         unset = object()
-        opt = super().parse_args(args, Namespace(**{a.dest: unset for a in self._actions if a.dest != "help"}))
+        words = self._words(args) if isinstance(args, Mapping) else sys.argv[1:] if args is None else args
+        words = [self._in_full(word) if word.startswith("--") else word for word in words]
+        opt = super().parse_args(words, Namespace(**{a.dest: unset for a in self._actions if a.dest != "help"}))
         opt.given = [name for name, value in vars(opt).items() if value is not unset]
         for name in [name for name, value in vars(opt).items() if value is unset]:
             setattr(opt, name, deepcopy(self.get_default(name)))
         self._refuse_ignored(opt)
         return opt
+
+    def _in_full(self, word: str) -> str:
+        """A flag that is abbreviated, as it is; others, and what no flag begins with, unchanged."""
+        start, equals, value = word.partition("=")
+        start = start.replace("_", "-")  # keyword arguments have no other way
+        known = {flag: action for action in self._actions for flag in action.option_strings}
+        if start == "--" or start in known:
+            return start + equals + value
+        stock = {flag.replace("_", "-"): flag for flag in self.stock}
+        meant = [stock[start]] if start in stock else [stock[flag] for flag in stock if flag.startswith(start)]
+        if meant and not known.keys() & meant:
+            why = LEFT_OUT.get(meant[0], ("leave it out",))[0]
+            raise UserError(f"{meant[0]}: YOLOv5 has it, it is left out here: {why}")
+        found: dict[int, str] = {}
+        for flags in (meant, known):  # one name an action: --im is --imgsz and --img
+            found = {id(known[flag]): flag for flag in reversed([*flags]) if flag in known and flag.startswith(start)}
+            if len(found) == 1:
+                return found.popitem()[1] + equals + value
+        return self.error(f"{start}: could be {', '.join(sorted(found.values()))}") if found else word
+
+    def _words(self, flags: Mapping[str, Any]) -> list[str]:
+        """Keyword arguments as a command line: {"imgsz": 320, "half": True} -> --imgsz=320 --half.
+
+        None, False and an empty list are as if they were not there, but for a flag that has a --no- form.
+        """
+        known, words = {action.dest: action for action in self._actions}, []
+        for name, value in flags.items():
+            action, flag = known.get(name), f"--{name.replace('_', '-')}"
+            if value is True or value is False and isinstance(action, BooleanOptionalAction):
+                words.append(flag if value else f"--no-{flag[2:]}")
+            elif isinstance(value, (list, tuple)):
+                words += [flag, *map(str, value)] if value else []
+            elif value is not None and value is not False:
+                words.append(f"{flag}={value}")
+            elif action is None and flag not in {flag.replace("_", "-") for flag in self.stock}:
+                words.append(flag)  # which is refused, as any word that no flag begins with
+        return words
 
     def error(self, message: str) -> Any:
         """Raise UserError; what a validator below refuses is said in its own words."""
@@ -78,6 +124,14 @@ def _written(action: Action, value: Any) -> list[str]:
         return []
     values = value if isinstance(value, list) else value[:1] if isinstance(value, tuple) else [value]
     return [name for flag in action.option_strings for name in (flag, *(f"{flag} {one}" for one in values))]
+
+
+def from_python(main: Callable[[Argv], Result]) -> Callable[..., Result]:
+    """A script's run(): its main() with keyword arguments, which are the flags with _ for -, as in YOLOv5."""
+    def run(**flags: Any) -> Result:
+        return main(flags)
+
+    return run
 
 
 class _Formatter(ArgumentDefaultsHelpFormatter):
@@ -99,6 +153,13 @@ def at_least(least: float, kind: Callable[[str], Any] = int, most: float = 2**31
     parse.__name__ = kind.__name__  # argparse names it where the text is no number
     return parse
 
+
+def images_a_batch(text: str) -> int:
+    """Whole numbers from 1 on, and -1, which asks a GPU."""
+    return -1 if text == "-1" else at_least(1)(text)
+
+
+images_a_batch.__name__ = "int"  # argparse names it where the text is no number
 
 def fraction(zero: bool = True, one: bool = True, hint: str = "") -> Callable[[str], float]:
     """Numbers between 0 and 1; whether 0 and 1 themselves are among them."""

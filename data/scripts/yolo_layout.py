@@ -175,8 +175,7 @@ def size_of_boxes(stated: Sequence[Any], size: tuple[int, int]) -> tuple[int, in
 
 def converter_parser(description: str | None, *place: str) -> argparse.ArgumentParser:
     """A parser with the flags of every converter. `place`: older names of --place."""
-    parser = OneLineParser(description=description, allow_abbrev=False,
-                           formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--out", type=Path, required=True, metavar="DIR", help="where images/ and labels/ go")
     add("--yaml", type=Path, metavar="FILE", help="the data yaml to write (OUT/data.yaml)")
