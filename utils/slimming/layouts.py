@@ -188,9 +188,8 @@ class Layouts(Ledger):
             return None
         if bounds and all(isinstance(bound, Count) and np.array_equal(bound.ids, x.ids) for bound in bounds):
             self.align(x.ids, int(np.lcm.reduce([bound.divisor for bound in bounds])))
-            start, stop = [None if b is None else count // b.divisor for b in (part.start, part.stop)]
-            part = slice(start, stop)
-            return replace(x, ids=x.ids[part], loose=x.loose[part])
+            places = np.arange(count)[slice(*[b and count // b.divisor for b in (part.start, part.stop)])]
+            return replace(x, ids=x.ids[places], loose=x.loose[places])
         if not all(isinstance(bound, int) for bound in bounds) or not len(x.ids[part]):
             return None
         fixed = np.zeros(count, bool)
@@ -227,7 +226,8 @@ class Layouts(Ledger):
             at = next(k for k, i in enumerate(index) if i is Ellipsis)
             missing = 3 + x.space - sum(i is not None for i in index)
             index = (*index[:at], *[slice(None)] * missing, *index[at + 1:])
-        batch, channels, *space = [*index, *[slice(None)] * (2 - len(index))]
+        whole: list[Any] = [*index, *[slice(None)] * (2 - len(index))]
+        batch, channels, *space = whole
         if batch != slice(None) or not isinstance(channels, slice) or (x.spread and space):
             return None
         if not all(i is None or isinstance(i, (int, slice)) for i in space):

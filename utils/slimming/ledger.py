@@ -120,8 +120,8 @@ class Ledger:
         with_norm = {self.root(i) for norms in (graph.norms, graph.unscaled) for ids in norms.values() for i in ids}
         with_norm |= {self.root(i) for i in self.held}
         # Other notes hold back nothing that is prunable; where nothing is, they say why.
-        graph.notes = [text for text, ids in self.notes
-                       if not with_norm or not with_norm.isdisjoint(map(self.root, ids))]
+        graph.notes = list(dict.fromkeys(text for text, ids in self.notes
+                                         if not with_norm or not with_norm.isdisjoint(map(self.root, ids))))
         graph.group = np.array([self.root(i) for i in range(count)], int)
         graph.frozen, graph.coupled = self.whole_groups(self.frozen), self.whole_groups(self.coupled)
         return graph

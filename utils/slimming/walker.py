@@ -50,7 +50,7 @@ class Walker(Layouts):
                  (ops.SQUEEZES, self.squeeze), (ops.UNSQUEEZES, self.unsqueeze), (ops.EXPANSIONS, self.expand),
                  (ops.UNSHUFFLES | ops.SHUFFLES | ops.CHANNEL_SHUFFLES, self.shuffle), (ops.PADS, self.pad),
                  (ops.PRELUS, self.prelu), (ops.SHAPE_QUERIES, self.shape_query),
-                 ({F.batch_norm}, self.functional_norm), ({operator.floordiv}, self.quotient))
+                 ({F.batch_norm, F.linear}, self.functional), ({operator.floordiv}, self.quotient))
         self.rules = {target: rule for targets, rule in rules for target in targets}
 
     # --- nodes ---
@@ -109,8 +109,8 @@ class Walker(Layouts):
         if isinstance(x, Channels):
             if isinstance(module, _BatchNorm) and ops.is_plain(module):
                 return self.batch_norm(name, module, x)
-            if isinstance(module, nn.Linear) and ops.is_plain(module) and (row := self.as_read(x, module.in_features)):
-                return self.layer(name, row, module.out_features)
+            if isinstance(module, nn.Linear) and ops.is_plain(module) and (row := self.linear(name, module, x)):
+                return row
             if isinstance(module, nn.PReLU) and self.slopes(f"{name}.weight", module.weight, x):
                 return x
             if is_one_of(module, ops.GATES):
@@ -120,6 +120,10 @@ class Walker(Layouts):
         if isinstance(module, _BatchNorm):
             self.hold_back(x)
         return self.unknown(args, kwargs, f"{name} ({type(module).__name__})")
+
+    def linear(self, name: str, linear: nn.Linear, x: Channels) -> Channels | None:
+        row = self.as_read(x, linear.in_features)
+        return row and self.layer(name, row, linear.out_features)
 
     def batch_norm(self, name: str, norm: _BatchNorm, x: Channels) -> Any:
         if x.space == 0:
@@ -192,17 +196,21 @@ class Walker(Layouts):
         rule = self.rules.get(target, self.strange)
         return rule(node, args, kwargs)
 
-    def functional_norm(self, node: fx.Node, args: list, kwargs: dict) -> Any:
-        """F.batch_norm() in the forward of a BatchNorm that does more than PyTorch's, with that layer's own tensors."""
-        x, keys = argument(args, kwargs, 0, "input"), ("running_mean", "running_var", "weight", "bias")
+    def functional(self, node: fx.Node, args: list, kwargs: dict) -> Any:
+        """F.batch_norm() or F.linear() in a layer that does more than PyTorch's, with that layer's own tensors."""
+        x, kind = argument(args, kwargs, 0, "input"), nn.Linear if node.target is F.linear else _BatchNorm
+        keys = ("weight", "bias") if kind is nn.Linear else ("running_mean", "running_var", "weight", "bias")
         tensors = {key: argument(node.args, node.kwargs, i, key) for i, key in enumerate(keys, 1)}
         names = {key: str(t.target) for key, t in tensors.items() if isinstance(t, fx.Node)}
         path = next(iter(names.values()), "").rpartition(".")[0]
-        norm = self.modules.get(path)
-        own = {key: f"{path}.{key}" for key in keys if getattr(norm, key, None) is not None}
-        if isinstance(norm, _BatchNorm) and isinstance(x, Channels) and names == own:
-            return self.batch_norm(path, norm, x)
-        self.hold_back(x)
+        layer = self.modules.get(path)
+        own = {key: f"{path}.{key}" for key in keys if getattr(layer, key, None) is not None}
+        if isinstance(layer, kind) and isinstance(x, Channels) and names == own:
+            value = self.linear(path, layer, x) if isinstance(layer, nn.Linear) else self.batch_norm(path, layer, x)
+            if value is not None:
+                return value
+        if kind is _BatchNorm:
+            self.hold_back(x)
         return self.strange(node, args, kwargs)
 
     def gate(self, node: fx.Node, args: list, kwargs: dict) -> Any:
