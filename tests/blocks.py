@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.ops import StochasticDepth
 
 from models.common import Bottleneck, Conv
 from utils.slimming import ChannelGraph, Masks
@@ -170,7 +171,7 @@ class ByKeyword(nn.Module):
 
     def __init__(self, c: int = 16):
         super().__init__()
-        self.a, self.conv, self.act, self.b = Conv(c, c, 1), nn.Conv2d(c, c, 1), nn.PReLU(c), Conv(c, c, 1)
+        self.a, self.conv, self.act, self.b = Conv(c, c, 1), nn.Conv2d(c, c, 1), nn.Softplus(), Conv(c, c, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.b(self.act(input=self.conv(input=self.a(x))))
@@ -188,9 +189,100 @@ class Bare(nn.Module):
         return self.after(self.depthwise(self.conv(x) + self.b(x)))
 
 
+class Linears(nn.Module):
+    """A map flattened into a Linear, a BatchNorm1d and another Linear, whose output is added to every pixel."""
+
+    def __init__(self, c: int = 16):
+        super().__init__()
+        self.before, self.pool, self.after = Conv(c, c, 3), nn.AdaptiveMaxPool2d(2), Conv(2 * c, c, 1)
+        self.fc = nn.Sequential(nn.Flatten(), nn.Linear(4 * c, 24), nn.BatchNorm1d(24), nn.ReLU(), nn.Linear(24, c))
+        self.norm = nn.BatchNorm1d(c)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.before(x)
+        row = self.norm(self.fc(self.pool(x)))[:, :, None, None]
+        return self.after(torch.cat((x, row.expand_as(x)), 1))
+
+
+class LinearGate(nn.Module):
+    """Squeeze and excite by Linears, as most code writes it: with the number of channels, as it is."""
+
+    def __init__(self, c: int = 16):
+        super().__init__()
+        self.conv, self.pool, self.after = Conv(c, c, 3), nn.AdaptiveAvgPool2d(1), Conv(c, c, 1)
+        self.fc = nn.Sequential(nn.Linear(c, 4), nn.ReLU(), nn.Linear(4, c), nn.Sigmoid())
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        b, c, _, _ = x.size()
+        return self.after(x * self.fc(self.pool(x).view(b, c)).view(b, c, 1, 1).expand_as(x))
+
+
+class Shuffled(nn.Module):
+    """Halves by a chunk, and channels shuffled by views (ShuffleNet)."""
+
+    def __init__(self, c: int = 16):
+        super().__init__()
+        self.a, self.b, self.after = Conv(c, c, 1), Conv(c // 2, c // 2, 3), Conv(c, c, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, y = self.a(x).chunk(2, 1)
+        x = torch.cat((x, self.b(y)), 1)
+        b, c, h, w = x.shape
+        x = x.view(b, 2, c // 2, h, w).transpose(1, 2).contiguous().view(b, c, h, w)
+        return self.after(torch.cat((x[:, c // 2:], x[:, :c // 2].flatten(2).mean(-1)[..., None, None] * x[:, :c // 2]), 1))
+
+
+class Ghost(nn.Module):
+    """The first channels of a concat: a number that is not smaller leaves all of them free (GhostNet)."""
+
+    def __init__(self, c: int = 16):
+        super().__init__()
+        self.a, self.b, self.few, self.c = Conv(c, 8, 1), Conv(8, 8, 3), Conv(c, 12, 1), Conv(22, c, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.a(x)
+        return self.c(torch.cat((torch.cat((a, self.b(a)), 1)[:, :16], self.few(x)[:, 6:]), 1))
+
+
+class PerChannel(nn.Module):
+    """Slopes and scales with a value for each channel, a border of zeros, a branch that is dropped now and then."""
+
+    def __init__(self, c: int = 16):
+        super().__init__()
+        self.a, self.act, self.b = Conv(c, c, 3), nn.PReLU(c), Conv(c, c, 1)
+        self.scale, self.gamma = nn.Parameter(torch.rand(c, 1, 1)), nn.Parameter(torch.rand(c))
+        self.drop, self.after = StochasticDepth(0.2, "row"), Conv(c, c, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.pad(self.act(self.a(x)), (1, 0, 1, 0)) * self.scale
+        y = self.drop(self.b(x)) * self.gamma.view(1, -1, 1, 1)
+        return self.after(x + y)
+
+
+class Branching(nn.Module):
+    """A block that torch.fx can't trace, between others."""
+
+    def __init__(self, c: int = 16):
+        super().__init__()
+        self.a, self.b, self.inner, self.after = Conv(c, c, 1), Conv(c, c, 1), Outside(c), Conv(c, c, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.after(self.inner(self.b(self.a(x))))
+
+
+class Outside(nn.Module):
+    def __init__(self, c: int):
+        super().__init__()
+        self.one, self.two = Conv(c, c, 1), Conv(c, c, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.two(self.one(x)) if x.shape[2] > 8 else self.one(x)
+
+
 NETWORKS: dict[str, type[nn.Module]] = {c.__name__: c for c in (
     SqueezeExcite, LeakyGate, Separable, C2f, FixedSplit, WeightedAdd, Attention, Unknown, Grouped, Multiplied, Cropped,
-    Twice, ByKeyword, Bare)}
+    Twice, ByKeyword, Bare, Linears, LinearGate, Shuffled, Ghost, PerChannel, Branching)}
 RANGES = {"weight": (0.1, 1.5), "bias": (-0.5, 0.5), "running_mean": (-0.3, 0.3), "running_var": (0.5, 2)}
 M = TypeVar("M", bound=nn.Module)
 
@@ -200,7 +292,7 @@ def randomised(model: M, seed: int = 0) -> M:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for m in model.modules():
-            if isinstance(m, nn.BatchNorm2d):
+            if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d)):
                 for key, (low, high) in RANGES.items():
                     getattr(m, key).copy_(torch.rand(m.num_features, generator=generator) * (high - low) + low)
     return model

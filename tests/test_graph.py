@@ -45,6 +45,12 @@ EXPECTED: dict[str, tuple[set[str], set[str]]] = {
     "Twice": (set(), set()),
     "ByKeyword": (set(), set()),
     "Bare": ({"block.b.bn"}, set()),
+    "Linears": (set(), set()),
+    "LinearGate": (set(), set()),
+    "Shuffled": (set(), set()),
+    "Ghost": ({"block.few.bn"}, set()),  # its first six channels and one of the others
+    "PerChannel": (set(), {"block.a.bn", "block.b.bn"}),
+    "Branching": ({"block.b.bn"}, set()),
 }
 
 

@@ -268,7 +268,7 @@ class Written(NormAct):
 
 
 class Scaled(nn.BatchNorm2d):
-    """A second scale, which the graph does not know."""
+    """A second scale."""
 
     def __init__(self, channels: int):
         super().__init__(channels)
@@ -336,7 +336,7 @@ OWN: dict[str, tuple[Callable[[], nn.Module], set[str]]] = {
     "written out": (lambda: Own(norm=Written(12)), {"before.bn", "norm"}),
     "with a gate": (lambda: Own(norm=NormAct(12, nn.Sigmoid())), {"before.bn"}),
     "with a strange activation": (lambda: Own(norm=Written(12, nn.Softplus())), {"before.bn"}),
-    "with two scales": (lambda: Own(norm=Scaled(12)), {"before.bn"}),
+    "with two scales": (lambda: Own(norm=Scaled(12)), {"before.bn", "norm"}),
     "with 1 + gamma": (lambda: Own(norm=Centred(12)), {"before.bn"}),
     "swapped": (lambda: Own(norm=Swapped(12)), {"before.bn"}),
     "with a branch": (lambda: Own(norm=Branching(12)), {"before.bn"}),

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import update_bn
 
-from utils.slimming.graph import ChannelGraph, Masks, batch_norms, convolutions
+from utils.slimming.graph import ChannelGraph, Masks, batch_norms, weighted_layers
 from utils.slimming.surgery import M
 
 Images = Tensor | tuple[Tensor, ...]
@@ -28,7 +28,7 @@ def absorb(model: M, graph: ChannelGraph, masks: Masks, images: Iterable[Images]
     keep = graph.kept(masks)
     new = deepcopy(model).eval()
     unscaled = {int(i) for ids in graph.unscaled.values() for i in ids}
-    convs = {name: conv for name, conv in convolutions(new, graph.inputs).items()
+    convs = {name: conv for name, conv in weighted_layers(new, graph.inputs).items()
              if isinstance(conv, nn.Conv2d) and conv.groups == 1 and int(graph.outputs[name][0]) not in unscaled}
     gone = {name: torch.from_numpy(~keep[graph.inputs[name]]) for name in convs}
     gone = {name: channels for name, channels in gone.items() if channels.any()}

@@ -1,6 +1,7 @@
 """What a model costs: parameters, FLOPs, bytes of weights; and what is left of that after any cut."""
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from copy import deepcopy
 from dataclasses import dataclass
@@ -10,9 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
-from utils.slimming.equivalence import UnfitImagesError
-from utils.slimming.graph import ChannelGraph, convolutions
+from utils.slimming.equivalence import Inputs, UnfitImagesError, as_call
+from utils.slimming.graph import ChannelGraph, weighted_layers
 
 
 @dataclass(frozen=True)
@@ -32,16 +34,17 @@ class Cost:
         return self.bytes / 1e6
 
 
-def profile(model: nn.Module, imgsz: int = 640, channels: int = 3) -> Cost:
-    """Cost of one square image of `imgsz` pixels. Nothing is computed: the pass runs on the meta device."""
-    _, flops = _meta_pass(model, (), imgsz, channels)
+def profile(model: nn.Module, imgsz: int = 640, channels: int = 3, inputs: Inputs | None = None) -> Cost:
+    """Cost of one square image of `imgsz` pixels, or of example inputs. Nothing is computed: it is a meta device's."""
+    _, flops = _meta_pass(model, (), imgsz, channels, inputs)
     floats = [t for t in model.state_dict().values() if t.is_floating_point()]
     return Cost(parameters=sum(p.numel() for p in model.parameters()), flops=flops,
                 bytes=sum(4 * t.numel() for t in floats))
 
 
-def _meta_pass(model: nn.Module, names: Iterable[str], imgsz: int, channels: int) -> tuple[dict[str, int], int]:
-    """(name of a convolution -> positions of its kernel over all calls, FLOPs of the whole model)."""
+def _meta_pass(model: nn.Module, names: Iterable[str], imgsz: int, channels: int, inputs: Inputs | None,
+               ) -> tuple[dict[str, int], int]:
+    """(name of a layer -> positions of its kernel over all calls, FLOPs of the whole model)."""
     from torch.utils.flop_counter import FlopCounterMode  # here, because it imports triton
 
     # deepcopy takes what the memo has in the place of a tensor: no weight is copied.
@@ -50,25 +53,28 @@ def _meta_pass(model: nn.Module, names: Iterable[str], imgsz: int, channels: int
     meta_model = deepcopy(model, memo).eval()
     pixels = dict.fromkeys(names, 0)
 
-    def count(name: str, conv: nn.Module, args: tuple, kwargs: dict, y: Tensor) -> None:
-        if isinstance(conv, nn.ConvTranspose2d):
+    def count(name: str, layer: nn.Module, args: tuple, kwargs: dict, y: Tensor) -> None:
+        if isinstance(layer, nn.ConvTranspose2d):
             y = args[0] if args else kwargs["input"]  # the kernel is laid on each pixel that is read
-        pixels[name] += y.shape[2] * y.shape[3]  # of every call: a layer may be shared
+        pixels[name] += y.numel() // y.shape[1]  # of every call: a layer may be shared
 
     for name in pixels:
         meta_model.get_submodule(name).register_forward_hook(partial(count, name), with_kwargs=True)
-    image = torch.empty(1, channels, imgsz, imgsz, device="meta", dtype=next(meta_model.parameters()).dtype)
+    dtype = next(meta_model.parameters()).dtype
+    args, kwargs = as_call(torch.empty(1, channels, imgsz, imgsz, device="meta") if inputs is None else inputs)
+    args, kwargs = tree_map_only(Tensor, lambda x: x.to("meta", dtype if x.is_floating_point() else x.dtype),
+                                 (args, kwargs))
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         try:
-            meta_model(image)
+            meta_model(*args, **kwargs)
         except Exception as error:  # whatever its code raises
-            raise UnfitImagesError(model, image.shape, error) from error
+            raise UnfitImagesError(model, (args, kwargs), error) from error
     return pixels, counter.get_total_flops()
 
 
 @dataclass(frozen=True)
-class _ConvolutionCost:
-    """What one pair of an output and an input channel of a convolution costs, and one output channel's bias."""
+class _LayerCost:
+    """What one pair of an output and an input channel of a layer costs, and one output channel's bias."""
 
     name: str
     weights: float
@@ -82,20 +88,22 @@ class CostModel:
 
     A convolution with r output channels, c input channels and k x k taps on a map of p pixels has r * c * k^2 weights
     (a group's share of them where it is grouped) and takes 2 * r * c * k^2 * p FLOPs. The map is that which it makes,
-    of a transposed one that which it reads.
+    of a transposed one that which it reads. A Linear is a convolution of one tap on one pixel.
     """
 
-    def __init__(self, model: nn.Module, graph: ChannelGraph, imgsz: int = 640, channels: int = 3):
+    def __init__(self, model: nn.Module, graph: ChannelGraph, imgsz: int = 640, channels: int = 3,
+                 inputs: Inputs | None = None):
         self.graph = graph
-        pixels, total = _meta_pass(model, graph.outputs, imgsz, channels)
-        self.parts: list[_ConvolutionCost] = []
-        counted = sum(2 * len(ids) for ids in graph.norms.values())
-        for name, conv in convolutions(model, graph.outputs).items():
-            weights = conv.kernel_size[0] * conv.kernel_size[1] / conv.groups
+        pixels, total = _meta_pass(model, graph.outputs, imgsz, channels, inputs)
+        self.parts: list[_LayerCost] = []
+        self.alone = [(2, ids) for ids in graph.norms.values()] + [(1, ids) for ids in graph.vectors.values()]
+        counted = sum(times * len(ids) for times, ids in self.alone)
+        for name, layer in weighted_layers(model, graph.outputs).items():
+            weights = 1.0 if isinstance(layer, nn.Linear) else math.prod(layer.kernel_size) / layer.groups
             depthwise = graph.outputs[name] is graph.inputs[name]
-            self.parts.append(_ConvolutionCost(name, weights, 2 * weights * pixels[name], int(conv.bias is not None),
-                                               depthwise))
-            counted += sum(p.numel() for p in conv.parameters(recurse=False))
+            self.parts.append(_LayerCost(name, weights, 2 * weights * pixels[name], int(layer.bias is not None),
+                                         depthwise))
+            counted += sum(p.numel() for p in layer.parameters(recurse=False))
         # What no cut changes: attention, say.
         self.rest = sum(p.numel() for p in model.parameters()) - counted
         self.rest_flops = total - round(sum(
@@ -113,7 +121,7 @@ class CostModel:
             columns = len(inputs) if part.depthwise else int(keep[inputs].sum())
             parameters += rows * columns * part.weights + rows * part.bias
             flops += rows * columns * part.flops
-        parameters += sum(2 * int(keep[ids].sum()) for ids in graph.norms.values())
+        parameters += sum(times * int(keep[ids].sum()) for times, ids in self.alone)
         return round(parameters), round(flops)
 
     def flops_per_channel(self) -> dict[str, np.ndarray]:

@@ -8,35 +8,36 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
-from utils.slimming.tracing import copy_sharing, reason
+from utils.slimming.tracing import Inputs, as_call, copy_sharing, reason
 
 EQUIVALENCE_BOUND = 1e-9  # float64 rounding stays below it
 Sizes = Sequence[tuple[int, int, int]]  # images, height, width
 
 
 class UnfitImagesError(ValueError):
-    """A model that does not compute the images that it was given."""
+    """A model that does not compute the images, or other inputs, that it was given."""
 
-    def __init__(self, model: nn.Module, shape: Sequence[int], error: Exception):
+    def __init__(self, model: nn.Module, inputs: Any, error: Exception):
+        shapes = ", ".join(str(tuple(x.shape)) for x in tree_leaves(inputs) if isinstance(x, Tensor))
         super().__init__(
-            f"{type(model).__name__} does not compute images of the shape {tuple(shape)} ({reason(error)}); it is "
-            "called as model(images), with one tensor: give the imgsz= and channels= that it takes, or wrap it in a "
-            "module that makes its other inputs of the images")
+            f"{type(model).__name__} does not compute images of the shape {shapes} ({reason(error)}); it is "
+            "called as model(images), with one tensor: give the imgsz= and channels= that it takes, or inputs=, a "
+            "tuple or a dict of example tensors")
 
 
 def largest_difference(a: nn.Module, b: nn.Module, channels: int = 3, sizes: Sizes = ((2, 64, 64), (1, 96, 128)),
-                       seed: int = 0) -> float:
+                       seed: int = 0, inputs: Inputs | None = None) -> float:
     """Largest |a(x) - b(x)| in float64 over random images, relative to the largest |a(x)| of that output.
 
     For a = masked and b = slim this shows that surgery was exact: it is rounding, below EQUIVALENCE_BOUND. Infinity
     where the outputs differ in shape or are not finite, or b does not compute what a does.
-    UnfitImagesError where a does not compute such images.
+    UnfitImagesError where a does not compute such images. inputs: example inputs in their place.
     """
-    expected = outputs(a, channels, sizes, seed)
+    expected = outputs(a, channels, sizes, seed, inputs)
     try:
-        return difference(expected, outputs(b, channels, sizes, seed))
+        return difference(expected, outputs(b, channels, sizes, seed, inputs))
     except UnfitImagesError:
         return float("inf")
 
@@ -59,21 +60,28 @@ def difference(expected: Sequence[Any], found: Sequence[Any]) -> float:
 
 
 @torch.no_grad()
-def outputs(model: nn.Module, channels: int, sizes: Sizes, seed: int = 0) -> list[Any]:
+def outputs(model: nn.Module, channels: int, sizes: Sizes, seed: int = 0, inputs: Inputs | None = None) -> list[Any]:
     """All outputs in eval mode, in float64 on the CPU, for random images of all sizes: tensors, numbers, None.
 
+    inputs: example inputs in the images' place, of which floating-point tensors are replaced by random ones, too.
     What the model's code changes is changed in a copy. UnfitImagesError where it does not compute such images.
     """
     generator = torch.Generator().manual_seed(seed)
-    images = [torch.rand(n, channels, h, w, dtype=torch.float64, generator=generator) for n, h, w in sizes]
+
+    def random(*shape: int) -> Tensor:
+        return torch.rand(*shape, dtype=torch.float64, generator=generator)
+
+    calls = [as_call(random(n, channels, h, w)) for n, h, w in sizes]
+    if inputs is not None:
+        calls = [tree_map_only(Tensor, lambda x: random(*x.shape) if x.is_floating_point() else x, as_call(inputs))]
     copy = copy_sharing(model, model.parameters()).eval()
     found: list[Any] = []
     with _Doubles():
-        for x in images:
+        for args, kwargs in calls:
             try:
-                found += _leaves(copy(x))
+                found += _leaves(copy(*args, **kwargs))
             except Exception as error:  # whatever its code raises
-                raise UnfitImagesError(model, x.shape, error) from error
+                raise UnfitImagesError(model, (args, kwargs), error) from error
     return found
 
 

@@ -1,8 +1,8 @@
 """The channel graph: which channels of a network are the same channel.
 
-Every output channel of a convolution has a number, its id. tracing.py follows the model and notes the ids that each
-layer reads and writes. One boolean per id then decides everything: masks, kept inputs and outputs, cost. No layer
-number and no class of a particular architecture appears.
+Every output channel of a convolution or a Linear has a number, its id. tracing.py follows the model and notes the ids
+that each layer reads and writes. One boolean per id then decides everything: masks, kept inputs and outputs, cost. No
+layer number and no class of a particular architecture appears.
 """
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 Convolution = nn.Conv2d | nn.ConvTranspose2d
+Layer = Convolution | nn.Linear
 Masks = dict[str, Tensor]  # BatchNorm name -> bool (channels,) over the channels that it has now; True is kept
 
 
@@ -23,10 +24,11 @@ Masks = dict[str, Tensor]  # BatchNorm name -> bool (channels,) over the channel
 class ChannelGraph:
     """Ids are integers 0..n-1. `group[id]` is equal for ids that can only be kept or cut together."""
 
-    inputs: dict[str, np.ndarray] = field(default_factory=dict)   # convolution name -> ids of its input channels
-    outputs: dict[str, np.ndarray] = field(default_factory=dict)  # convolution name -> ids of its output channels
+    inputs: dict[str, np.ndarray] = field(default_factory=dict)   # layer name -> ids of its input channels
+    outputs: dict[str, np.ndarray] = field(default_factory=dict)  # layer name -> ids of its output channels
     norms: dict[str, np.ndarray] = field(default_factory=dict)    # BatchNorm name -> ids of its channels
     unscaled: dict[str, np.ndarray] = field(default_factory=dict)  # the same of those without scale and shift: frozen
+    vectors: dict[str, np.ndarray] = field(default_factory=dict)  # parameter with a value a channel -> ids of these
     group: np.ndarray = field(default_factory=lambda: np.zeros(0, int))
     frozen: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))   # (ids,) must be kept
     coupled: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))  # (ids,) united with others by an addition
@@ -72,7 +74,7 @@ class ChannelGraph:
         if (~keep & self.frozen).any():
             raise ValueError("the masks cut channels that must stay (an output, or what an unknown operation reads)")
         if emptied := [name for name, ids in self.outputs.items() if not keep[ids].any()]:
-            raise ValueError(f"nothing is left of {', '.join(emptied)}: a convolution needs an output channel")
+            raise ValueError(f"nothing is left of {', '.join(emptied)}: a layer needs an output channel")
         for name, mask in masks.items():
             if not np.array_equal(keep[self.norms[name]], mask.numpy()):
                 raise ValueError(f"mask for '{name}' disagrees with that of a layer that shares its channels")
@@ -89,22 +91,22 @@ def batch_norms(model: nn.Module, names: Iterable[str]) -> dict[str, _BatchNorm]
     return found
 
 
-def convolutions(model: nn.Module, names: Iterable[str]) -> dict[str, Convolution]:
-    """Name -> convolution of the model, for the names of a graph."""
+def weighted_layers(model: nn.Module, names: Iterable[str]) -> dict[str, Layer]:
+    """Name -> convolution or Linear of the model, for the names of a graph."""
     found = {}
     for name in names:
         module = model.get_submodule(name)
-        assert isinstance(module, Convolution)
+        assert isinstance(module, Layer)
         found[name] = module
     return found
 
 
-def filters(conv: Convolution) -> Tensor:
-    """(out, in / groups, h, w) the weight of a convolution by output channels, also of a transposed one."""
-    weight = conv.weight.detach()
-    if isinstance(conv, nn.Conv2d):
+def filters(layer: Layer) -> Tensor:
+    """The weight by output channels, (out, in / groups, h, w) also of a transposed convolution, (out, in) of Linear."""
+    weight = layer.weight.detach()
+    if not isinstance(layer, nn.ConvTranspose2d):
         return weight
-    return weight.unflatten(0, (conv.groups, -1)).transpose(1, 2).flatten(0, 1)  # it is stored by input channels
+    return weight.unflatten(0, (layer.groups, -1)).transpose(1, 2).flatten(0, 1)  # it is stored by input channels
 
 
 class UnknownNormError(ValueError):

@@ -102,13 +102,16 @@ class Pruner(TracedModel[M]):
     def check(self, zeroed: M, narrow: M) -> float:
         """The equivalence check: the largest relative |narrow - zeroed| in float64. ValueError if it is too large.
 
-        The images are small ones of two shapes; for a model that does not compute these, of `imgsz`.
+        The images are small ones of two shapes; for a model that does not compute these, of `imgsz`. Of example inputs
+        it takes the shapes.
         """
         side = max(self.stride, 32)
         sizes: Sizes = ((1, 2 * side, 2 * side), (3, 2 * side, 3 * side))
         try:
-            expected = outputs(zeroed, self.channels, sizes)
+            expected = outputs(zeroed, self.channels, sizes, inputs=self.inputs)
         except UnfitImagesError:
+            if self.inputs is not None:
+                raise
             sizes = ((2, self.imgsz, self.imgsz),)
             expected = outputs(zeroed, self.channels, sizes)
         tensors = [y for y in expected if isinstance(y, Tensor) and y.numel()]
@@ -118,7 +121,7 @@ class Pruner(TracedModel[M]):
             raise ValueError(f"{type(zeroed).__name__} gives values that are not finite, with the cut channels masked; "
                              "a cut can't be checked")
         try:
-            found = difference(expected, outputs(narrow, self.channels, sizes))
+            found = difference(expected, outputs(narrow, self.channels, sizes, inputs=self.inputs))
         except UnfitImagesError:
             found = float("inf")
         if not found < EQUIVALENCE_BOUND:

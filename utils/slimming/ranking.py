@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from utils.slimming.cost import CostModel
-from utils.slimming.graph import ChannelGraph, Masks, batch_norms, convolutions, filters, matching
+from utils.slimming.equivalence import Inputs, as_call
+from utils.slimming.graph import ChannelGraph, Masks, batch_norms, filters, matching, weighted_layers
 from utils.slimming.surgery import M
 from utils.slimming.timing import latency
 from utils.slimming.tracing import trace
@@ -64,24 +65,26 @@ class TracedModel(Generic[M]):
     """A model, its channel graph, BatchNorms and costs: what scores and targets look at. It is traced once.
 
     imgsz: pixels of the square image that FLOPs and milliseconds are for. channels: of that image.
+    inputs: example tensors in its place, for a model that is not called with images alone: model(*inputs), or
+    model(**inputs) of a dict.
     evaluate: model -> its accuracy, such as {"mAP50": 0.9, "mAP50-95": 0.6}, for target map-drop, sweep, sensitivity.
     milliseconds: models -> milliseconds per image of each, measured in turns, for target latency and sweep.
     losses: model -> the loss of one batch after another, for scores that want gradients on data.
-    Raises ValueError for weights that are not finite, for a model of several inputs and for one that can't be traced;
+    Raises ValueError for weights that are not finite, for inputs that are missing and for a model that can't be traced;
     NothingToCutError, a ValueError, where it has no BatchNorm whose channels can be cut.
     """
 
-    def __init__(self, model: M, imgsz: int = 640, channels: int = 3, *,
+    def __init__(self, model: M, imgsz: int = 640, channels: int = 3, *, inputs: Inputs | None = None,
                  evaluate: Callable[[M], Mapping[str, float]] | None = None,
                  milliseconds: Callable[[Sequence[M]], Sequence[float]] | None = None,
                  losses: Callable[[M], Iterable[Tensor]] | None = None):
-        self.model, self.imgsz, self.channels = model, imgsz, channels
+        self.model, self.imgsz, self.channels, self.inputs = model, imgsz, channels, inputs
         self.evaluate: Callable[[M], Mapping[str, float]] = evaluate or _missing("evaluate")
         self.losses: Callable[[M], Iterable[Tensor]] = losses or _missing("losses")
         self.milliseconds: Callable[[Sequence[M]], Sequence[float]] = milliseconds or (
-            lambda models: latency(models, imgsz, channels=channels))
-        _refuse_unfit(model)
-        self.graph = trace(model)
+            lambda models: latency(models, imgsz, channels=channels, inputs=inputs))
+        _refuse_unfit(model, inputs)
+        self.graph = trace(model, inputs)
         if not self.graph.norms:
             has_norm = any(isinstance(m, _BatchNorm) for m in model.modules())
             raise NothingToCutError([*self.graph.notes, "no BatchNorm with a scale follows a convolution"] if has_norm
@@ -91,7 +94,7 @@ class TracedModel(Generic[M]):
     @cached_property
     def costs(self) -> CostModel:
         """What is left of the model after any cut. A cut by percent does not ask for it."""
-        return CostModel(self.model, self.graph, self.imgsz, self.channels)
+        return CostModel(self.model, self.graph, self.imgsz, self.channels, self.inputs)
 
     @cached_property
     def accuracy(self) -> Mapping[str, float]:
@@ -113,19 +116,21 @@ class TracedModel(Generic[M]):
         return found
 
 
-def _refuse_unfit(model: nn.Module) -> None:
-    """ValueError for weights that are not finite, and for a model that is not called with images alone."""
+def _refuse_unfit(model: nn.Module, inputs: Inputs | None) -> None:
+    """ValueError for weights that are not finite, and for inputs that are missing."""
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if not tensor.is_floating_point() or tensor.detach().sum(dtype=torch.float32).isfinite():
             continue
         if tensor.isnan().any() or (isinstance(tensor, nn.Parameter) and tensor.isinf().any()):  # a buffer may mean it
             raise ValueError(f"{name} holds values that are not finite, so nothing can be ranked or checked; "
                              "take weights from before the training diverged")
-    inputs = [p.name for p in signature(model.forward).parameters.values()
+    needed = [p.name for p in signature(model.forward).parameters.values()
               if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    if len(inputs) > 1:
-        raise ValueError(f"{type(model).__name__} takes {len(inputs)} inputs ({', '.join(inputs)}), but is called as "
-                         "model(images); wrap it in a module that makes the others of the images")
+    args, kwargs = as_call(inputs)
+    if missing := [name for name in needed[len(args):] if name not in kwargs]:
+        called = "model(images)" if inputs is None else "the inputs that were given"
+        raise ValueError(f"{type(model).__name__} takes {len(needed)} inputs ({', '.join(needed)}), but is called as "
+                         f"{called}, without {', '.join(missing)}; give inputs=, a tuple or a dict of example tensors")
 
 
 def _missing(name: str) -> Callable[[Any], Any]:
@@ -146,8 +151,8 @@ def gamma_score(traced: TracedModel) -> np.ndarray:
 
 def l1_score(traced: TracedModel) -> np.ndarray:
     """Mean |weight| of the filters that make the channel (Li et al. 2017, arXiv 1608.08710)."""
-    convs = convolutions(traced.model, traced.graph.outputs)
-    means = {name: filters(conv).abs().flatten(1).mean(1) for name, conv in convs.items()}
+    layers = weighted_layers(traced.model, traced.graph.outputs)
+    means = {name: filters(layer).abs().flatten(1).mean(1) for name, layer in layers.items()}
     return group_mean(traced.graph, means, traced.graph.outputs)
 
 

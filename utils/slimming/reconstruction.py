@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from utils.slimming.calibration import norms_behind
-from utils.slimming.graph import ChannelGraph, Masks, convolutions
+from utils.slimming.graph import ChannelGraph, Masks, weighted_layers
 from utils.slimming.surgery import M, masked
 
 FEWEST, MOST = 4096, 16384  # samples of a layer: positions of its output that the fit looks at
@@ -68,7 +68,7 @@ def reconstruct(model: M, graph: ChannelGraph, masks: Masks, images: Tensor) -> 
 
 def refitted_layers(model: nn.Module, graph: ChannelGraph) -> dict[str, nn.Conv2d]:
     """Name -> convolution of those that can be refitted."""
-    return {name: conv for name, conv in convolutions(model, graph.outputs).items()
+    return {name: conv for name, conv in weighted_layers(model, graph.outputs).items()
             if isinstance(conv, nn.Conv2d) and conv.groups == 1 and conv.padding_mode == "zeros"
             and not isinstance(conv.padding, str)}
 
@@ -89,7 +89,7 @@ def _sampled_outputs(model: nn.Module, names: list[str], keep: np.ndarray, graph
         positions = chosen // (height * width), chosen // width % height, chosen % width
         found[name] = positions, y[positions[0], :, positions[1], positions[2]]
 
-    layers = convolutions(model, names)
+    layers = weighted_layers(model, names)
     handles = [conv.register_forward_hook(lambda layer, _, y, name=name: look(name, layer, y))
                for name, conv in layers.items()]
     model(images)

@@ -6,7 +6,7 @@ from copy import deepcopy
 import torch
 from torch import Tensor, nn
 
-from utils.slimming.graph import ChannelGraph, Convolution, Masks, batch_norms, convolutions
+from utils.slimming.graph import ChannelGraph, Convolution, Masks, batch_norms, weighted_layers
 from utils.slimming.tracing import M, copy_sharing, trace
 
 REPLACED = ("weight", "bias", "running_mean", "running_var")  # tensors of a layer that is cut
@@ -15,28 +15,33 @@ REPLACED = ("weight", "bias", "running_mean", "running_var")  # tensors of a lay
 def slim(model: M, masks: Masks, graph: ChannelGraph | None = None) -> M:
     """A copy of `model` without the channels whose mask is False; the input is not changed.
 
-    Cutting a BatchNorm's channel cuts the filter of the convolution before it and that input channel of every
-    convolution after it (Liu et al. 2017, section 3.3). BatchNorms without a mask keep all channels. `graph`: the
+    Cutting a BatchNorm's channel cuts the filter of the layer before it and that input channel of every layer after it
+    (Liu et al. 2017, section 3.3). BatchNorms without a mask keep all channels. `graph`: the
     model's, if it is known. A model that has `.masks`, over the channels of its first shape, gets the composed ones.
     Raises ValueError when masks disagree on channels that are one, or cut what must stay.
     """
     graph = graph or trace(model)
     keep = graph.kept(masks)
-    new = copy_sharing(model, (tensor for layer in (*convolutions(model, graph.outputs).values(),
+    new = copy_sharing(model, (tensor for layer in (*weighted_layers(model, graph.outputs).values(),
                                                    *batch_norms(model, graph.norms).values())
                                for tensor in (getattr(layer, key, None) for key in REPLACED)))
-    for name, conv in convolutions(new, graph.outputs).items():
+    for name, layer in weighted_layers(new, graph.outputs).items():
         outputs, inputs = (torch.from_numpy(keep[ids[name]]) for ids in (graph.outputs, graph.inputs))
-        rows, columns = (outputs, inputs) if isinstance(conv, nn.Conv2d) else (inputs, outputs)
-        weight = conv.weight.detach()[rows]
+        rows, columns = (inputs, outputs) if isinstance(layer, nn.ConvTranspose2d) else (outputs, inputs)
+        weight = layer.weight.detach()[rows]
         width = weight.shape[1]  # channels of one group; every group keeps those at the same positions
-        _replace(conv, "weight", weight if width == 1 else weight[:, columns[:width]])
-        if conv.bias is not None:
-            _replace(conv, "bias", conv.bias.detach()[outputs])
+        _replace(layer, "weight", weight if width == 1 else weight[:, columns[:width]])
+        if layer.bias is not None:
+            _replace(layer, "bias", layer.bias.detach()[outputs])
     for name, norm in batch_norms(new, graph.norms).items():
         for key in REPLACED:
             if (old := getattr(norm, key)) is not None:
                 _replace(norm, key, old.detach()[torch.from_numpy(keep[graph.norms[name]])])
+    for name, ids in graph.vectors.items():
+        owner, _, key = name.rpartition(".")
+        vector = new.get_parameter(name).detach()
+        _replace(new.get_submodule(owner), key, vector[tuple(
+            torch.from_numpy(keep[ids]) if size > 1 else slice(None) for size in vector.shape)])
     for module in new.modules():
         _set_counts(module)
     if isinstance(getattr(new, "masks", None), dict):
@@ -115,5 +120,9 @@ def _set_counts(module: nn.Module) -> None:
             module.groups = rows
         counts = (columns * module.groups, rows)
         module.in_channels, module.out_channels = counts if isinstance(module, nn.Conv2d) else counts[::-1]
+    elif isinstance(module, nn.Linear) and isinstance(module.weight, nn.Parameter):
+        module.out_features, module.in_features = module.weight.shape
+    elif isinstance(module, nn.PReLU):
+        module.num_parameters = len(module.weight)
     elif isinstance(module, nn.modules.batchnorm._BatchNorm) and module.weight is not None:
         module.num_features = len(module.weight)

@@ -10,17 +10,22 @@ import numpy as np
 import torch
 from torch import nn
 
+from utils.slimming.equivalence import Inputs, as_call
+
 
 def latency(models: Sequence[nn.Module], imgsz: int = 640, batch: int = 1, runs: int = 20,
-            channels: int = 3) -> list[float]:
-    """Median milliseconds per image of each model. Pass models that are ready to run: eval mode, on their device."""
+            channels: int = 3, inputs: Inputs | None = None) -> list[float]:
+    """Median milliseconds per image of each model, or of a call with `inputs`.
+
+    Pass models that are ready to run: eval mode, on their device.
+    """
     def prepared(model: nn.Module) -> Callable[[], object]:
         parameter = next(model.parameters())
         x = torch.rand(batch, channels, imgsz, imgsz, device=parameter.device, dtype=parameter.dtype)
-        x = x.to(memory_format=torch.channels_last)
+        args, kwargs = as_call(x.to(memory_format=torch.channels_last) if inputs is None else inputs)
 
         def call() -> None:
-            model(x)
+            model(*args, **kwargs)
             synchronize(parameter.device)
 
         return call

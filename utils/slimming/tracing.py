@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from typing import Any, TypeVar
 
@@ -17,11 +17,12 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrize import is_parametrized
 
-from utils.slimming.graph import ChannelGraph, Convolution
-from utils.slimming.operations import CHUNKS, PASSTHROUGH, SPLITS, is_plain
+from utils.slimming.graph import ChannelGraph, Convolution, Layer
+from utils.slimming.operations import CHUNKS, DROPS, PASSTHROUGH, SPLITS, is_plain
 from utils.slimming.walker import Walker
 
 M = TypeVar("M", bound=nn.Module)
+Inputs = Tensor | Sequence[Any] | Mapping[str, Any]  # what a model is called with: model(x), model(*x), model(**x)
 # What makes weights anew in every call -> how a weight becomes a plain parameter again.
 MENDS = {"torch.nn.utils.spectral_norm": "call torch.nn.utils.remove_spectral_norm(layer)",
          "torch.nn.utils.weight_norm": "call torch.nn.utils.remove_weight_norm(layer)",
@@ -30,26 +31,38 @@ MENDS = {"torch.nn.utils.spectral_norm": "call torch.nn.utils.remove_spectral_no
          "its own code": "make it a parameter"}
 
 
-def trace(model: nn.Module) -> ChannelGraph:
+def trace(model: nn.Module, inputs: Inputs | None = None) -> ChannelGraph:
     """Follow `model` from its input to its outputs and return its channel graph.
 
     It is traced in training mode, where detection heads return their raw maps. What is traced is a copy: whatever the
-    model's code does to buffers, modes and attributes does not happen to the model.
-    Raises ValueError if torch.fx can't trace it (control flow that depends on data), and for weights that are no
-    parameters of their layer.
+    model's code does to buffers, modes and attributes does not happen to the model. A block that torch.fx can't trace
+    (control flow that depends on data) is an unknown operation. inputs: example inputs; one image otherwise.
+    Raises ValueError if torch.fx can't trace what is around such blocks, and for weights that are no parameters of
+    their layer.
     """
     refuse_made_weights(model)
     new = copy_sharing(model, model.parameters()).train()
-    tracer = _Tracer()
-    for layer in (m for m in new.modules() if isinstance(m, (Convolution, _BatchNorm)) and not is_plain(m)):
-        vars(layer)["_check_input_dim"] = lambda x: None  # of BatchNorm: a branch on the input
-        if not _can_be_traced(layer):
-            tracer.opaque.add(layer)
-    try:
-        nodes = tracer.trace(new, _defaults(new))
-    except Exception as error:  # fx raises many kinds
-        raise ValueError(f"torch.fx can't trace {type(model).__name__}: {reason(error)}") from error
-    return Walker(new).walk(nodes)
+    for layer in (m for m in new.modules() if isinstance(m, _BatchNorm) and not is_plain(m)):
+        vars(layer)["_check_input_dim"] = lambda x: None  # a branch on the input
+    given, defaults = _inputs(new, inputs)
+    opaque: set[type[nn.Module]] = set()
+    while True:
+        tracer = _Tracer(opaque)
+        try:
+            nodes = tracer.trace(new, defaults)
+            break
+        except Exception as error:  # fx raises many kinds
+            if tracer.failed is None:
+                raise ValueError(f"torch.fx can't trace {type(model).__name__}: {reason(error)}") from error
+            opaque.add(type(tracer.failed))
+    return Walker(new, {name for name, x in given.items() if isinstance(x, Tensor) and x.dim() == 2}).walk(nodes)
+
+
+def as_call(inputs: Inputs | None) -> tuple[tuple, dict[str, Any]]:
+    """The arguments that a model is called with, by position and by name; of one image where nothing is given."""
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    return (inputs,) if inputs is None or isinstance(inputs, Tensor) else tuple(inputs), {}
 
 
 def reason(error: Exception) -> str:
@@ -69,7 +82,7 @@ def refuse_made_weights(model: nn.Module) -> None:
     """
     for name, module in model.named_modules():
         makers = [type(hook).__module__ for hook in module._forward_pre_hooks.values()]
-        if isinstance(module, (Convolution, _BatchNorm)):
+        if isinstance(module, (Convolution, _BatchNorm)):  # a Linear may have such a weight: it is not cut
             makers += ["torch.nn.utils.parametrize"] * is_parametrized(module)
             makers += ["its own code"] * (not {"weight", "bias"} <= module._parameters.keys())
         for maker in makers:
@@ -78,18 +91,13 @@ def refuse_made_weights(model: nn.Module) -> None:
                                  f"there is none to cut; {MENDS[maker]} first")
 
 
-def _defaults(model: nn.Module) -> dict[str, Any]:
-    """The inputs of a model that need not be given, as they are when they are not: tracing follows that case."""
-    parameters = inspect.signature(model.forward).parameters.values()
-    return {p.name: p.default for p in parameters if p.default is None or isinstance(p.default, (bool, int, float))}
-
-
-def _can_be_traced(module: nn.Module) -> bool:
-    try:
-        _Tracer().trace(module)
-    except Exception:  # fx raises many kinds
-        return False
-    return True
+def _inputs(model: nn.Module, inputs: Inputs | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The inputs of a model that are given, and those that need not be, as they are when they are not."""
+    args, kwargs = as_call(inputs)
+    parameters = inspect.signature(model.forward).parameters
+    given = {**dict(zip(parameters, args)), **kwargs}
+    return given, {name: p.default for name, p in parameters.items() if name not in given
+                   and (p.default is None or isinstance(p.default, (bool, int, float)))}
 
 
 class _Proxy(fx.Proxy):
@@ -107,22 +115,38 @@ class _Proxy(fx.Proxy):
 class _Tracer(fx.Tracer):
     """torch.fx's tracer with such stand-ins.
 
-    It does not look into modules that are registered as passthrough, nor into plain convolutions and BatchNorms under
-    another name. It looks into those that do more than PyTorch's, unless they are `opaque`.
+    It does not look into modules that are registered as passthrough, nor into plain layers and BatchNorms under another
+    name, nor into those of `opaque` classes. It looks into layers that do more than PyTorch's.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, opaque: set[type[nn.Module]]) -> None:
         super().__init__()
-        self.opaque: set[nn.Module] = set()
+        self.opaque = opaque
+        self.failed: nn.Module | None = None  # the innermost module that can't be traced
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
 
+    def create_args_for_root(self, root_fn: Callable, is_module: bool, concrete_args: Any = None) -> tuple[Any, list]:
+        """Without stand-ins for *args and **kwargs, which a model is not called with."""
+        function, args = super().create_args_for_root(root_fn, is_module, concrete_args)
+        flags = inspect.unwrap(root_fn).__code__.co_flags
+        kinds: tuple[tuple[int, Any], ...] = (inspect.CO_VARARGS, ()), (inspect.CO_VARKEYWORDS, {})
+        empty = [nothing for flag, nothing in kinds if flags & flag]
+        return function, [*args[:len(args) - len(empty)], *empty]
+
+    def call_module(self, m: nn.Module, forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        except Exception:
+            self.failed = self.failed or m
+            raise
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if type(m) in PASSTHROUGH:
+        if type(m) in PASSTHROUGH | self.opaque or type(m).__name__ in DROPS:
             return True
-        if isinstance(m, (Convolution, _BatchNorm)):
-            return is_plain(m) or m in self.opaque
+        if isinstance(m, (Layer, _BatchNorm)):
+            return is_plain(m)
         return super().is_leaf_module(m, module_qualified_name)
 
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:

@@ -18,22 +18,39 @@ class Ids:
 
 @dataclass(frozen=True)
 class Channels(Ids):
-    """A 4-D tensor. loose, bool (channels,): the channel may differ from 0 where it is cut.
+    """A tensor whose dimension 1 is the channels.
 
-    A gate's may, sigmoid(0) is 0.5, and so may a convolution's that no BatchNorm follows.
+    loose, bool (channels,): the channel may differ from 0 where it is cut. A gate's may, sigmoid(0) is 0.5, and so may
+    that of a layer that no BatchNorm follows.
+    space: dimensions behind the channels. 2 of a map, 0 of a vector, 3 of a stack of maps.
+    spread: each channel of a vector may be several values in a row, flattened from a map. Of a vector without ids
+    nothing is known.
     """
+
+    loose: np.ndarray
+    space: int = 2
+    spread: bool = False
+
+
+@dataclass(frozen=True)
+class Grouped(Ids):
+    """A map whose channels are laid out in two dimensions, 5-D. ids and loose have the shape of these two."""
 
     loose: np.ndarray
 
 
 @dataclass(frozen=True)
-class Stack(Channels):
-    """Such tensors along a new dimension behind the channels: 5-D."""
+class Shape(Ids):
+    """x.shape of a tensor with these channels."""
+
+    space: int
 
 
 @dataclass(frozen=True)
-class Shape(Ids):
-    """x.shape of a tensor with these channels."""
+class Count(Ids):
+    """The number of these channels, divided by `divisor`, as code computes it."""
+
+    divisor: int = 1
 
 
 def argument(args: Sequence, kwargs: dict, position: int, name: str, default: Any = None) -> Any:
@@ -43,8 +60,8 @@ def argument(args: Sequence, kwargs: dict, position: int, name: str, default: An
     return args[position] if len(args) > position else default
 
 
-def is_channels(x: Any) -> TypeGuard[Channels]:
-    return type(x) is Channels
+def is_map(x: Any) -> TypeGuard[Channels]:
+    return isinstance(x, Channels) and x.space == 2
 
 
 def is_one_of(module: nn.Module, operations: set[Any]) -> bool:
@@ -52,23 +69,15 @@ def is_one_of(module: nn.Module, operations: set[Any]) -> bool:
     return not operations.isdisjoint(type(module).__mro__)
 
 
-def is_spatial(*dimensions: Any) -> bool:
-    """Are these height and width of a 4-D tensor, or one of them?"""
-    return bool(dimensions) and all(isinstance(d, int) and d in (2, 3, -1, -2) for d in dimensions)
+def is_spatial(x: Channels, *dimensions: Any) -> bool:
+    """Are these dimensions of x behind its channels?"""
+    return bool(dimensions) and all(
+        isinstance(d, int) and (2 <= d < 2 + x.space or -x.space <= d < 0) for d in dimensions)
+
+
+def is_channel_dimension(x: Channels, dimension: Any) -> bool:
+    return isinstance(dimension, int) and dimension in (1, -1 - x.space)
 
 
 def is_scalar(x: Any) -> bool:
     return isinstance(x, (int, float)) or (isinstance(x, Tensor) and x.numel() == 1)
-
-
-def is_crop(index: Any) -> bool:
-    """Is this x[..., a:b, c:d] or x[:, :, a:b, c:d]?"""
-    if not isinstance(index, tuple):
-        return False
-    if index[0] is Ellipsis and len(index) <= 3:
-        spatial = index[1:]
-    elif index[:2] == (slice(None), slice(None)):
-        spatial = index[2:]
-    else:
-        return False
-    return all(isinstance(i, slice) for i in spatial)

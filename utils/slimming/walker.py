@@ -1,103 +1,57 @@
 """The rules of the channel graph: what each operation of a traced model does to the ids of the channels.
 
-Networks are taken to be image networks: dimension 1 of every 4-D tensor is the channel.
+Networks are taken to be image networks: dimension 1 of every tensor is the channel.
 """
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
-from dataclasses import is_dataclass
+from collections.abc import Collection
+from dataclasses import is_dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_leaves
 
 import utils.slimming.operations as ops
 from utils.slimming.graph import ChannelGraph, Convolution
+from utils.slimming.layouts import Layouts
 from utils.slimming.values import (
     Channels,
+    Count,
     Ids,
     Shape,
-    Stack,
     argument,
-    is_channels,
-    is_crop,
+    is_channel_dimension,
+    is_map,
     is_one_of,
     is_scalar,
     is_spatial,
 )
 
 
-class Walker:
+class Walker(Layouts):
     """Carries the ids along the traced nodes.
 
-    The value of a node is one of: Channels, a Stack, a Shape, a list of values, a Tensor (a parameter, or computed
-    from parameters only), or None (not a tensor, or one whose channels are not known, such as the image).
+    The value of a node is one of: Channels, Grouped, a Shape, a Count, a list of values, a Tensor (a parameter, or
+    computed from parameters only), or None (not a tensor, or one whose channels are not known, such as the image).
+    vectors: names of the model's inputs that are 2-D, such as a row of numbers for each image.
     """
 
-    def __init__(self, model: nn.Module):
-        self.model, self.modules = model, dict(model.named_modules())
-        self.graph = ChannelGraph()
-        self.parent: list[int] = []  # union-find over the ids
-        self.frozen: set[int] = set()
-        self.coupled: set[int] = set()
-        self.held: set[int] = set()
-        self.notes: list[tuple[str, set[int]]] = []
-        self.place = ""  # where the node is that is looked at, for notes
+    def __init__(self, model: nn.Module, vectors: Collection[str] = ()):
+        super().__init__(model)
+        self.vectors = vectors
         rules = ((ops.CONCATS, self.concat), (ops.STACKS, self.stack), (ops.FLATTENS, self.flatten),
                  (ops.ADDITIONS | ops.PRODUCTS | ops.DIVISIONS, self.elementwise), ({operator.getitem}, self.item),
-                 (ops.CHUNKS | ops.SPLITS, self.split), (ops.SPATIAL_MEANS, self.spatial_mean),
-                 (ops.PERMUTES | ops.TRANSPOSES, self.turn), (ops.GATES, self.gate),
-                 (ops.UNSHUFFLES | ops.SHUFFLES | ops.CHANNEL_SHUFFLES, self.shuffle),
-                 (ops.SHAPE_QUERIES, self.shape_query), ({F.batch_norm}, self.functional_norm))
+                 (ops.CHUNKS, self.chunk), (ops.SPLITS, self.split), (ops.SPATIAL_MEANS, self.spatial_mean),
+                 (ops.PERMUTES | ops.TRANSPOSES, self.turn), (ops.GATES, self.gate), (ops.VIEWS, self.view),
+                 (ops.SQUEEZES, self.squeeze), (ops.UNSQUEEZES, self.unsqueeze), (ops.EXPANSIONS, self.expand),
+                 (ops.UNSHUFFLES | ops.SHUFFLES | ops.CHANNEL_SHUFFLES, self.shuffle), (ops.PADS, self.pad),
+                 (ops.PRELUS, self.prelu), (ops.SHAPE_QUERIES, self.shape_query),
+                 ({F.batch_norm, F.linear}, self.functional), ({operator.floordiv}, self.quotient))
         self.rules = {target: rule for targets, rule in rules for target in targets}
-
-    # --- ids ---
-
-    def new(self, count: int) -> Channels:
-        """Channels of a convolution: loose, until a BatchNorm follows."""
-        start = len(self.parent)
-        self.parent.extend(range(start, start + count))
-        return Channels(np.arange(start, start + count), np.ones(count, bool))
-
-    def root(self, i: int) -> int:
-        while self.parent[i] != i:
-            self.parent[i] = self.parent[self.parent[i]]
-            i = self.parent[i]
-        return i
-
-    def unite(self, a: np.ndarray, b: np.ndarray) -> None:
-        for i, j in zip(a.tolist(), b.tolist()):
-            self.parent[self.root(j)] = self.root(i)
-
-    def align(self, ids: np.ndarray, parts: int) -> None:
-        """Unite the channels at the same position of equal parts."""
-        first, *others = np.split(ids, parts)
-        for other in others:
-            self.unite(first, other)
-
-    def join(self, values: Sequence[Channels], product: bool = False) -> Channels:
-        """Channels that are kept or cut together from here on. A product is 0 where one of them is, else all must be.
-
-        Channels that this ties, other than by a product, are coupled.
-        """
-        first, *others = values
-        for other in others:
-            if not product and any(self.root(i) != self.root(j) for i, j in zip(first.ids, other.ids)):
-                self.coupled.update(first.ids.tolist())
-            self.unite(first.ids, other.ids)
-        together = np.logical_and if product else np.logical_or
-        return Channels(first.ids, together.reduce([value.loose for value in values]))
-
-    def freeze(self, value: Any) -> None:
-        """Freeze every channel in a value, however nested."""
-        if isinstance(value, (list, tuple, dict)):
-            for part in value.values() if isinstance(value, dict) else value:
-                self.freeze(part)
-        elif isinstance(value, Ids):
-            self.frozen.update(value.ids.tolist())
 
     # --- nodes ---
 
@@ -108,100 +62,126 @@ class Walker:
             kwargs = dict(fx.map_arg(node.kwargs, lambda n: values[n]))
             self.place = next((f" in {path} ({cls.__name__})" for path, cls in
                                reversed(node.meta.get("nn_module_stack", {}).values())), "")
+            inputs = [values[n] for n in node.all_input_nodes]
             if node.op == "call_module":
-                values[node] = self.module(str(node.target), args, kwargs)
+                values[node] = self.module(node, str(node.target), args, kwargs)
             elif node.op in ("call_function", "call_method"):
-                values[node] = self.function(node, list(args), kwargs)
+                if inputs and all(isinstance(value, Tensor) for value in inputs):
+                    values[node] = self.computed(node, args, kwargs)
+                else:
+                    values[node] = self.function(node, list(args), kwargs)
             elif node.op == "get_attr":
                 value = operator.attrgetter(str(node.target))(self.model)
                 # A copy, for what follows may work in place.
                 values[node] = value.detach().clone() if isinstance(value, Tensor) else value
+                if node.target in self.parameters:
+                    self.sources[id(values[node])] = str(node.target)
             else:
-                values[node] = None
+                values[node] = self.flattened(node, None, 1, -1) if node.target in self.vectors else None
                 if node.op == "output":
+                    numbers = [value for value in tree_leaves(args) if isinstance(value, (Count, Shape))]
+                    self.unknown(numbers, {}, "the number of channels")
                     self.freeze(args)
         return self.finish()
 
-    def finish(self) -> ChannelGraph:
-        graph, count = self.graph, len(self.parent)
-        with_norm = {self.root(i) for norms in (graph.norms, graph.unscaled) for ids in norms.values() for i in ids}
-        with_norm |= {self.root(i) for i in self.held}
-        # Other notes hold back nothing that is prunable; where nothing is, they say why.
-        graph.notes = [text for text, ids in self.notes
-                       if not with_norm or not with_norm.isdisjoint(map(self.root, ids))]
-        graph.group = np.array([self.root(i) for i in range(count)], int)
-        graph.frozen, graph.coupled = self.whole_groups(self.frozen), self.whole_groups(self.coupled)
-        return graph
-
-    def whole_groups(self, members: set[int]) -> np.ndarray:
-        """bool (ids,): belongs to a group that has one of the members."""
-        group = self.graph.group
-        marked = np.zeros(len(group), bool)
-        marked[group[list(members)]] = True
-        return marked[group]
-
-    def note(self, text: str, *values: Any) -> None:
-        """Freeze what the values carry and remember why, unless all of it is frozen already."""
-        before, self.frozen = self.frozen, set()
-        self.freeze(values)
-        if not self.frozen <= before:
-            self.notes.append((text, self.frozen))
-        self.frozen = before | self.frozen
-
-    def unknown(self, args: Any, kwargs: dict, what: str) -> None:
-        self.note(f"{what}: not known to the channel graph, what it reads stays whole", *args, *kwargs.values())
+    def computed(self, node: fx.Node, args: tuple, kwargs: dict) -> Any:
+        """What parameters give. One that is only seen in another shape, without a fixed size, stays that parameter."""
+        target: Any = getattr(Tensor, node.target) if isinstance(node.target, str) else node.target
+        value = target(*args, **kwargs)
+        name = self.sources.get(id(args[0])) if args else None
+        if name and isinstance(value, Tensor) and value.numel() == args[0].numel():
+            sizes = {1, -1} if node.target not in ops.VIEWS else set(np.ravel(args[1:]).tolist())
+            if sizes <= {1, -1} and node.target in ops.VIEWS | ops.UNSQUEEZES | {operator.getitem}:
+                self.sources[id(value)] = name
+        return value
 
     # --- modules ---
 
-    def module(self, name: str, args: tuple, kwargs: dict) -> Any:
+    def module(self, node: fx.Node, name: str, args: tuple, kwargs: dict) -> Any:
         module = self.modules[name]
         x = args[0] if args else kwargs.get("input")
         if isinstance(module, Convolution) and ops.is_plain(module):
             return self.convolution(name, module, x)
-        if is_one_of(module, ops.PASSTHROUGH):
+        if is_one_of(module, ops.PASSTHROUGH) or type(module).__name__ in ops.DROPS:
             return x
-        if is_channels(x):
+        if isinstance(module, nn.Flatten):
+            return self.flattened(node, x, module.start_dim, module.end_dim)
+        if isinstance(x, Channels):
             if isinstance(module, _BatchNorm) and ops.is_plain(module):
                 return self.batch_norm(name, module, x)
+            if isinstance(module, nn.Linear) and ops.is_plain(module) and (row := self.linear(name, module, x)):
+                return row
+            if isinstance(module, nn.PReLU) and self.slopes(f"{name}.weight", module.weight, x):
+                return x
             if is_one_of(module, ops.GATES):
-                return Channels(x.ids, np.ones(len(x.ids), bool))
-            if factor := ops.SHUFFLE_FACTORS.get(type(module)):
+                return replace(x, loose=np.ones(len(x.ids), bool))
+            if (factor := ops.SHUFFLE_FACTORS.get(type(module))) and x.space == 2:
                 return self.shuffled(type(module), x, getattr(module, factor))
         if isinstance(module, _BatchNorm):
             self.hold_back(x)
         return self.unknown(args, kwargs, f"{name} ({type(module).__name__})")
 
-    def hold_back(self, x: Any) -> None:
-        """A BatchNorm that the graph does not know reads x: a note on it tells of channels that could be pruned."""
-        if isinstance(x, Ids):
-            self.held.update(x.ids.tolist())
+    def linear(self, name: str, linear: nn.Linear, x: Channels) -> Channels | None:
+        row = self.as_read(x, linear.in_features)
+        return row and self.layer(name, row, linear.out_features)
 
-    def batch_norm(self, name: str, norm: _BatchNorm, x: Channels) -> Channels:
+    def batch_norm(self, name: str, norm: _BatchNorm, x: Channels) -> Any:
+        if x.space == 0:
+            row = self.as_read(x, norm.num_features)
+            if row is None:
+                return self.unknown([x], {}, f"{name} (BatchNorm1d)")
+            x = row
         if norm.weight is None:
             self.graph.unscaled[name] = x.ids
             self.note(f"{name}: a BatchNorm without scale and shift makes no channel 0, what it reads stays whole", x)
         else:
             self.unite(x.ids, self.graph.norms.setdefault(name, x.ids))  # called twice: its channels are those of both
-        return Channels(x.ids, np.zeros(len(x.ids), bool))
+        return replace(x, loose=np.zeros(len(x.ids), bool))
+
+    def as_read(self, x: Channels, features: int) -> Channels | None:
+        """Vectors as a layer reads them that takes so many values; None where that can't be told."""
+        if not len(x.ids) and x.spread and x.space == 0:
+            values = self.new(features, 0)
+            self.freeze(values)  # of an input, or of what an unknown operation made
+            return replace(values, loose=np.zeros(features, bool))
+        times, rest = divmod(features, max(len(x.ids), 1))
+        if x.space or rest or (times > 1 and not x.spread):
+            return None
+        return Channels(np.repeat(x.ids, times), np.repeat(x.loose, times), 0)
+
+    def slopes(self, name: str, weight: Any, x: Channels) -> bool:
+        """A PReLU with one slope, or one for each channel, which goes with it."""
+        if weight.numel() == 1:
+            return True
+        if x.spread or weight.numel() != len(x.ids):
+            return False
+        self.unite(x.ids, self.graph.vectors.setdefault(name, x.ids))
+        return True
 
     def convolution(self, name: str, conv: Convolution, x: Any) -> Channels:
         graph = self.graph
-        if not is_channels(x):
+        if not is_map(x):
+            self.unknown([x], {}, f"{name} ({type(conv).__name__}) on what is no map")
             x = self.new(conv.in_channels)  # the image, or what an unknown operation made
             self.freeze(x)
         if conv.groups > 1 and conv.groups == conv.in_channels == conv.out_channels and name not in graph.inputs:
             graph.inputs[name] = graph.outputs[name] = x.ids
-            return Channels(x.ids, x.loose | (conv.bias is not None))  # depthwise: 0 stays 0
+            return replace(x, loose=x.loose | (conv.bias is not None))  # depthwise: 0 stays 0
+        return self.layer(name, x, conv.out_channels, conv.groups)
+
+    def layer(self, name: str, x: Channels, count: int, groups: int = 1) -> Channels:
+        """A layer with weights reads x and makes new channels."""
+        graph = self.graph
         if x.loose.any():
             loose = Ids(x.ids[x.loose])
             self.note(f"{name}: reads channels that no BatchNorm can make 0, or a gate; they stay", loose)
         if name in graph.inputs:  # called twice: one weight for both
             self.unite(graph.inputs[name], x.ids)
-            return Channels(graph.outputs[name], np.ones(conv.out_channels, bool))
-        out = self.new(conv.out_channels)
-        if conv.groups > 1:  # every group keeps equally many channels, those at the same positions
-            self.align(x.ids, conv.groups)
-            self.align(out.ids, conv.groups)
+            return Channels(graph.outputs[name], np.ones(count, bool), x.space)
+        out = self.new(count, x.space)
+        if groups > 1:  # every group keeps equally many channels, those at the same positions
+            self.align(x.ids, groups)
+            self.align(out.ids, groups)
         graph.inputs[name], graph.outputs[name] = x.ids, out.ids
         return out
 
@@ -209,137 +189,70 @@ class Walker:
 
     def function(self, node: fx.Node, args: list, kwargs: dict) -> Any:
         target: Any = node.target
-        x = args[0] if args else kwargs.get("input")
-        if isinstance(x, Tensor) and all(isinstance(a, (Tensor, int, float)) for a in (*args, *kwargs.values())):
-            function = getattr(Tensor, target) if isinstance(target, str) else target
-            return function(*args, **kwargs)
         if target in ops.PASSTHROUGH:
-            return x
+            return args[0] if args else kwargs.get("input")
         if is_dataclass(target) or hasattr(target, "_fields"):  # a container for outputs, named tuple or dataclass
             return [*args, *kwargs.values()]
         rule = self.rules.get(target, self.strange)
         return rule(node, args, kwargs)
 
-    def strange(self, node: fx.Node, args: list, kwargs: dict) -> None:
-        """An operation without a rule, or on what its rule does not cover."""
-        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
-        return self.unknown(args, kwargs, f"operation '{name}'{self.place}")
-
-    def functional_norm(self, node: fx.Node, args: list, kwargs: dict) -> Any:
-        """F.batch_norm() in the forward of a BatchNorm that does more than PyTorch's, with that layer's own tensors."""
-        x, keys = argument(args, kwargs, 0, "input"), ("running_mean", "running_var", "weight", "bias")
+    def functional(self, node: fx.Node, args: list, kwargs: dict) -> Any:
+        """F.batch_norm() or F.linear() in a layer that does more than PyTorch's, with that layer's own tensors."""
+        x, kind = argument(args, kwargs, 0, "input"), nn.Linear if node.target is F.linear else _BatchNorm
+        keys = ("weight", "bias") if kind is nn.Linear else ("running_mean", "running_var", "weight", "bias")
         tensors = {key: argument(node.args, node.kwargs, i, key) for i, key in enumerate(keys, 1)}
         names = {key: str(t.target) for key, t in tensors.items() if isinstance(t, fx.Node)}
         path = next(iter(names.values()), "").rpartition(".")[0]
-        norm = self.modules.get(path)
-        own = {key: f"{path}.{key}" for key in keys if getattr(norm, key, None) is not None}
-        if isinstance(norm, _BatchNorm) and is_channels(x) and names == own:
-            return self.batch_norm(path, norm, x)
-        self.hold_back(x)
+        layer = self.modules.get(path)
+        own = {key: f"{path}.{key}" for key in keys if getattr(layer, key, None) is not None}
+        if isinstance(layer, kind) and isinstance(x, Channels) and names == own:
+            value = self.linear(path, layer, x) if isinstance(layer, nn.Linear) else self.batch_norm(path, layer, x)
+            if value is not None:
+                return value
+        if kind is _BatchNorm:
+            self.hold_back(x)
         return self.strange(node, args, kwargs)
 
     def gate(self, node: fx.Node, args: list, kwargs: dict) -> Any:
         x = argument(args, kwargs, 0, "input")
-        return Channels(x.ids, np.ones(len(x.ids), bool)) if is_channels(x) else self.strange(node, args, kwargs)
+        if isinstance(x, Channels):
+            return replace(x, loose=np.ones(len(x.ids), bool))
+        return self.strange(node, args, kwargs)
+
+    def prelu(self, node: fx.Node, args: list, kwargs: dict) -> Any:
+        x, weight = argument(args, kwargs, 0, "input"), argument(args, kwargs, 1, "weight")
+        name = self.sources.get(id(weight), "")
+        if name and isinstance(x, Channels) and self.slopes(name, weight, x):
+            return x
+        return self.strange(node, args, kwargs)
+
+    def pad(self, node: fx.Node, args: list, kwargs: dict) -> Any:
+        """F.pad() in space. A value other than 0 stands at the border of a cut channel, too."""
+        x, sizes, mode, value = (
+            argument(args, kwargs, i, key) for i, key in enumerate(("input", "pad", "mode", "value")))
+        if not isinstance(x, Channels) or not isinstance(sizes, (list, tuple)) or len(sizes) > 2 * x.space:
+            return self.strange(node, args, kwargs)
+        return x if mode not in (None, "constant") or not value else replace(x, loose=np.ones(len(x.ids), bool))
 
     def concat(self, node: fx.Node, args: list, kwargs: dict) -> Any:
         parts, dim = argument(args, kwargs, 0, "tensors"), argument(args, kwargs, 1, "dim", 0)
-        if isinstance(parts, (list, tuple)) and all(map(is_channels, parts)):
-            if dim in (1, -3):
-                return Channels(*(np.concatenate([getattr(p, key) for p in parts]) for key in ("ids", "loose")))
-            if is_spatial(dim) and len({len(part.ids) for part in parts}) == 1:
-                return self.join(parts)
+        if isinstance(parts, (list, tuple)) and parts and all(isinstance(p, Channels) and len(p.ids) for p in parts):
+            first = parts[0]
+            if all(part.space == first.space for part in parts):
+                if is_channel_dimension(first, dim):  # a vector of spread ones can be read where none is
+                    return Channels(np.concatenate([p.ids for p in parts]), np.concatenate([p.loose for p in parts]),
+                                    first.space)
+                if is_spatial(first, dim) and len({len(part.ids) for part in parts}) == 1:
+                    return self.join(parts)
         return self.unknown([parts], {}, f"a concat of unlike parts{self.place}")
-
-    def split(self, node: fx.Node, args: list, kwargs: dict) -> Any:
-        """x.chunk(n, dim) and x.split([...], dim), in parts along the channels (chunk only) or in space."""
-        x, dim = args[0] if args else None, argument(args, kwargs, 2, "dim", 0)
-        chunks = node.target in ops.CHUNKS
-        parts = argument(args, kwargs, 1, "chunks" if chunks else "split_size_or_sections")
-        count = parts if chunks else len(parts) if isinstance(parts, (list, tuple)) else None
-        if is_channels(x) and isinstance(count, int):
-            if is_spatial(dim):
-                return [x] * count
-            if chunks and dim == 1 and len(x.ids) % count == 0:
-                self.align(x.ids, count)  # the parts must stay equal, or chunk() would cut elsewhere
-                return [Channels(*part) for part in zip(np.split(x.ids, count), np.split(x.loose, count))]
-        return self.strange(node, args, kwargs)
 
     def stack(self, node: fx.Node, args: list, kwargs: dict) -> Any:
         """torch.stack(tensors, dim) with the new dimension behind the channels, for flatten to lay into another."""
         parts, dim = argument(args, kwargs, 0, "tensors"), argument(args, kwargs, 1, "dim", 0)
-        if dim in (2, 3, 4, -1) and isinstance(parts, (list, tuple)) and all(map(is_channels, parts)):
-            joined = self.join(parts)
-            return Stack(joined.ids, joined.loose)
+        alike = isinstance(parts, (list, tuple)) and all(map(is_map, parts)) and len({len(p.ids) for p in parts}) == 1
+        if alike and is_spatial(stacked := replace(parts[0], space=3), dim):
+            return replace(stacked, loose=self.join(parts).loose)
         return self.strange(node, args, kwargs)
-
-    def flatten(self, node: fx.Node, args: list, kwargs: dict) -> Any:
-        """A 5-D stack becomes a 4-D tensor by laying two neighbouring dimensions behind the channels into one."""
-        x = args[0] if args else kwargs.get("input")
-        dims = argument(args, kwargs, 1, "start_dim", 0), argument(args, kwargs, 2, "end_dim", -1)
-        if isinstance(x, Stack) and dims in ((2, 3), (3, 4), (3, -1)):
-            return Channels(x.ids, x.loose)
-        return self.strange(node, args, kwargs)
-
-    def spatial_mean(self, node: fx.Node, args: list, kwargs: dict) -> Any:
-        """x.mean((2, 3), keepdim=True), or amax."""
-        x, dims, keepdim = args[0] if args else None, *(
-            argument(args, kwargs, i, key) for i, key in ((1, "dim"), (2, "keepdim")))
-        dims = dims if isinstance(dims, (list, tuple)) else (dims,)
-        return x if keepdim is True and is_channels(x) and is_spatial(*dims) else self.strange(node, args, kwargs)
-
-    def turn(self, node: fx.Node, args: list, kwargs: dict) -> Any:
-        """x.transpose(2, 3) and x.permute(0, 1, 3, 2): height and width change places."""
-        x, *dims = args
-        if len(dims) == 1 and isinstance(dims[0], (list, tuple)):
-            dims = list(dims[0])
-        if node.target in ops.PERMUTES and dims[:2] == [0, 1] and len(dims) == 4:
-            dims = dims[2:]
-        in_space = len(dims) == 2 and not kwargs and is_spatial(*dims)
-        return x if in_space and is_channels(x) else self.strange(node, args, kwargs)
-
-    def shuffle(self, node: fx.Node, args: list, kwargs: dict) -> Any:
-        x, factor = argument(args, kwargs, 0, "input"), [*args[1:], *(v for k, v in kwargs.items() if k != "input")]
-        if not is_channels(x) or len(factor) != 1 or not isinstance(factor[0], int):
-            return self.strange(node, args, kwargs)
-        return self.shuffled(node.target, x, factor[0])
-
-    def shuffled(self, operation: Any, x: Channels, factor: int) -> Channels:
-        """Pixel unshuffle, pixel shuffle (factor: of the sides), or channel shuffle (factor: the groups)."""
-        if operation in ops.UNSHUFFLES:
-            return Channels(np.repeat(x.ids, factor ** 2), np.repeat(x.loose, factor ** 2))
-        if operation in ops.SHUFFLES:  # factor ** 2 channels in a row make one
-            ids, loose = x.ids.reshape(-1, factor ** 2), x.loose.reshape(-1, factor ** 2)
-            self.align(ids.T.ravel(), factor ** 2)
-            return Channels(ids[:, 0], np.logical_or.reduce(loose, 1))
-        self.align(x.ids, factor)
-        return Channels(x.ids.reshape(factor, -1).T.ravel(), x.loose.reshape(factor, -1).T.ravel())
-
-    def shape_query(self, node: fx.Node, args: list, kwargs: dict) -> Any:
-        """x.shape, x.size(), x.size(2), x.dim(), and attributes such as x.device, which depend on no channel."""
-        x, *rest = args
-        is_attribute = node.target is getattr
-        if not isinstance(x, Channels) or node.target == "dim" or (is_attribute and rest[0] in ops.CHANNEL_FREE):
-            return None
-        if is_attribute and rest[0] != "shape":
-            return self.unknown([x], {}, f"attribute '{rest[0]}'{self.place}")
-        shape, dim = Shape(x.ids), argument(rest, kwargs, 0, "dim")
-        return self.item(node, [shape, dim], {}) if dim is not None and node.target == "size" else shape
-
-    def item(self, node: fx.Node, args: list, kwargs: dict) -> Any:
-        """x[index]: an element of a list, or a crop in space, which leaves the channels alone."""
-        x, index = args
-        if isinstance(x, (list, tuple)):
-            return x[index]
-        if isinstance(x, Shape):
-            # Code may compute with heights and widths. Code that reads the number of channels relies on it.
-            reads_channels = not isinstance(index, (int, slice)) or 1 in np.atleast_1d(np.arange(4)[index])
-            if reads_channels and node.users:
-                return self.unknown([x], {}, f"the number of channels{self.place}")
-            return None
-        if x is None or (is_channels(x) and is_crop(index)):
-            return x
-        return self.unknown([x], {}, f"index {index}{self.place}")
 
     def elementwise(self, node: fx.Node, args: list, kwargs: dict) -> Any:
         """Sum or product of two tensors: their channels are kept or cut together. A factor leaves them alone."""
@@ -347,18 +260,33 @@ class Walker:
         product = node.target in ops.PRODUCTS
         if not isinstance(a, Ids) and not isinstance(b, Ids):
             return None
-        if is_channels(a) and is_channels(b) and node.target not in ops.DIVISIONS:
-            if len(a.ids) == len(b.ids):
-                if not product and not (a.loose & b.loose).all():
-                    self.coupled.update(a.ids.tolist())  # a shortcut, be it around a depthwise convolution
-                return self.join([a, b], product)
-            if product and 1 in (len(a.ids), len(b.ids)):  # one factor for all channels of a pixel: it stays
-                wide, narrow = (a, b) if len(b.ids) == 1 else (b, a)
-                self.freeze(narrow)
-                return wide
-        if node.target not in ops.ADDITIONS:
-            if is_channels(a) and is_scalar(b):
-                return a
-            if product and is_channels(b) and is_scalar(a):
-                return b
-        return self.unknown([a, b], {}, f"operation '{node.name}' on unlike shapes{self.place}")
+        if isinstance(a, Channels) and isinstance(b, Channels):
+            value = None if node.target in ops.DIVISIONS or a.space != b.space else self.joined(a, b, product)
+        elif isinstance(a, Channels):
+            value = self.with_constant(a, b, node.target in ops.ADDITIONS)
+        elif isinstance(b, Channels) and node.target not in ops.DIVISIONS:
+            value = self.with_constant(b, a, node.target in ops.ADDITIONS)
+        else:
+            value = None
+        if value is None:
+            self.unknown([a, b], {}, f"operation '{node.name}' on unlike shapes{self.place}")
+        return value
+
+    def joined(self, a: Channels, b: Channels, product: bool) -> Channels | None:
+        if len(a.ids) == len(b.ids):
+            if not product and not (a.loose & b.loose).all():
+                self.coupled.update(a.ids.tolist())  # a shortcut, be it around a depthwise convolution
+            return self.join([a, b], product)
+        if product and 1 in (len(a.ids), len(b.ids)) and not (a.spread or b.spread):
+            wide, narrow = (a, b) if len(b.ids) == 1 else (b, a)  # one factor for all channels of a pixel: it stays
+            self.freeze(narrow)
+            return wide
+        return None
+
+    def with_constant(self, x: Channels, constant: Any, sum_of: bool) -> Channels | None:
+        """x and a number, or a parameter with a value for each channel. What is added stands in a cut channel, too."""
+        if sum_of and isinstance(constant, (int, float)) and constant == 0:  # sum([a, b]) begins with it
+            return x
+        if not is_scalar(constant) and not self.follows(constant, x):
+            return None
+        return replace(x, loose=np.ones(len(x.ids), bool)) if sum_of else x
