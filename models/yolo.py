@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from contextlib import nullcontext
 from copy import deepcopy
 from pathlib import Path
@@ -12,11 +13,15 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+if not __package__:  # run as a script: python models/yolo.py --cfg yolov5s.yaml
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import models.experimental  # noqa: F401  (registers its block)
 from models.common import BLOCKS, EPS, MOMENTUM, Conv, block
 from models.config import read_yaml
 from models.schema import is_number
-from utils.errors import UserError, first_line
+from models.summary import show
+from utils.errors import UserError, first_line, run_cli
 
 # What a block raises that is given the wrong arguments.
 BUILD_ERRORS = (TypeError, ValueError, IndexError, KeyError, AttributeError, AssertionError, RuntimeError,
@@ -367,3 +372,7 @@ def whole_strides(imgsz: int, stride: Tensor | int) -> int:
     """`imgsz` pixels, rounded up to a multiple of the (largest) stride."""
     largest = int(torch.as_tensor(stride).max())
     return math.ceil(imgsz / largest) * largest
+
+
+if __name__ == "__main__":
+    run_cli(lambda: show(Model))
