@@ -21,8 +21,8 @@ import torch
 from tqdm import tqdm
 
 from models import checkpoint, formats
-from models.formats import Detector, ExportOptions, Format, export_options
-from models.formats.format import Decoded, Suppression
+from models.formats import Detector, ExportOptions, Format, Suppression, export_options
+from models.formats.format import Decoded
 from models.yolo import Model, fused, on_device
 from training.settings import trained_data
 from utils.data.calibration import CalibrationImages

@@ -23,8 +23,8 @@ class Ensemble:
         self.input_shape = (0, *(max(sides) for sides in list(zip(*(model.input_shape for model in models)))[1:]))
         for model, title in zip(models, titles):
             if len(model.names) != len(first.names):
-                raise UserError(f"{title}: knows {len(model.names)} classes, {titles[0]} {len(first.names)}; the models "
-                                "of an ensemble have the same classes")
+                raise UserError(f"{title}: knows {len(model.names)} classes, {titles[0]} {len(first.names)}; the models"
+                                " of an ensemble have the same classes")
             if any(own not in (0, all_) for own, all_ in zip(model.input_shape[1:], self.input_shape[1:])):
                 raise UserError(f"{title}: takes images of shape {model.input_shape[1:]}, another one of the ensemble "
                                 f"{self.input_shape[1:]}; export them for one size")

@@ -18,6 +18,7 @@ from models.formats.format import (
     Detector,
     ExportOptions,
     Format,
+    Suppression,
     export_options,
     format_of,
     formats,
@@ -27,7 +28,7 @@ from models.formats.format import (
 from models.yolo import fused, on_device
 from utils.errors import UserError
 
-__all__ = ["PRECISIONS", "Detector", "ExportOptions", "Format", "export_options", "format_of", "formats",
+__all__ = ["PRECISIONS", "Detector", "ExportOptions", "Format", "Suppression", "export_options", "format_of", "formats",
            "load", "register", "runtimes"]
 
 

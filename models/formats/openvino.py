@@ -97,6 +97,8 @@ class OpenVinoDetector(FileDetector):
             if self.precision != "fp16":
                 config["INFERENCE_PRECISION_HINT"] = "f32"
             self.request = openvino.Core().compile_model(model, "CPU", config).create_infer_request()
+        except UserError:
+            raise
         except StopIteration:
             raise UserError(f"{path}: has no .xml file; export it again") from None
         except Exception as error:  # OpenVINO raises RuntimeError and kinds of its own
