@@ -198,3 +198,12 @@ def test_silu_works_in_place_in_eval_mode_only():
         gradients.append([p.grad for p in model.parameters()])
     assert all(map(torch.equal, *gradients))
     assert all(m.inplace for m in model.eval().modules() if isinstance(m, nn.SiLU))
+
+
+def test_a_yaml_is_shown_layer_by_layer(script, tmp_path):
+    """python models/yolo.py was a traceback."""
+    said = script("models/yolo.py", "--cfg", "yolov5n.yaml", cwd=tmp_path).stdout.splitlines()
+    assert len(said) == 28 and said[2].split()[:5] == ["0", "-1", "1", "1760", "Conv"]
+    assert "1,872,157 parameters, 4.5 GFLOPs at 640 px" in said[-1]
+    done = script("models/yolo.py", "--cfg", "none.yaml", cwd=tmp_path, code=2)
+    assert done.stderr.startswith("error: --cfg none.yaml: no such file") and done.stderr.count("\n") == 1
