@@ -22,14 +22,14 @@ from export import CPU, megabytes
 from models import checkpoint, formats
 from models.formats import PRECISIONS, Detector, Format, export_options
 from models.yolo import Model, fused, on_device, whole_strides
-from training.settings import resolve
+from training.settings import data_of_model, resolve
 from utils.data.calibration import CalibrationImages
 from utils.data.config import read_data
 from utils.device import select_device
 from utils.errors import UserError, first_line, run_cli
 from utils.files import new_run_folder
-from utils.options import add_common
-from utils.parser import Argv, HelpfulParser, at_least, from_python
+from utils.options import WEIGHTS_HELP, add_common, weights_or_newest
+from utils.parser import Argv, HelpfulParser, at_least, fraction, from_python
 from utils.plots.slimming import plot_latencies
 from utils.slimming.cost import profile
 from utils.slimming.timing import medians, synchronize
@@ -58,7 +58,8 @@ def parse(argv: Argv = None) -> Namespace:
     """Command line -> options."""
     parser = HelpfulParser(__doc__, like="benchmarks.py")
     add = parser.add_argument
-    add("--weights", nargs="+", required=True, help="checkpoints: dense, slim, official; the first one is the measure")
+    add("--weights", nargs="+",
+        help=f"checkpoints: dense, slim, official; the first one is the measure ({WEIGHTS_HELP})")
     add_common(parser, "runs/benchmarks")
     add("--include", nargs="+", choices=[TORCH, *formats.runtimes()], help="runtimes (all that are installed)")
     add("--precisions", nargs="+", choices=list(PRECISIONS), help="precisions (all that a format has)")
@@ -66,11 +67,14 @@ def parse(argv: Argv = None) -> Namespace:
     add("--threads", type=at_least(1), help="threads of the CPU (PyTorch's choice)")
     add("--runs", type=at_least(1), default=50, help="turns of the timing")
     add("--calibration-images", type=at_least(1), default=100, metavar="N", help="training images for int8")
-    add("--hard-fail", action="store_true", help="end with exit code 2 at the first format that fails")
+    add("--hard-fail", nargs="?", const=True, default=False, type=fraction(zero=False, one=False), metavar="MAP",
+        help="end with exit code 2 at the first format that fails, or whose mAP50-95 is not above this number")
     add("--noval", action="store_true", help="do not measure accuracy")
     add("--noplots", action="store_true", help="make no picture")
     parser.apart("--half", ["--precisions"], "fp16 and nothing else, {} says which as well")
     opt = parser.parse_args(argv)
+    if opt.noval and opt.hard_fail not in (False, True):
+        raise UserError(f"--hard-fail {opt.hard_fail:g}: is about mAP, --noval measures none; leave one of the two out")
     opt.batch_size = opt.batch_size or 1  # as in YOLOv5: a batch of one image
     opt.precisions = ["fp16"] if opt.half else opt.precisions or list(PRECISIONS)
     return opt
@@ -81,7 +85,10 @@ def main(argv: Argv = None) -> Path:
     opt = parse(argv)
     if opt.threads:
         torch.set_num_threads(opt.threads)
+    opt.weights = opt.weights or [weights_or_newest()]
     read = [checkpoint.read(path) for path in opt.weights]
+    if not opt.noval:
+        opt.data = opt.data or data_of_model(read[0], opt.weights[0], read[0]["names"], opt.single_cls)
     opt = resolve(opt, read[0])
     device = select_device(opt.device)
     models = {name: checkpoint.build(data, path=path)
@@ -165,7 +172,7 @@ def export(entry: Entry, model: Model, fmt: Format, opt: Namespace, folder: Path
     entry.megabytes = megabytes(path)
 
 
-def attempt(entry: Entry, step: Callable[[], None], hard_fail: bool) -> None:
+def attempt(entry: Entry, step: Callable[[], None], hard_fail: bool | float) -> None:
     """Take a step. Where it fails the row tells the reason, and the others go on."""
     try:
         step()
@@ -184,6 +191,8 @@ def measure_accuracy(entry: Entry, opt: Namespace) -> None:
         assert entry.detector is not None
         loader = dataset_loader(entry.detector, opt, square=True)  # the shape that files of fixed size take
         entry.accuracy = evaluate(entry.detector, loader, entry.device, single_cls=opt.single_cls).ap.map
+        if opt.hard_fail not in (False, True) and not entry.accuracy > opt.hard_fail:
+            raise UserError(f"mAP50-95 is {entry.accuracy:.4g}, not above --hard-fail {opt.hard_fail:g}")
 
     attempt(entry, step, opt.hard_fail)
 

@@ -2,6 +2,7 @@
 
     python detect.py --weights pruned_model.pt --source photos/
     python detect.py --weights runs/train/exp/weights/best.pt --source 0 --view-img
+    python detect.py --weights a.pt b.pt --source https://example.com/bus.jpg      # an ensemble
 """
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ from collections import Counter
 from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -21,37 +23,45 @@ from tqdm import tqdm
 
 from models import formats
 from models.inference import detect, image_size, require_rgb
+from training.settings import data_of_model
 from utils.boxes import cut_out, label_rows, nms
+from utils.data.config import read_data
 from utils.data.sources import Frame, frames
 from utils.device import select_device
 from utils.errors import UserError, run_cli
 from utils.files import UniqueNames, atomic, new_run_folder, printable, safe_name, write_text
-from utils.options import add_detection_flags, add_imgsz_flag, add_run_flags
+from utils.options import WEIGHTS_HELP, add_detection_flags, add_imgsz_flag, add_run_flags, weights_or_newest
 from utils.parser import Argv, HelpfulParser, at_least, from_python
 from utils.plots.detections import draw_boxes
+from utils.tables import write_csv
 
 
 def parse(argv: Argv = None) -> Namespace:
     """Command line -> options."""
     parser = HelpfulParser(__doc__, like="detect.py")
     add = parser.add_argument
-    add("--weights", required=True, help="checkpoint (.pt: dense, slim, official), or a file that export.py wrote")
-    add("--source", required=True, help="image, video, folder, pattern, .txt list, stream address, .streams file, "
-                                        "or a camera's number")
-    add_imgsz_flag(parser, "longest side in pixels (the checkpoint's, or 640)")
+    add("--weights", nargs="+", help="checkpoint (.pt: dense, slim, official), or a file that export.py wrote; "
+                                     f"several: an ensemble ({WEIGHTS_HELP})")
+    add("--source", help="image, video, folder, pattern, .txt list, address of an image or a stream, .streams file, "
+                         "or a camera's number (not given: the val images of the checkpoint's data)")
+    add_imgsz_flag(parser, "longest side in pixels, or height and width (the checkpoint's, or 640)", nargs="+")
     add_detection_flags(parser, conf=0.25, iou=0.45, max_det=1000)
     add("--classes", nargs="+", type=int, help="class numbers to keep (all)")
     add("--agnostic-nms", action="store_true", help="NMS over all classes together")
     add("--view-img", action="store_true", help="show the pictures in a window (needs opencv-python, not -headless)")
     add("--save-txt", action="store_true", help="write labels/*.txt: class x y w h")
     add("--save-conf", action="store_true", help="with --save-txt: a sixth column, the confidence")
+    add("--save-format", type=int, choices=[0, 1], default=0,
+        help="with --save-txt: 0 = class x y w h as shares of the image, 1 = class x1 y1 x2 y2 in pixels")
+    add("--save-csv", action="store_true", help="write predictions.csv: image, class and confidence of every object")
     add("--save-crop", action="store_true", help="write every object as a picture, crops/<class>/*.jpg")
     add("--nosave", action="store_true", help="write no pictures and videos")
     add("--vid-stride", type=at_least(1), default=1, help="look at every so many frames of a video")
+    add("--line-thickness", type=at_least(1), help="pixels of a box's line (by the image's size)")
     add("--hide-labels", action="store_true", help="draw boxes without captions")
     add("--hide-conf", action="store_true", help="captions without confidences")
     add_run_flags(parser, "runs/detect")
-    parser.needs(["--save-conf"], "--save-txt")
+    parser.needs(["--save-conf", "--save-format"], "--save-txt")
     return parser.parse_args(argv)
 
 
@@ -97,6 +107,7 @@ class Output:
         self.made: Path | None = None
         self.videos: dict[Path, Video] = {}
         self.stems, self.classes = UniqueNames(), UniqueNames()
+        self.rows: list[dict[str, str]] = []  # of predictions.csv, as YOLOv5 calls its columns
 
     @property
     def folder(self) -> Path:
@@ -111,21 +122,27 @@ class Output:
         if frame.number is not None and frame.path.is_file():  # an image beside it may be called like a frame
             stem = self.stems((frame.path, frame.number), stem)
         if self.opt.save_txt:
-            rows = label_rows(found, frame.image.shape, self.opt.save_conf)
+            rows = label_rows(found, frame.image.shape, self.opt.save_conf, pixels=self.opt.save_format == 1)
             write_text(self.folder / "labels" / f"{stem}.txt", rows)
+        if self.opt.save_csv:
+            self.rows += [{"Image Name": frame.path.name, "Prediction": self._name(cls), "Confidence": f"{score:.2f}"}
+                          for score, cls in found[:, 4:].tolist()]
         if self.opt.save_crop:
             self._write_crops(stem, found, frame.image)
         if self.opt.nosave and not self.opt.view_img:
             return
         captions = [self._caption(score, cls) for score, cls in found[:, 4:].tolist()]
-        drawn = draw_boxes(frame.image, found[:, :4].numpy(), captions, found[:, 5].int().tolist())
+        drawn = draw_boxes(frame.image, found[:, :4].numpy(), captions, found[:, 5].int().tolist(),
+                           self.opt.line_thickness)
         if not self.opt.nosave:
             self._write_picture(frame, own, drawn)
         if self.opt.view_img:
             self._show(frame, drawn)
 
     def close(self) -> None:
-        """Finish the videos that are open."""
+        """Finish the table and the videos that are open."""
+        if self.rows:
+            write_csv(self.folder / "predictions.csv", self.rows)
         while self.videos:
             self.videos.popitem()[1].close()
 
@@ -173,15 +190,28 @@ def _write_image(path: Path, image: np.ndarray) -> None:
         temporary.write_bytes(data.tobytes())
 
 
+def usual_source(data: dict[str, Any], weights: str, names: dict[int, str]) -> str:
+    """What --source means where it is not given: the val images of the data that val.py would take. Says so."""
+    try:
+        config = read_data(data_of_model(data, weights, names), needed=("val",))
+    except UserError as error:
+        raise UserError("--source: give an image, a folder, a video or a camera's number, such as --source photos/ "
+                        f"(its default is the val images of the checkpoint's data: {error})") from None
+    print(f"--source not given: taking the val images of {config.file}")
+    return str(config.val[0])
+
+
 @torch.inference_mode()
 def main(argv: Argv = None) -> Path:
     """Command line -> the run's folder."""
     opt = parse(argv)
-    device = select_device(opt.device, half=opt.half)
-    model, data = formats.load(opt.weights, device, opt.half, opt.augment)
-    require_rgb(model, opt.weights)
+    device, weights = select_device(opt.device), opt.weights or [weights_or_newest()]
+    model, data = formats.load(weights, device, opt.half, opt.augment)
+    require_rgb(model, title := " ".join(weights))
+    opt.source = opt.source or usual_source(data, title, model.names)
     imgsz = image_size(model, opt.imgsz, data.get("imgsz"))
-    pixels = imgsz if not model.input_shape[2] else " x ".join(map(str, dict.fromkeys(model.input_shape[2:])))
+    sides = model.input_shape[2:] if model.input_shape[2] else np.broadcast_to(imgsz, 2).tolist()
+    pixels = " x ".join(map(str, dict.fromkeys(sides)))
     suppress = partial(nms, conf=opt.conf_thres, iou=opt.iou_thres, classes=opt.classes, agnostic=opt.agnostic_nms,
                        max_det=opt.max_det)
     output, counts = Output(model.names, opt), dict.fromkeys(model.names, 0)

@@ -21,16 +21,17 @@ import torch
 from tqdm import tqdm
 
 from models import checkpoint, formats
-from models.formats import Detector, ExportOptions, Format, export_options
+from models.formats import Detector, ExportOptions, Format, Suppression, export_options
 from models.formats.format import Decoded
 from models.yolo import Model, fused, on_device
 from training.settings import trained_data
 from utils.data.calibration import CalibrationImages
 from utils.data.config import read_data
 from utils.data.loader import DetectionLoader, validation_loader
+from utils.device import select_device
 from utils.errors import UserError, run_cli
-from utils.options import add_imgsz_flag, add_seed_flag
-from utils.parser import Argv, HelpfulParser, at_least, from_python
+from utils.options import WEIGHTS_HELP, add_imgsz_flag, add_seed_flag, weights_or_newest
+from utils.parser import Argv, HelpfulParser, at_least, fraction, from_python
 from utils.tables import text_table, write_csv
 from val import evaluate, require_same_classes
 
@@ -42,13 +43,20 @@ def parse(argv: Argv = None) -> Namespace:
     """Command line -> options."""
     parser = HelpfulParser(__doc__, like="export.py")
     add = parser.add_argument
-    add("--weights", required=True, help="checkpoint: dense or slim, ours or an official one")
+    add("--weights", help=f"checkpoint: dense or slim, ours or an official one ({WEIGHTS_HELP})")
     add("--include", nargs="+", choices=[*formats.formats(), "all"], default=["onnx"],
         help="formats to write, beside the checkpoint; all: those whose packages are installed")
     add_imgsz_flag(parser, "height and width, or one number for both (the checkpoint's, or 640)", nargs="+")
     add("--batch-size", type=at_least(1), default=1, help="images a batch")
     add("--dynamic", action="store_true", help="onnx, openvino: leave batch, height and width open")
     add("--opset", type=at_least(11), default=17, help="onnx: version of the operator set")
+    add("--simplify", action="store_true", help="onnx: by onnxslim, where that is installed")
+    add("--nms", action="store_true", help="onnx: give boxes instead of all predictions, for runtimes that want these")
+    add("--conf-thres", type=fraction(), default=Suppression.conf, help="--nms: least confidence of a detection")
+    add("--iou-thres", type=fraction(), default=Suppression.iou, help="--nms: IoU above which two boxes count as one")
+    add("--max-det", type=at_least(1), default=Suppression.max_det, help="--nms: detections an image")
+    add("--agnostic-nms", action="store_true", help="--nms: over all classes together")
+    add("--device", default="cpu", help="where torchscript will run, and the files are checked")
     add("--half", action="store_true", help="fp16, where a format has it")
     add("--int8", action="store_true", help="weights and activations in 8 bits, where a format has it")
     add("--data", help="--int8: data yaml; activations are measured on its train images (the checkpoint's)")
@@ -64,7 +72,10 @@ def parse(argv: Argv = None) -> Namespace:
     parser.apart("--int8-sensitivity", ["--noval"], "measures mAP, {} forbids it")
     parser.needs(["--data", "--calibration-images", "--seed", "--int8-keep", "--noval", "--workers"],
                  "--int8", "--int8-sensitivity")
+    parser.apart("--nms", ["--int8-sensitivity"], "leaves out boxes that the mAP of {} is about")
     parser.needs(["--dynamic", "--opset"], "--include onnx", "--include openvino", "--include all")
+    parser.needs(["--simplify", "--nms"], "--include onnx", "--include all")
+    parser.needs(["--conf-thres", "--iou-thres", "--max-det", "--agnostic-nms"], "--nms")
     opt = parser.parse_args(argv)
     opt.int8 |= opt.int8_sensitivity
     if opt.int8 and opt.opset < 13:
@@ -103,7 +114,9 @@ def options_of(opt: Namespace, model: Model, trained: dict[str, Any]) -> ExportO
     if len(size) > 2 or any(side % stride for side in size):
         raise UserError(f"--imgsz {' '.join(map(str, size))}: one or two multiples of {stride} are needed")
     shape = [opt.batch_size, model.yaml["ch"], size[0], size[-1]]
-    options = export_options(model, shape, opt.precision, dynamic=opt.dynamic, opset=opt.opset)
+    nms = Suppression(opt.conf_thres, opt.iou_thres, opt.max_det, opt.agnostic_nms) if opt.nms else None
+    options = export_options(model, shape, opt.precision, dynamic=opt.dynamic, opset=opt.opset, suppression=nms,
+                             simplify=opt.simplify, device=select_device(opt.device))
     if not opt.int8:
         return options
     opt.single_cls = bool((trained.get("opt") or {}).get("single_cls"))
@@ -135,7 +148,7 @@ def largest_difference(model: Model, detector: Detector, options: ExportOptions)
         images = torch.rand(shape)
         with torch.no_grad():
             expected = reference(images)
-            found = detector(images.to(detector.dtype))[0].float()
+            found = detector(images.to(options.device, detector.dtype))[0].float().cpu()
         worst = float(np.maximum(worst, float((found - expected).abs().max() / expected.abs().max())))  # NaN stays NaN
     return worst
 
@@ -194,13 +207,14 @@ def sensitivity(model: Model, chosen: list[Format], options: ExportOptions, load
 def main(argv: Argv = None) -> list[Path]:
     """Command line -> the files written."""
     opt = parse(argv)
+    opt.weights = opt.weights or weights_or_newest()
     trained = checkpoint.read(opt.weights)
     model = checkpoint.build(trained, path=opt.weights)
     chosen, weights = chosen_formats(opt), Path(opt.weights)
     options, stride = options_of(opt, model, trained), model.divisor
     if opt.int8_sensitivity:
         return sensitivity(model, chosen, options, validation(opt, options, stride), weights)
-    loader = validation(opt, options, stride) if opt.int8 and not opt.noval else None
+    loader = validation(opt, options, stride) if opt.int8 and not opt.noval and not opt.nms else None
     written = {}
     for fmt in chosen:
         path = written[fmt.name] = fmt.path(weights, opt.precision)
@@ -210,8 +224,10 @@ def main(argv: Argv = None) -> list[Path]:
             raise UserError(f"{path}: can't be written ({error.strerror}); free some space there and in {gettempdir()}"
                             ) from None
         print(f"{fmt.name}: {path} ({megabytes(path):.2f} MB)")
-        if fmt.load is not None and not opt.int8:
-            worst = largest_difference(model, fmt.load(path, CPU), options)
+        if fmt.name == "onnx" and opt.nms:
+            print(f"{fmt.name}: gives ({opt.batch_size}, {opt.max_det}, 6): x1 y1 x2 y2 in pixels, confidence, class")
+        elif fmt.load is not None and not opt.int8:
+            worst = largest_difference(model, fmt.load(path, options.device), options)
             print(f"{fmt.name}: largest difference to torch {worst:.1e} (relative to the largest output)")
     if loader is not None:
         compare(model, written, loader, opt.int8_keep)

@@ -21,7 +21,7 @@ from models.detector import Detector
 from models.inference import image_size, require_rgb
 from models.yolo import Model, fused, on_device
 from training.distributed import gather, main_process
-from training.settings import resolve
+from training.settings import data_of_model, resolve
 from utils.boxes import label_rows, nms, scale_boxes, xywh2xyxy
 from utils.data.coco import CocoResults
 from utils.data.config import other_names, read_data
@@ -29,9 +29,9 @@ from utils.data.dataset import DetectionDataset
 from utils.data.loader import Batch, DetectionLoader, validation_loader
 from utils.device import select_device
 from utils.errors import UserError, run_cli
-from utils.files import UniqueNames, new_run_folder, newest, write_json, write_text
+from utils.files import UniqueNames, new_run_folder, write_json, write_text
 from utils.metrics import APResult, ConfusionMatrix, ap_per_class, fitness, match
-from utils.options import add_common, add_detection_flags
+from utils.options import WEIGHTS_HELP, add_common, add_detection_flags, weights_or_newest
 from utils.parser import Argv, HelpfulParser, from_python
 from utils.slimming.timing import synchronize
 
@@ -207,8 +207,8 @@ def parse(argv: Argv = None) -> Namespace:
     """Command line -> options."""
     parser = HelpfulParser(__doc__, like="val.py")
     add = parser.add_argument
-    add("--weights", help="checkpoint, or a file that export.py wrote "
-                          "(not given: the newest best.pt or pruned_model.pt under runs/)")
+    add("--weights", nargs="+",
+        help=f"checkpoint, or a file that export.py wrote; several: an ensemble ({WEIGHTS_HELP})")
     add_common(parser, "runs/val")
     add_detection_flags(parser, conf=0.001, iou=0.6, max_det=300)
     add("--task", choices=["train", "val", "test"], default="val", help="which images of the data yaml")
@@ -227,14 +227,10 @@ def parse(argv: Argv = None) -> Namespace:
 def main(argv: Argv = None) -> dict[str, Any]:
     """Evaluate a checkpoint as the command line says; returns what metrics.json holds."""
     opt = parse(argv)
-    if not opt.weights:
-        found = newest("runs/*/*/weights/best.pt") or newest("runs/prune/*/pruned_model.pt")
-        if found is None:
-            raise UserError("--weights: no run here yet; give a checkpoint: --weights path/to/best.pt")
-        opt.weights = str(found)
-        print(f"--weights not given: taking the newest, {found}")
-    device = select_device(opt.device, half=opt.half)
-    model, data = formats.load(opt.weights, device, opt.half, opt.augment)
+    device, weights = select_device(opt.device), opt.weights or [weights_or_newest()]
+    model, data = formats.load(weights, device, opt.half, opt.augment)
+    opt.weights = " ".join(weights)
+    opt.data = opt.data or data_of_model(data, opt.weights, model.names, opt.single_cls)
     opt.imgsz = image_size(model, opt.imgsz, None) if any(model.input_shape[2:]) else opt.imgsz
     opt.batch_size = model.input_shape[0] or opt.batch_size
     opt = resolve(opt, data)

@@ -1,7 +1,7 @@
 """Detect in an image with ncnn, without PyTorch. fp32 or fp16.
 
     pip install ncnn opencv-python-headless numpy pyyaml
-    python examples/detect_ncnn.py best_ncnn photo.jpg detected.jpg
+    python examples/detect_ncnn.py best_ncnn_model photo.jpg detected.jpg
 """
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 //     OV=$(python -c "import openvino, os; print(os.path.dirname(openvino.__file__))")
 //     LIBRARY="-L$OV/libs -l:$(basename $OV/libs/libopenvino.so.*) -Wl,-rpath,$OV/libs"
 //     g++ -O2 -std=c++17 examples/detect_openvino.cpp -o detect -I$OV/include $LIBRARY
-//     ./detect best_openvino/model.xml photo.ppm detected.ppm       (or best.onnx)
+//     ./detect best_openvino_model/model.xml photo.ppm detected.ppm       (or best.onnx)
 #include <algorithm>
 #include <cmath>
 #include <cstdio>

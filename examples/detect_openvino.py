@@ -1,7 +1,7 @@
 """Detect in an image with OpenVINO, without PyTorch. Any precision: fp32, fp16, int8.
 
     pip install openvino opencv-python-headless numpy
-    python examples/detect_openvino.py best_openvino/model.xml photo.jpg detected.jpg
+    python examples/detect_openvino.py best_openvino_model/model.xml photo.jpg detected.jpg
 """
 from __future__ import annotations
 

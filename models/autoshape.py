@@ -3,12 +3,11 @@ from __future__ import annotations
 
 import io
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from copy import copy
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import unquote, urlparse
 
 import cv2
@@ -23,7 +22,7 @@ from models.inference import detect, image_size, require_rgb
 from models.yolo import Model
 from utils.boxes import cut_out, nms, xyxy2xywh
 from utils.data.image_files import UNREADABLE, decode, read_header, reason_of
-from utils.downloads import fetch
+from utils.data.sources import fetched
 from utils.errors import UserError
 from utils.files import UniqueNames, atomic, new_run_folder, safe_name
 from utils.plots.detections import draw_boxes
@@ -44,6 +43,7 @@ class AutoShape(nn.Module):
     multi_label = False                    # a box may be of several classes
     classes: Sequence[int] | None = None   # class numbers to keep; None: all
     max_det = 1000                         # boxes an image
+    amp = False                            # mixed precision, of a .pt on a GPU
 
     def __init__(self, model: Detector, device: torch.device, imgsz: int | None = None):
         """model: in any format, ready to run on `device`. imgsz: longest side in pixels where a call names none."""
@@ -68,12 +68,14 @@ class AutoShape(nn.Module):
         """Where it computes; .to(), .cuda() and .cpu() move a .pt model."""
         return next((p.device for p in self.parameters()), self._device)
 
-    def forward(self, images: Any, size: int | None = None, augment: bool = False) -> Any:
+    def forward(self, images: Any, size: int | Sequence[int] | None = None, augment: bool = False,
+                profile: bool = False) -> Any:
         """Detect in one image or a list of them -> Detections.
 
-        An image is a path, an http(s) URL, a file's bytes, a PIL image, or an array of values 0..255: (h, w, 3) RGB
-        (an OpenCV image is BGR: give image[..., ::-1]), (h, w) grey, or with the channels in front.
-        size: longest side in pixels; not given: the one that the checkpoint was trained at, else 640.
+        An image is a path, an http(s) URL, an open file or its bytes, a PIL image, or an array of values 0..255:
+        (h, w, 3) RGB (an OpenCV image is BGR: give image[..., ::-1]), (h, w) grey, or with the channels in front.
+        size: longest side in pixels, or (h, w), whose larger one counts, as in YOLOv5; not given: the one that the
+        checkpoint was trained at, else 640. profile: changes nothing, the times are always taken.
         augment: test-time augmentation, .pt only. All images go through the model in one batch, or as many at a time
         as its file was exported for. A tensor (B, 3, H, W) in 0..1 goes through the model as it is; the answer is
         then its decoded (B, N, nc + 5).
@@ -86,28 +88,35 @@ class AutoShape(nn.Module):
                 raise UserError("augment=True: not with an exported model, whose size may be fixed; load the .pt")
             model = TestTimeAugmentation(model)
         if isinstance(images, Tensor):
-            with torch.inference_mode():
+            with torch.inference_mode(), self._precision():
                 return model(images.to(self.device, model.dtype))[0].clone()
         several = images if isinstance(images, (list, tuple)) else [images]
         loaded = [read_image(image, i) for i, image in enumerate(several)]
+        size = max(size) if isinstance(size, (list, tuple)) else size
         return self._detect(model, loaded, image_size(model, size, self.imgsz, "size"))
 
-    def _detect(self, model: Detector, loaded: list[tuple[np.ndarray, str]], size: int) -> Detections:
+    def _precision(self) -> torch.autocast:
+        """Mixed precision where .amp asks for it and a GPU computes."""
+        kind = self.device.type
+        return torch.autocast(kind, enabled=self.amp and kind != "cpu" and isinstance(self.model, Model))
+
+    def _detect(self, model: Detector, loaded: list[tuple[np.ndarray, str]],
+                size: int | tuple[int, int]) -> Detections:
         suppress = partial(nms, conf=self.conf, iou=self.iou, classes=self.classes, agnostic=self.agnostic,
                            multi_label=self.multi_label, max_det=self.max_det)
         at_once = model.input_shape[0] or max(len(loaded), 1)
         boxes: list[Tensor] = []
-        seconds, shape = np.zeros(3), torch.Size((0, 3, size, size))
+        seconds, shape = np.zeros(3), torch.Size((0, 3, *np.broadcast_to(size, 2).tolist()))
         for start in range(0, len(loaded), at_once):
             batch = [cv2.cvtColor(image, cv2.COLOR_RGB2BGR) for image, _ in loaded[start:start + at_once]]
-            with torch.inference_mode():
+            with torch.inference_mode(), self._precision():
                 found = detect(model, batch, size, self.device, suppress)
             boxes += [b.clone() for b in found.boxes]  # a clone may be changed in place; what inference_mode makes not
             seconds, shape = seconds + found.seconds, found.shape
         unique = UniqueNames()
         files = [f"{unique(i, safe_name(Path(name).stem), i)}.jpg" for i, (_, name) in enumerate(loaded)]
-        ms = tuple((seconds * 1000 / max(len(loaded), 1)).tolist())
-        return Detections([image for image, _ in loaded], boxes, files, self.names, (len(loaded), *shape[1:]), ms)
+        return Detections([image for image, _ in loaded], boxes, files, self.names, (len(loaded), *shape[1:]),
+                          tuple(Seconds(s) for s in seconds.tolist()))
 
 
 def read_image(source: Any, number: int = 0) -> tuple[np.ndarray, str]:
@@ -117,16 +126,17 @@ def read_image(source: Any, number: int = 0) -> tuple[np.ndarray, str]:
     """
     name = f"image{number}"
     if isinstance(source, str) and source.lower().startswith(("http://", "https://")):
-        return _fetched(source, name)
+        return cv2.cvtColor(fetched(source), cv2.COLOR_BGR2RGB), Path(unquote(urlparse(source).path)).name or name
     if isinstance(source, (str, Path)):
         path = Path(source)
-        return _decoded(path, str(path)), path.name
-    if isinstance(source, bytes):
+        return _decoded(path), path.name
+    if isinstance(source, bytes) or hasattr(source, "read"):
+        name = Path(str(getattr(source, "name", name))).name
         try:
-            source = Image.open(io.BytesIO(source))
+            source = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
         except UNREADABLE as error:
             raise UserError(f"{name}: these bytes are not an image ({reason_of(error, Path(name))})") from None
-        return read_image(source, number)
+        return read_image(source, number)[0], name
     if isinstance(source, Image.Image):
         name = Path(getattr(source, "filename", "") or name).name
         try:
@@ -138,20 +148,12 @@ def read_image(source: Any, number: int = 0) -> tuple[np.ndarray, str]:
     raise UserError(f"{name}: an image is a path, a URL, bytes, a PIL image or an array, not {type(source).__name__}")
 
 
-def _fetched(url: str, name: str) -> tuple[np.ndarray, str]:
-    name = Path(unquote(urlparse(url).path)).name or name
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "image"
-        fetch(url, path, lambda file: True, "give an address that answers, or the path of a file")
-        return _decoded(path, url), name
-
-
-def _decoded(path: Path, title: str) -> np.ndarray:
-    """The image of a file, decoded as detect.py does it; `title` names it in errors."""
+def _decoded(path: Path) -> np.ndarray:
+    """The image of a file, decoded as detect.py does it."""
     try:
         return cv2.cvtColor(decode(path, read_header(path).orientation), cv2.COLOR_BGR2RGB)
     except UNREADABLE as error:
-        raise UserError(f"{title}: can't be read as an image ({reason_of(error, path)})") from None
+        raise UserError(f"{path}: can't be read as an image ({reason_of(error, path)})") from None
 
 
 def _rgb(array: np.ndarray, name: str) -> np.ndarray:
@@ -167,6 +169,12 @@ def _rgb(array: np.ndarray, name: str) -> np.ndarray:
     return np.ascontiguousarray(image)
 
 
+class Seconds(NamedTuple):
+    """A time, as results.times holds it."""
+
+    t: float
+
+
 class Detections:
     """What AutoShape found in n images.
 
@@ -176,18 +184,25 @@ class Detections:
     .ims .files       the images, uint8 (h, w, 3) RGB, and names for their pictures
     .names            class number -> name
     .n .s .t          number of images; (B, 3, H, W) that the model saw; ms an image: letterbox, model, NMS
+    .times .imgs      for scripts of older YOLOv5: the seconds of the three, each as .t; and .ims
     """
 
     def __init__(self, ims: list[np.ndarray], pred: list[Tensor], files: list[str], names: dict[int, str],
-                 s: tuple[int, ...], t: tuple[float, ...]):
+                 s: tuple[int, ...], times: tuple[Seconds, ...]):
         sides = [torch.tensor([*image.shape[1::-1], *image.shape[1::-1], 1, 1]) for image in ims]
-        self.ims, self.pred, self.files, self.names, self.s, self.t = ims, pred, files, names, s, t
+        self.ims, self.pred, self.files, self.names, self.s, self.times = ims, pred, files, names, s, times
         self.n = len(pred)
+        self.t = tuple(time.t * 1000 / max(self.n, 1) for time in times)
         # After pandas() these are DataFrames.
         self.xyxy: list[Any] = pred
         self.xywh: list[Any] = [xyxy2xywh(p) for p in pred]
         self.xyxyn: list[Any] = [b / by for b, by in zip(self.xyxy, sides)]
         self.xywhn: list[Any] = [b / by for b, by in zip(self.xywh, sides)]
+
+    @property
+    def imgs(self) -> list[np.ndarray]:
+        """.ims"""
+        return self.ims
 
     def __len__(self) -> int:
         return self.n
@@ -197,7 +212,8 @@ class Detections:
 
     def tolist(self) -> list[Detections]:
         """A Detections for each image."""
-        return [Detections([image], [found], [file], self.names, self.s, self.t)
+        times = tuple(Seconds(time.t / self.n) for time in self.times)
+        return [Detections([image], [found], [file], self.names, self.s, times)
                 for image, found, file in zip(self.ims, self.pred, self.files)]
 
     def pandas(self) -> Detections:
@@ -271,6 +287,20 @@ class Detections:
         if folder is not None:
             print(f"Saved crops to {folder}")
         return crops
+
+    def display(self, pprint: bool = False, show: bool = False, save: bool = False, crop: bool = False,
+                render: bool = False, labels: bool = True, save_dir: str | Path = "") -> list[dict[str, Any]] | None:
+        """What older YOLOv5 has for print, show, save, crop (whose result it returns) and render, in `save_dir`."""
+        save_dir = Path(save_dir).absolute()
+        if pprint:
+            self.print()
+        if show:
+            self.show(labels)
+        if save and not crop:
+            self.save(labels, save_dir, exist_ok=True)
+        if render:
+            self.render(labels)
+        return self.crop(save, save_dir, exist_ok=True) if crop else None
 
     def _name(self, cls: float | Tensor) -> str:
         return self.names.get(int(cls), str(int(cls)))

@@ -73,6 +73,8 @@ def read(path: str | Path) -> dict[str, Any]:
     Raises UserError when it is not a detection checkpoint, or holds what it must not.
     """
     path = Path(path)
+    if not path.suffix and not path.exists():  # yolov5n, as in YOLOv5
+        path = path.with_suffix(".pt")
     if path.is_dir():
         raise UserError(f"{path}: is a folder, not a checkpoint")
     if not path.is_file():

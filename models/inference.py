@@ -26,16 +26,23 @@ class Found:
     seconds: tuple[float, float, float]    # letterbox, model, NMS
 
 
-def image_size(model: Detector, asked: int | None, usual: int | None, flag: str = "--imgsz") -> int:
-    """The longest side in pixels to detect at: what was asked for, or the `usual` one, in whole strides.
+def image_size(model: Detector, asked: int | Sequence[int] | None, usual: int | None,
+               flag: str = "--imgsz") -> int | tuple[int, int]:
+    """Pixels to detect at, in whole strides: the longest side, or (height, width) where two numbers were asked for.
 
-    A file of a fixed size has its own. UserError, which names `flag`, where another one was asked for.
+    Where none was asked for it is the `usual` one. A file of a fixed size has its own: UserError, which names `flag`,
+    where another one was asked for.
     """
-    fixed, wanted = model.input_shape[2:], whole_strides(asked or usual or 640, model.divisor)
+    given = (asked,) if isinstance(asked, int) else tuple(asked or ())
+    text, fixed = " ".join(map(str, given)), tuple(model.input_shape[2:])
+    if len(given) > 2:
+        raise UserError(f"{flag} {text}: give the longest side, or height and width")
+    wanted = tuple(whole_strides(side, model.divisor) for side in given or [usual or 640])
     if not any(fixed):
-        return wanted
-    if asked and max(fixed) not in (asked, wanted):
-        raise UserError(f"{flag} {asked}: this file takes images of {fixed[0]} x {fixed[1]} (height x width) only; "
+        return wanted[0] if len(wanted) == 1 else (wanted[0], wanted[1])
+    own = fixed if len(given) == 2 else (max(fixed),)
+    if given and own not in (given, wanted):
+        raise UserError(f"{flag} {text}: this file takes images of {fixed[0]} x {fixed[1]} (height x width) only; "
                         "leave it out, or export with --dynamic")
     return max(fixed)
 
@@ -61,16 +68,16 @@ def prepare(images: Sequence[np.ndarray], imgsz: int | tuple[int, int], stride: 
     return torch.from_numpy(x).to(device, dtype) / 255
 
 
-def detect(model: Detector, images: Sequence[np.ndarray], imgsz: int, device: torch.device,
+def detect(model: Detector, images: Sequence[np.ndarray], imgsz: int | tuple[int, int], device: torch.device,
            suppress: Callable[[Tensor], list[Tensor]]) -> Found:
-    """Detect in uint8 (h, w, 3) BGR images at `imgsz` pixels, all in one batch.
+    """Detect in uint8 (h, w, 3) BGR images, all in one batch, at what image_size() gives.
 
     suppress: utils.boxes.nms with its options. Call it without gradients.
     """
     start = time.perf_counter()
     height, width = model.input_shape[2:]
-    size = (height, width) if height else whole_strides(imgsz, model.divisor)  # a file of a fixed size has its own
-    x = prepare(images, size, model.divisor, bool(height), device, model.dtype)
+    x = prepare(images, (height, width) if height else imgsz,  # a file of a fixed size has its own
+                model.divisor, bool(height), device, model.dtype)
     synchronize(device)
     prepared = time.perf_counter()
     decoded = model(x)[0].float()

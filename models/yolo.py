@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
@@ -13,11 +14,15 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+if not __package__:  # run as a script: python models/yolo.py --cfg yolov5s.yaml
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import models.experimental  # noqa: F401  (registers its block)
 from models.common import BLOCKS, EPS, MOMENTUM, Conv, block
 from models.config import read_yaml
 from models.schema import is_number, whole
-from utils.errors import UserError, first_line
+from models.summary import show
+from utils.errors import UserError, first_line, run_cli
 
 LEAST_DIVISOR = 32  # as in YOLOv5, also where the strides are smaller
 # What a block raises that is given the wrong arguments.
@@ -390,3 +395,7 @@ def _sides_of(layers: nn.Sequential) -> Iterator[list[int]]:
 def whole_strides(imgsz: int, divisor: int) -> int:
     """`imgsz` pixels, rounded up to a multiple of a model's divisor."""
     return math.ceil(imgsz / divisor) * divisor
+
+
+if __name__ == "__main__":
+    run_cli(lambda: show(Model))

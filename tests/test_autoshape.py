@@ -5,9 +5,6 @@ import ast
 import io
 import subprocess
 import sys
-import threading
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import cv2
@@ -78,19 +75,6 @@ def photo(tiny) -> Path:
     return tiny.parent / "images/val/001.png"
 
 
-@pytest.fixture(scope="module")
-def site(tiny):
-    """The address of a server of the tiny set's images."""
-    class Quiet(SimpleHTTPRequestHandler):
-        def log_message(self, *args):
-            pass
-
-    httpd = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(tiny.parent)))
-    threading.Thread(target=httpd.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{httpd.server_port}"
-    httpd.shutdown()
-
-
 def close(found: torch.Tensor, expected: list | torch.Tensor) -> bool:
     """Within a pixel and a hundredth of confidence; the same classes."""
     wanted = torch.as_tensor(expected)
@@ -135,7 +119,7 @@ def test_all_kinds_of_images_give_the_same_boxes(model, photo, site):
     expected = model(photo).xyxy[0]
     assert len(expected) == 5
     images = [str(photo), f"{site}/images/val/001.png?size=1", data, picture, picture.convert("RGBA"), bgr[..., ::-1],
-              rgb, rgb.transpose(2, 0, 1), rgb.astype(np.float64), np.dstack([rgb, rgb[..., 0]])]
+              io.BytesIO(data), rgb, rgb.transpose(2, 0, 1), rgb.astype(np.float64), np.dstack([rgb, rgb[..., 0]])]
     for image in images:
         assert torch.equal(model(image).xyxy[0], expected)
     results = model(images)
@@ -144,6 +128,9 @@ def test_all_kinds_of_images_give_the_same_boxes(model, photo, site):
     assert results.files[:5] == ["001.jpg", "001_1.jpg", "image2.jpg", "001_3.jpg", "image4.jpg"]
     grey = rgb[..., 1]
     assert torch.equal(model(grey).xyxy[0], model(np.dstack([grey] * 3)).xyxy[0])
+    with open(photo, "rb") as file:
+        results = model(file)
+    assert torch.equal(results.xyxy[0], expected) and results.files == ["001.jpg"]
     assert not torch.equal(model(bgr).xyxy[0], expected)  # the order of the channels matters
 
 
@@ -174,7 +161,10 @@ def test_attributes_of_nms(model, photo):
 
 def test_size_and_augmentation(model, photo):
     assert model(photo).s == (1, 3, 64, 64) and model(photo, size=100).s == (1, 3, 96, 128)
-    assert model(photo, size=128).s == (1, 3, 96, 128)
+    assert model(photo, size=128).s == model(photo, size=(64, 128), profile=True).s == (1, 3, 96, 128)
+    model.amp = True  # on a CPU without effect, as in YOLOv5
+    assert torch.equal(model(photo).xyxy[0], model(photo).xyxy[0])
+    assert model(x := torch.rand(1, 3, 64, 64)).dtype == x.dtype
     assert not torch.equal(model(photo, augment=True).xyxy[0], model(photo).xyxy[0])
     x = torch.rand(2, 3, 64, 96)
     assert model(x).shape == (2, 3 * (8 * 12 + 4 * 6 + 2 * 3), 7)
@@ -248,6 +238,8 @@ def test_formats_of_boxes_and_iteration(model, photo):
     assert all(torch.equal(b[1][:, 4:], results.pred[1][:, 4:]) for b in (results.xywh, results.xywhn, results.xyxyn))
     for i, one in enumerate(results):
         assert len(one) == 1 and torch.equal(one.xyxy[0], results.xyxy[i]) and one.files == [results.files[i]]
+        assert one.t == pytest.approx(results.t)
+    assert results.imgs is results.ims and [t.t * 500 for t in results.times] == pytest.approx(results.t)  # 2 images
 
 
 def test_pandas(model, photo):
@@ -303,6 +295,24 @@ def test_save_render_and_show(model, photo, tmp_path, monkeypatch):
     monkeypatch.setattr(ImageShow, "show", lambda picture, title: False)
     with pytest.raises(UserError, match=r"\.save\(\)"):
         results.show()
+
+
+def test_display_is_what_older_versions_have(model, photo, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    results = model(photo)
+    before = results.ims[0].copy()
+    assert results.display(pprint=True, save=True) is None and (tmp_path / "001.jpg").is_file()
+    assert capsys.readouterr().out.startswith("image 1/1: 72x96 ") and np.array_equal(results.ims[0], before)
+    assert len(results.display(crop=True, save=True, save_dir="x")) == 5 and list(Path("x/crops").rglob("*.jpg"))
+    results.display(render=True, labels=False)
+    assert not np.array_equal(results.ims[0], before)
+
+
+def test_hubconf_as_a_script(script, weights, tmp_path):
+    done = script("hubconf.py", "--model", weights.with_suffix(""), cwd=tmp_path)
+    assert "image 1/1: " in done.stdout and "Speed: " in done.stdout
+    done = script("hubconf.py", "--model", "none", cwd=tmp_path, code=2)
+    assert done.stderr == "error: none.pt: no such checkpoint\n"
 
 
 def test_crops(model, photo, tmp_path):
@@ -374,15 +384,21 @@ def test_official_models(assets, tmp_path, monkeypatch):
     assert "\n" not in str(error.value)
     (tmp_path / "yolov5n.pt").symlink_to(assets / "yolov5n.pt")
     assert len(hubconf.yolov5n(_verbose=False, device="cpu").names) == 80
-    mine = hubconf.yolov5n(channels=4, classes=7, autoshape=False, device=torch.device("cpu"))
+    mine = hubconf.yolov5n(channels=4, classes=7, device=torch.device("cpu"))
     official = checkpoint.load(assets / "yolov5n.pt")
-    assert mine.detect.nc == 7 and mine(torch.rand(1, 4, 64, 64))[0].shape[2] == 12
+    assert mine.detect.nc == 7 and mine.eval()(torch.rand(1, 4, 64, 64))[0].shape[2] == 12
     same = [torch.equal(v, official.state_dict()[k]) for k, v in mine.state_dict().items()]
     assert len(same) - sum(same) == 7  # the first layer's weight, and the head's three weights and biases
-    fresh = hubconf.yolov5s(pretrained=False, classes=3, device="cpu")
-    assert isinstance(fresh, AutoShape) and len(fresh.names) == 3
-    with pytest.raises(UserError, match="4 channels"):
-        hubconf.yolov5n(pretrained=False, channels=4, device="cpu")
+    assert hubconf.yolov5n(channels=4, device="cpu").names == official.names
+    assert len(hubconf.custom("yolov5n", _verbose=False, device="cpu").names) == 80  # as in YOLOv5, .pt is added
+
+
+@pytest.mark.parametrize("options", [{"pretrained": False}, {"pretrained": False, "classes": 3, "channels": 4}])
+def test_a_model_that_is_to_be_trained_is_the_bare_one(options):
+    model = hubconf.yolov5n(**options, device="cpu")
+    assert isinstance(model, Model) and model.training and all(p.requires_grad for p in model.parameters())
+    sum(level.sum() for level in model(torch.rand(2, options.get("channels", 3), 64, 64))).backward()
+    assert model.model[0].conv.weight.grad.abs().sum() > 0 and len(model.names) == options.get("classes", 80)
 
 
 # Mistakes -------------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -77,6 +78,15 @@ def test_hard_fail_ends_at_the_first(pair, tiny, tmp_path, monkeypatch):
     broken(monkeypatch)
     with pytest.raises(UserError, match="dense, broken fp32: no word for SiLU"):
         run(pair, tiny, "--include", "broken", "--hard-fail", "--noval")
+
+
+def test_hard_fail_with_a_number_is_about_accuracy(pair, tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = ["--include", "torch", "--hard-fail"]
+    monkeypatch.setattr(benchmarks, "evaluate", lambda *_, **__: SimpleNamespace(ap=SimpleNamespace(map=0.285)))
+    with pytest.raises(UserError, match=r"dense, torch fp32: mAP50-95 is 0\.285, not above --hard-fail 0\.29"):
+        run(pair, tiny, *flags, "0.29")
+    assert float(rows_of(run(pair, tiny, *flags, "0.28", "--noplots"))[0]["mAP50-95"]) == 0.285
 
 
 def test_titles_tell_checkpoints_apart():

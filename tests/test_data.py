@@ -416,6 +416,16 @@ def test_read_data(images: Path, tmp_path: Path) -> None:
     assert config.file == path
 
 
+def test_a_folder_means_the_data_yaml_in_it(images: Path, tmp_path: Path) -> None:
+    file = tmp_path / "my" / "data.yaml"
+    file.parent.mkdir()
+    file.write_text(f"path: {images}\ntrain: .\nval: .\nnames: [a]\n")
+    assert read_data(tmp_path / "my") == read_data(file)
+    file.rename(file.with_name("other.yaml"))
+    with pytest.raises(UserError, match=r"--data .*my: can't be read \(not a file\)"):
+        read_data(tmp_path / "my")
+
+
 def test_a_set_that_was_moved_is_found_beside_its_yaml(images: Path, tmp_path: Path) -> None:
     gone = tmp_path / "on another machine" / "set"
     text = f"path: {gone}\nval: images/train\nnames: [a, b]\n"

@@ -1,6 +1,7 @@
 """detect.py and val.py on files and formats, as whole commands."""
 from __future__ import annotations
 
+import csv
 import json
 import os
 import shutil
@@ -13,12 +14,18 @@ import numpy as np
 import pytest
 import torch
 
+import benchmarks
 import detect
+import export
+import val
 from models import checkpoint, formats
 from models.yolo import Model
+from tests.conftest import ROOT
+from training.settings import data_of_model
 from utils.data import sources
 from utils.data.sources import Frame, files, frames
 from utils.errors import UserError
+from utils.text import read_yaml_mapping
 
 pytestmark = pytest.mark.slow
 
@@ -209,3 +216,88 @@ def test_augmented_inference_is_three_views(assets):
     assert one.shape[1] == 5040 and three.shape[1] == 9399
     assert torch.allclose(three[:, :4800], one[:, :4800])  # the first view without its coarsest level
     assert not torch.allclose(three[:, -1:], one[:, -1:])
+
+
+def test_a_picture_at_an_address_is_a_picture(eager, tiny, site, tmp_path, monkeypatch):
+    """It became a video, stream.mp4."""
+    monkeypatch.chdir(tmp_path)
+    expected = cv2.imread(str(tiny.parent / "images/val/001.png"))
+    frame, = frames(f"{site}/images/val/001.png?width=96")
+    assert np.array_equal(frame.image, expected) and frame.path == Path("001.png") and frame.number is None
+    folder = detect.main(["--weights", str(eager), "--source", f"{site}/images/val/001.png", "--device", "cpu"])
+    assert [path.name for path in folder.iterdir()] == ["001.png"]
+    with pytest.raises(UserError, match="none.jpg: can't be fetched"):
+        list(frames(f"{site}/none.jpg"))
+    (tiny.parent / "text.jpg").write_text("no picture")
+    with pytest.raises(UserError, match=f"{site}/text.jpg: can't be read as an image"):
+        list(frames(f"{site}/text.jpg"))
+    (tiny.parent / "text.jpg").unlink()
+
+
+def test_a_video_at_an_address_keeps_its_name(monkeypatch):
+    asked = []
+    monkeypatch.setattr(sources, "_video_frames", lambda *args: asked.append(args) or [])
+    for url in ("http://a/b/film%201.MP4?x=1", "rtsp://a/live", "https://a/b/watch?v=1.jpg", "0"):
+        list(frames(url))
+    assert [name for _, _, name in asked] == ["film 1.MP4", "stream.mp4", "stream.mp4", "stream.mp4"]
+
+
+def test_boxes_in_pixels_as_csv_and_with_thick_lines(eager, tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    source = tiny.parent / "images/val/001.png"
+    common = ["--weights", str(eager), "--source", str(source), "--device", "cpu", "--max-det", "4", "--save-txt",
+              "--save-conf", "--save-csv", "--hide-labels"]
+    shares, pixels = (detect.main([*common, *more]) for more in ([], ["--save-format", "1", "--line-thickness", "9"]))
+    a, b = (np.loadtxt(folder / "labels/001.txt", ndmin=2) for folder in (shares, pixels))
+    centre, half = a[:, 1:3] * (96, 72), a[:, 3:5] * (96, 72) / 2
+    assert np.abs(b[:, 1:5] - np.hstack((centre - half, centre + half))).max() < 1e-3 and (b[:, 5] == a[:, 5]).all()
+    rows = list(csv.DictReader((pixels / "predictions.csv").open()))
+    assert [(row["Image Name"], row["Prediction"]) for row in rows] == [
+        ("001.png", ("square", "circle")[int(cls)]) for cls in b[:, 0]]
+    assert [float(row["Confidence"]) for row in rows] == pytest.approx(b[:, 5].tolist(), abs=0.006)
+    before = cv2.imread(str(source))
+    thin, thick = ((cv2.imread(str(folder / "001.png")) != before).any(2).sum() for folder in (shares, pixels))
+    assert thick > 2 * thin
+
+
+def test_height_and_width(eager, tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    detect.main(["--weights", str(eager), "--source", str(tiny.parent / "images/val/001.png"), "--img", "64", "128",
+                 "--device", "cpu"])
+    assert "at 64 x 128 px" in capsys.readouterr().out
+    model = formats.load(eager, torch.device("cpu"))[0]
+    image, seen = np.zeros((100, 100, 3), np.uint8), {}
+    for size in (64, (64, 128), (128, 64), (100, 64)):
+        pixels = detect.image_size(model, size, None)
+        found = detect.detect(model, [image], pixels, torch.device("cpu"), lambda decoded: [decoded[0]])
+        seen[size] = tuple(found.shape[2:])  # with as little grey as can be, as in YOLOv5
+    assert seen == {64: (64, 64), (64, 128): (64, 64), (128, 64): (64, 64), (100, 64): (64, 64)}
+
+
+def test_without_flags_the_newest_model_looks_at_the_images_it_was_validated_on(eager, tiny, tmp_path, monkeypatch,
+                                                                              capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("YOLO_WEIGHTS_URL", "http://127.0.0.1:9")
+    for main in (detect.main, val.main, benchmarks.main, export.main):  # as in YOLOv5
+        with pytest.raises(UserError, match=r"yolov5s\.pt: can't be fetched .* put the file at yolov5s.pt yourself"):
+            main(["--device", "cpu"])
+        assert "--weights not given: taking yolov5s.pt" in capsys.readouterr().out
+    data = checkpoint.read(eager)
+    for place in ("runs/train/exp/weights/best.pt", "runs/prune/exp/pruned_model.pt", "runs/slim/exp/slim.pt"):
+        Path(place).parent.mkdir(parents=True)
+        torch.save({**data, "opt": {"data": str(tiny), "imgsz": 64}}, place)
+        os.utime(place, (time.time() + 9, time.time() + 9 + len(place)))
+    found = detect.main(["--device", "cpu", "--max-det", "1"])
+    said = capsys.readouterr().out
+    assert f"taking the val images of {tiny}" in said and len(list(found.glob("*.png"))) == 6
+    newest = max(Path("runs").rglob("*.pt"), key=lambda path: path.stat().st_mtime)
+    assert f"--weights not given: taking the newest, {newest}" in said
+    assert val.main(["--device", "cpu", "--noplots", "--workers", "0"])["data"] == str(tiny)
+
+
+@pytest.mark.parametrize("name", ["data/shapes.yaml", "data/coco128.yaml"])
+def test_a_model_that_does_not_say_its_data_takes_a_set_of_its_classes(name):
+    names = read_yaml_mapping(ROOT / name, "")["names"]
+    assert data_of_model({}, "x.pt", dict(names)) == str(ROOT / name)
+    with pytest.raises(UserError, match=r"--data: x.pt does not say .* of its 1 classes: --data my.yaml"):
+        data_of_model({"opt": {"imgsz": 64}}, "x.pt", {0: "nobody's"})

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from export import main
-from models import checkpoint
+from models import checkpoint, formats
 from models.formats import ExportOptions, yolov5
 from models.yolo import Model, on_device
 from tests.blocks import random_masks, randomised
@@ -128,3 +128,28 @@ def test_unmodified_yolov5_computes_the_same(model, weights, tmp_path):
     with torch.no_grad():
         expected = half(x)[0].numpy()
     assert np.abs(np.load(tmp_path / "y.npy") - expected).max() < 1e-4 * np.abs(expected).max()
+
+
+@pytest.mark.slow
+def test_unmodified_yolov5_opens_our_openvino_folder_and_we_open_its(model, weights, tmp_path):
+    """As above; YOLOv5's interpreter needs openvino."""
+    pytest.importorskip("openvino")
+    repository, python = os.environ.get("YOLOV5_REPO"), os.environ.get("YOLOV5_PYTHON", sys.executable)
+    if not repository:
+        pytest.skip("set YOLOV5_REPO (and YOLOV5_PYTHON) to run stock YOLOv5")
+    x = torch.rand(1, 3, 64, 64)
+    np.save(tmp_path / "x.npy", x.numpy())
+    ours, stock = main(["--weights", str(weights), "--include", "openvino", "yolov5"])
+    code = ("import numpy as np, torch; from models.common import DetectMultiBackend; "
+            f"m = DetectMultiBackend(r'{ours}'); assert m.stride == 32 and m.names == {model.names}; "
+            f"np.save(r'{tmp_path / 'y.npy'}', m(torch.from_numpy(np.load(r'{tmp_path / 'x.npy'}'))).numpy())")
+    export = ["export.py", "--weights", str(stock), "--include", "openvino", "--imgsz", "64"]
+    for command in (["-c", code], export):
+        subprocess.run([python, *command], cwd=repository, check=True, capture_output=True,
+                       env={**os.environ, "YOLO_OFFLINE": "true"})
+    with torch.no_grad():
+        expected = model(x)[0]
+    detector = formats.load(tmp_path / "m.yolov5_openvino_model", torch.device("cpu"))[0]
+    assert detector.names == model.names
+    for found, tolerance in ((torch.from_numpy(np.load(tmp_path / "y.npy")), 1e-4), (detector(x)[0], 1e-2)):
+        assert (found - expected).abs().max() < tolerance * expected.abs().max()  # stock's .pt is rounded to fp16

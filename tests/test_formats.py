@@ -4,13 +4,16 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
+import sys
 import zipfile
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import yaml
 
 import detect
 import export
@@ -111,6 +114,134 @@ def test_halves(weights, name):
     detector = formats.load(half, CPU)[0]
     assert detector.dtype == torch.float32
     assert worst(detector(images)[0], decoded(checkpoint.load(weights), images)) < 0.01
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["openvino", "ncnn"])
+def test_folders_have_the_names_and_the_yaml_that_others_look_for_and_old_names_open(teacher, tmp_path, name):
+    installed(name)
+    shutil.copy(teacher, tmp_path / "m.pt")
+    path, = export.main(["--weights", str(tmp_path / "m.pt"), "--include", name])
+    assert path.name == f"m_{name}_model"
+    for file in [path / "metadata.yaml", *path.glob("model.yaml")]:
+        says = yaml.safe_load(file.read_text())
+        assert says["names"] == NAMES and says["stride"] == 32 and says["imgsz"] == [64, 64]
+    assert (path / "model.yaml").is_file() == (name == "openvino")  # YOLOv5's is called as the .xml
+    path.rename(older := tmp_path / f"m_{name}")
+    assert formats.load(older, CPU)[0].names == NAMES
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("beside", ["x.yaml", "metadata.yaml"])
+def test_openvino_folders_of_others_open(teacher, tmp_path, beside):
+    """They say what they are in a yaml; there is nothing in the .xml."""
+    installed("openvino")
+    import openvino
+
+    onnx_file, folder = tmp_path / "m.onnx", tmp_path / "m_openvino_model"
+    model = checkpoint.load(teacher)
+    formats.formats()["onnx"].write(model, onnx_file, formats.export_options(model, (1, 3, 64, 64)))
+    openvino.save_model(openvino.convert_model(onnx_file), folder / "x.xml", compress_to_fp16=False)
+    with pytest.raises(UserError, match="metadata.yaml: no such file"):
+        formats.load(folder, CPU)
+    (folder / beside).write_text(yaml.safe_dump({"stride": 32, "names": NAMES}))
+    images = torch.rand(1, 3, 64, 64)
+    assert worst(formats.load(folder, CPU)[0](images)[0], decoded(model, images)) < 1e-4
+
+
+# NMS inside -----------------------------------------------------------------------------------------------------------
+
+def eager(cfg: Path) -> Model:
+    """A model that finds something everywhere."""
+    torch.manual_seed(0)
+    model = randomised(Model(str(cfg), nc=2, names=NAMES)).eval()
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = None  # the statistics are those of the next batch
+    with torch.no_grad():
+        model.train()(torch.rand(4, 3, 16, 16).repeat_interleave(8, 2).repeat_interleave(8, 3))
+        for head in model.detect.m:
+            head.bias.view(3, -1)[:, 4:] = -0.5
+    return model.eval()
+
+
+@pytest.mark.parametrize("batch, dynamic, opset, precision, suppression", [
+    (1, False, 17, "fp32", formats.Suppression(0.001, 0.45, 20)),
+    (2, False, 12, "fp32", formats.Suppression(0.25, 0.6, 300, agnostic=True)),
+    pytest.param(3, True, 17, "fp32", formats.Suppression(0.1, 0.45, 300), marks=pytest.mark.slow),
+    pytest.param(1, False, 17, "fp16", formats.Suppression(0.1, 0.45, 20), marks=pytest.mark.slow)])
+def test_boxes_of_a_file_are_those_of_nms(cfg, tmp_path, batch, dynamic, opset, precision, suppression):
+    installed("onnx")
+    import onnxruntime
+
+    model, path = eager(cfg), tmp_path / "m.onnx"
+    options = formats.export_options(model, (batch, 3, 64, 64), precision, dynamic=dynamic, opset=opset,
+                                     suppression=suppression)
+    onnx.write(model, path, options)
+    images = torch.rand(batch, 3, 64, 64)
+    found = onnxruntime.InferenceSession(str(path)).run(None, {"images": images.numpy()})[0]
+    assert found.shape == (batch, suppression.max_det, 6)
+    how = {"conf": suppression.conf, "iou": suppression.iou, "agnostic": suppression.agnostic,
+           "max_det": suppression.max_det}
+    expected = nms(decoded(model, images), **how)
+    detector = formats.load(path, CPU)[0]
+    again = nms(detector(images)[0], **how)  # val.py and detect.py: nothing is left to suppress
+    for boxes, own, once_more in zip(found, expected, again):
+        count = int((boxes[:, 4] > 0).sum())
+        assert len(own) > 10 and not boxes[count:].any() and np.array_equal(once_more.numpy(), boxes[:count])
+        if precision == "fp32":
+            assert count == len(own) and np.abs(boxes[:count] - own.numpy()).max() < 0.1
+
+
+def test_metadata_tells_boxes_from_predictions():
+    """Of one class both have six columns."""
+    rows = torch.tensor([[[10.0, 20, 30, 60, 0.5, 0], [0, 0, 0, 0, 0, 0]]])
+    plain, boxes = (FileDetector({"names": ["a"], "stride": 32, **more}, (1, 3, 64, 64)).checked(rows)
+                    for more in ({}, {"nms": "True"}))
+    assert torch.equal(plain, rows) and boxes[0, 0].tolist() == [20, 40, 20, 40, 0.5, 1]
+
+
+def test_simplify_takes_onnxslim_where_it_is(cfg, tmp_path, monkeypatch, capsys):
+    installed("onnx")
+    model, written = Model(str(cfg), nc=2).eval(), []
+    options = formats.export_options(model, (1, 3, 64, 64), simplify=True)
+    monkeypatch.setitem(sys.modules, "onnxslim", None)
+    onnx.write(model, tmp_path / "a.onnx", options)
+    assert "pip install onnxslim" in capsys.readouterr().out
+    monkeypatch.setitem(sys.modules, "onnxslim", SimpleNamespace(slim=lambda graph: written.append(graph) or graph))
+    onnx.write(model, tmp_path / "b.onnx", options)
+    assert len(written) == 1 and capsys.readouterr().out == ""
+
+
+# Ensembles ------------------------------------------------------------------------------------------------------------
+
+def test_an_ensemble_gives_the_boxes_of_all(weights, cfg, tmp_path, capsys):
+    path = tmp_path / "b.pt"
+    checkpoint.save(path, randomised(Model(str(cfg), nc=2, names=NAMES), 1).eval(), imgsz=96)
+    both, says = formats.load([weights, path], CPU, half=True)
+    images = torch.rand(2, 3, 64, 96)
+    parts = [decoded(checkpoint.load(file), images) for file in (weights, path)]
+    assert worst(both(images)[0], torch.cat(parts, 1)) < 1e-4
+    assert both.names == NAMES and both.input_shape == (0, 3, 0, 0) and says["imgsz"] == 64 and both.stride == 32
+    assert "--half: a CPU computes in fp32" in capsys.readouterr().out
+
+
+def test_an_ensemble_of_files_of_two_sizes_is_refused(cfg, tmp_path):
+    model = Model(str(cfg), nc=2).eval()
+    for side in (64, 96):
+        torchscript.write(model, tmp_path / f"{side}.torchscript", formats.export_options(model, (1, 3, side, side)))
+    with pytest.raises(UserError, match=r"64.torchscript: takes images of shape \(3, 64, 64\), another one of the"):
+        formats.load([tmp_path / "64.torchscript", tmp_path / "96.torchscript"], CPU)
+
+
+@pytest.mark.slow
+def test_ensembles_in_val_and_detect(teacher, cfg, tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    checkpoint.save(Path("b.pt"), randomised(Model(str(cfg), nc=2, names=NAMES), 1).eval(), imgsz=64)
+    pair = ["--weights", str(teacher), "b.pt", "--device", "cpu"]
+    found = val.main([*pair, "--data", str(tiny), "--workers", "0", "--noplots"])
+    assert found["images"] == 6 and found["imgsz"] == 640 and found["weights"] == f"{teacher} b.pt"
+    assert detect.main([*pair, "--source", str(tiny.parent / "images/val"), "--imgsz", "64"]).is_dir()
 
 
 def test_a_folder_is_known_by_what_is_in_it(tmp_path):
@@ -335,8 +466,8 @@ def test_a_missing_package_is_named(weights, monkeypatch, capsys):
     ("m.onnx", b"not a graph", "not an ONNX detector"),
     ("m.torchscript", b"not a zip", "not a TorchScript detector"),
     ("m.tflite", b"x", "its name tells no format that is known here"),
-    ("m_openvino/model.xml", b"<net/>", "not an OpenVINO detector that export.py wrote"),
-    ("m_openvino/notes.txt", b"", "has no .xml file")])
+    ("m_openvino/model.xml", b"<net/>", "not an OpenVINO detector of export.py or YOLOv5"),
+    ("m_openvino_model/notes.txt", b"", "has no .xml file")])
 def test_foreign_and_broken_files(tmp_path, name, content, said):
     for runtime in ("onnx", "openvino"):
         if runtime in name:

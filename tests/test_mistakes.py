@@ -470,7 +470,20 @@ CASES: dict[str, tuple[Callable[[Path], object], str, str, int]] = {
         "--label-smoothing 2: must be at least 0 and below 1", 2),
     "half on a CPU": (
         nothing, f"{VAL} --half",
-        "--half: fp16 needs a GPU", 2),
+        "--half: a CPU computes in fp32; fp16 needs a GPU", 0),
+    "no data for classes of one's own": (
+        nothing, VAL.replace("--data my.yaml ", ""),
+        "--data: untrained.pt does not say what it was trained on; give the data yaml of its 2 classes", 2),
+    "no source for classes of one's own": (
+        nothing, DETECT.replace("--source my/images/val ", ""),
+        "--source: give an image, a folder, a video or a camera's number", 2),
+    "an ensemble of other classes": (
+        lambda f: checkpoint.save(f / "b.pt", Model(str(f / "model.yaml"), nc=3)),
+        VAL.replace("untrained.pt", "untrained.pt b.pt"),
+        "b.pt: knows 3 classes, untrained.pt 2; the models of an ensemble have the same classes", 2),
+    "three sides": (
+        nothing, DETECT.replace("--imgsz 64", "--imgsz 64 64 64"),
+        "--imgsz 64 64 64: give the longest side, or height and width", 2),
     "confidence above 1": (
         nothing, f"{VAL} --conf-thres 25",
         "--conf-thres 25: must be at least 0 and at most 1", 2),

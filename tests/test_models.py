@@ -208,3 +208,12 @@ def test_images_are_multiples_of_what_the_whole_network_divides_by(name, divisor
     assert model.divisor == divisor
     side = whole_strides(100, model.divisor)
     model(torch.zeros(1, 3, side, side + model.divisor))
+
+
+def test_a_yaml_is_shown_layer_by_layer(script, tmp_path):
+    """python models/yolo.py was a traceback."""
+    said = script("models/yolo.py", "--cfg", "yolov5n.yaml", cwd=tmp_path).stdout.splitlines()
+    assert len(said) == 28 and said[2].split()[:5] == ["0", "-1", "1", "1760", "Conv"]
+    assert "1,872,157 parameters, 4.5 GFLOPs at 640 px" in said[-1]
+    done = script("models/yolo.py", "--cfg", "none.yaml", cwd=tmp_path, code=2)
+    assert done.stderr.startswith("error: --cfg none.yaml: no such file") and done.stderr.count("\n") == 1

@@ -191,7 +191,7 @@ def test_commands(script, teacher, tiny, tmp_path):
     """export.py, then detect.py and val.py on its folder."""
     done = script("export.py", "--weights", teacher, "--include", "ncnn", "--batch-size", 4, cwd=tmp_path)
     assert "ncnn: largest difference to torch" in done.stdout
-    folder = teacher.with_name("teacher_ncnn")
+    folder = teacher.with_name("teacher_ncnn_model")
     done = script("detect.py", "--weights", folder, "--source", tiny.parent / "images/val/000.png", cwd=tmp_path)
     assert "1 pictures" in done.stdout
     common = ["--data", tiny, "--imgsz", 64, "--batch-size", 4, "--workers", 0, "--device", "cpu", "--noplots"]

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from training.distributed import first_process
-from utils.data.config import DataConfig, other_names, read_data
+from utils.data.config import DataConfig, other_names, read_data, set_of_classes
 from utils.errors import UserError
 from utils.files import ROOT
-from utils.options import BUILT_IN_DATA, HYP_FOR, LEAST
+from utils.options import BUILT_IN_DATA, HYP_FOR, LEAST, STOCK_DATA, STOCK_WEIGHTS
 from utils.text import read_yaml_mapping
 
 # What holds when neither a flag nor the data yaml says otherwise: YOLOv5's defaults.
-DEFAULTS: dict[str, Any] = {"weights": "yolov5s.pt", "cfg": "", "imgsz": 640, "epochs": 100, "batch_size": 16,
+DEFAULTS: dict[str, Any] = {"weights": STOCK_WEIGHTS, "cfg": "", "imgsz": 640, "epochs": 100, "batch_size": 16,
                             "nbs": None, "optimizer": "SGD", "cache": "auto", "hyp": None}
 RECIPE = ("data", "imgsz", "single_cls", "optimizer", "hyp")
 BELOW_1 = ("momentum", "warmup_momentum")  # hyper-parameters
@@ -112,6 +112,20 @@ def trained_data(held: Mapping[str, Any], file: str, single_cls: bool = False) -
     if other:
         raise UserError(f"{file}: was trained on {data}, which {other} by now; give the --data it was trained on")
     return config
+
+
+def data_of_model(held: Mapping[str, Any], file: str, names: Mapping[int, str], single_cls: bool = False) -> str:
+    """The data yaml to measure a model on where --data is not given: the one that it was trained on, else the built-in
+    set or YOLOv5's coco128, if that has its classes.
+
+    held: read()'s dict of `file`, or what formats.load() knows of it. UserError where there is none.
+    """
+    known = trained_data(held, file, single_cls or bool((held.get("opt") or {}).get("single_cls")))
+    found = known.file if known else set_of_classes(names, (BUILT_IN_DATA, STOCK_DATA))
+    if found is None:
+        raise UserError(f"--data: {file} does not say what it was trained on; give the data yaml of its "
+                        f"{len(names)} classes: --data my.yaml")
+    return str(found)
 
 
 def _check_defaults(data: str, suited: dict[str, Any]) -> None:

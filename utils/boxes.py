@@ -48,13 +48,16 @@ def xyxy2xywh(b: Boxes) -> Boxes:
     return _join([(low + high) / 2, high - low, b[..., 4:]])
 
 
-def label_rows(found: Tensor, shape: Sequence[int], confidence: bool) -> str:
+def label_rows(found: Tensor, shape: Sequence[int], confidence: bool, pixels: bool = False) -> str:
     """Detections (n, 6: xyxy in pixels, confidence, class) in an image of `shape` (h, w) as a label file's text.
 
-    A row is class, x, y, w, h as shares of the image, and the confidence where it is asked for.
+    A row is class, x, y, w, h as shares of the image, or, with `pixels`, class, x1, y1, x2, y2 in these; and the
+    confidence where it is asked for.
     """
     height, width = shape[:2]
-    boxes = xyxy2xywh(found[:, :4].double()) / torch.tensor([width, height, width, height], dtype=torch.float64)
+    boxes = found[:, :4].double()
+    if not pixels:
+        boxes = xyxy2xywh(boxes) / torch.tensor([width, height, width, height], dtype=torch.float64)
     rows = []
     for box, score, cls in zip(boxes.tolist(), found[:, 4].tolist(), found[:, 5].tolist()):
         numbers = [*box, score] if confidence else box

@@ -9,11 +9,9 @@ import torch
 from utils.errors import UserError
 
 
-def select_device(name: str, half: bool = False) -> torch.device:
+def select_device(name: str) -> torch.device:
     """"" (the first GPU if there is one), "cpu", "0", "cuda:1" or "mps" -> device. A GPU becomes the current
-    one; a process that computes on a CPU keeps the memory that it frees.
-
-    half: it will compute in fp16. UserError for a device that is not there, or can't.
+    one; a process that computes on a CPU keeps the memory that it frees. UserError for a device that is not there.
     """
     name = str(name or "").strip().lower().removeprefix("cuda:")
     if "," in name:
@@ -23,8 +21,6 @@ def select_device(name: str, half: bool = False) -> torch.device:
     device = gpu("0") if name in ("", "cuda") and torch.cuda.is_available() else _named_device(name)
     if device.type == "cpu":
         _keep_freed_memory()
-    if half and device.type == "cpu":
-        raise UserError("--half: fp16 needs a GPU; leave it out on a CPU")
     return device
 
 

@@ -291,9 +291,9 @@ def write_yaml(path: Path, data: dict) -> None:
     write_text(path, yaml.safe_dump(data, sort_keys=False, allow_unicode=True))
 
 
-def newest(pattern: str, folder: Path = Path()) -> Path | None:
-    """The most recently written file that matches a glob pattern, or None."""
-    files = [p for p in map(Path, glob.glob(str(folder / pattern))) if p.is_file()]
+def newest(*patterns: str) -> Path | None:
+    """The most recently written file that matches one of these glob patterns, or None."""
+    files = [p for pattern in patterns for p in map(Path, glob.glob(pattern)) if p.is_file()]
     return max(files, key=lambda p: p.stat().st_mtime) if files else None
 
 

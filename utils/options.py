@@ -4,9 +4,13 @@ from __future__ import annotations
 from argparse import ArgumentParser, BooleanOptionalAction
 from typing import Any
 
+from utils.files import newest
 from utils.parser import HelpfulParser, at_least, fraction, images_a_batch, path_or_none
 
 BUILT_IN_DATA = "data/shapes.yaml"
+STOCK_WEIGHTS = "yolov5s.pt"  # YOLOv5's default, as is coco128
+STOCK_DATA = "data/coco128.yaml"
+WEIGHTS_HELP = f"not given: the newest best.pt, pruned_model.pt or slim.pt under runs/, else {STOCK_WEIGHTS}"
 MOST_EPOCHS = 100_000
 MOST_SEED = 2**63 - 1  # what PyTorch's and numpy's generators take
 LEAST = {"imgsz": 32, "epochs": 1, "batch_size": 1, "nbs": 1}
@@ -47,13 +51,20 @@ def add_common(parser: ArgumentParser, project: str, training: bool = False) -> 
     add_run_flags(parser, project)
 
 
+def weights_or_newest() -> str:
+    """What --weights means where it is not given: the newest model of a run here, else YOLOv5's default. Says so."""
+    found = newest("runs/*/*/weights/best.pt", "runs/prune/*/pruned_model.pt", "runs/slim/*/slim.pt")
+    print(f"--weights not given: taking {f'the newest, {found}' if found else STOCK_WEIGHTS}")
+    return str(found or STOCK_WEIGHTS)
+
+
 def add_detection_flags(parser: ArgumentParser, conf: float, iou: float, max_det: int) -> None:
     """Flags of the scripts that detect: val.py and detect.py."""
     add = parser.add_argument
     add("--conf-thres", type=fraction(), default=conf, help="least confidence of a detection")
     add("--iou-thres", type=fraction(), default=iou, help="IoU above which NMS takes two boxes for one")
     add("--max-det", type=at_least(1), default=max_det, help="most detections an image")
-    add("--half", action="store_true", help="fp16 inference (GPU)")
+    add("--half", action="store_true", help="fp16 inference, on a GPU")
     add("--augment", action="store_true", help="test-time augmentation: three sizes, one of them mirrored")
 
 

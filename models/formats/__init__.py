@@ -4,6 +4,7 @@ A file of this folder that defines FORMAT is found by itself; register() adds a 
 """
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,13 @@ import torch
 
 from models import checkpoint
 from models.augmented import TestTimeAugmentation
+from models.ensemble import Ensemble
 from models.formats.format import (
     PRECISIONS,
     Detector,
     ExportOptions,
     Format,
+    Suppression,
     export_options,
     format_of,
     formats,
@@ -25,16 +28,20 @@ from models.formats.format import (
 from models.yolo import fused, on_device
 from utils.errors import UserError
 
-__all__ = ["PRECISIONS", "Detector", "ExportOptions", "Format", "export_options", "format_of", "formats",
+__all__ = ["PRECISIONS", "Detector", "ExportOptions", "Format", "Suppression", "export_options", "format_of", "formats",
            "load", "register", "runtimes"]
 
 
-def load(path: str | Path, device: torch.device, half: bool = False,
+def load(path: str | Path | Sequence[str | Path], device: torch.device, half: bool = False,
          augment: bool = False) -> tuple[Detector, dict[str, Any]]:
     """(detector ready to run, what its file says: imgsz, opt, data ... as far as it does).
 
-    UserError where the file is missing, broken, or of a format that its name does not tell.
+    Several paths: an ensemble, and what the first one's file says. half: in fp16, unless `device` is a CPU.
+    UserError where a file is missing, broken, or of a format that its name does not tell.
     """
+    if not isinstance(path, (str, Path)):
+        loaded = [load(one, device, half, augment) for one in path]
+        return (Ensemble([model for model, _ in loaded], path) if len(loaded) > 1 else loaded[0][0]), loaded[0][1]
     path = Path(path)
     found = format_of(path)
     if found is not None and found.load is not None:
@@ -53,5 +60,8 @@ def load(path: str | Path, device: torch.device, half: bool = False,
         raise UserError(f"{path}: its name tells no format that is known here ({suffixes})")
     data = checkpoint.read(path)
     model = on_device(fused(checkpoint.build(data, path=path)), device)
-    model = model.half() if half else model
+    if half and device.type == "cpu":
+        print("--half: a CPU computes in fp32; fp16 needs a GPU")
+    elif half:
+        model.half()
     return TestTimeAugmentation(model) if augment else model, data

@@ -18,9 +18,20 @@ from torch import Tensor, nn
 
 from models.detector import Detector
 from models.yolo import Model
+from utils.boxes import xyxy2xywh
 from utils.errors import UserError, first_line
 
 PRECISIONS = {"fp32": "", "fp16": "_fp16", "int8": "_int8"}  # precision -> what a file's name says of it
+
+
+@dataclass(frozen=True)
+class Suppression:
+    """Non-maximum suppression inside of a file; the arguments are those of utils.boxes.nms."""
+
+    conf: float = 0.25
+    iou: float = 0.45
+    max_det: int = 300
+    agnostic: bool = False
 
 
 @dataclass(frozen=True)
@@ -34,6 +45,9 @@ class ExportOptions:
     precision: str = "fp32"                  # one of PRECISIONS
     calibration: Sequence[np.ndarray] = ()   # int8: images (1, C, h, w) float32 in 0..1, to measure activations on
     keep: tuple[str, ...] = ()               # int8: patterns of modules that stay in float, such as model.0
+    suppression: Suppression | None = None   # onnx: boxes instead of all predictions
+    simplify: bool = False                   # onnx: by onnxslim, where that is installed
+    device: torch.device = torch.device("cpu")  # torchscript: the kind of device that the file will run on
 
 
 def export_options(model: Model, shape: Sequence[int], precision: str = "fp32", **rest: Any) -> ExportOptions:
@@ -117,6 +131,7 @@ class FileDetector:
             self.divisor = self.stride = int(plain(metadata["stride"]))
             self.precision = str(metadata.get("precision", "fp32"))
             self.imgsz = int(np.max(plain(metadata.get("imgsz")) or 0))  # of the export; 0 where the file does not say
+            self.has_nms = plain(metadata.get("nms")) is True
             self.input_shape = tuple(int(n) for n in shape)
         except OverflowError:  # infinity is no whole number
             raise ValueError("a number in its metadata is too large") from None
@@ -134,12 +149,18 @@ class FileDetector:
                             f"{tuple(images.shape[1:])}; give this --imgsz, or export it with --dynamic")
 
     def checked(self, decoded: Any) -> Tensor:
-        """What the file computed, if that is (B, N, nc + 5). UserError for what other kinds of models give."""
-        shape = tuple(getattr(decoded, "shape", ()))
-        if len(shape) != 3 or shape[2] != len(self.names) + 5:
+        """What the file computed, as (B, N, nc + 5). UserError for what other kinds of models give.
+
+        The boxes of a file with NMS inside, (B, N, 6), become predictions again: NMS leaves them as they are.
+        """
+        shape, columns = tuple(getattr(decoded, "shape", ())), 6 if self.has_nms else len(self.names) + 5
+        if len(shape) != 3 or shape[2] != columns:
             raise UserError(f"this file is no YOLOv5 detector of {len(self.names)} classes: it gives {shape}, not "
-                            f"(images, boxes, {len(self.names) + 5}); export a detection model again")
-        return decoded
+                            f"(images, boxes, {columns}); export a detection model again")
+        if not self.has_nms:
+            return decoded
+        label = nn.functional.one_hot(decoded[..., 5].long(), len(self.names))
+        return torch.cat((xyxy2xywh(decoded[..., :4]), decoded[..., 4:5], label), 2)
 
     def __call__(self, images: Tensor) -> tuple[Tensor, None]:
         """(B, C, h, w) -> (decoded (B, N, nc + 5), None). A fixed batch is filled up, and a larger one cut."""

@@ -160,5 +160,5 @@ class NcnnDetector(FileDetector):
         return np.array(decoded).reshape(1, -1, len(self.names) + 5)  # a copy: ncnn takes its memory back
 
 
-FORMAT = Format("ncnn", "_ncnn", write, NcnnDetector, precisions=("fp32", "fp16"), packages=("ncnn", "pnnx"),
+FORMAT = Format("ncnn", "_ncnn_model", write, NcnnDetector, precisions=("fp32", "fp16"), packages=("ncnn", "pnnx"),
                 content="*.param")

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from models.formats.format import Decoded, ExportOptions, FileDetector, Format
+from models.formats.nms import with_nms
 from models.formats.quantized import matching_nodes, without_convolution_after
 from models.yolo import Model, fused
 from utils.errors import UserError
@@ -35,7 +36,13 @@ def write(model: Model, path: Path, options: ExportOptions) -> None:
             written = _halved(written)
         elif options.precision == "int8":
             written = onnx.load(_quantize(graph, written, options))
-    for key, value in options.metadata.items():
+    if options.suppression is not None:
+        written = with_nms(written, options.suppression, len(model.names))
+    if options.simplify:
+        written = _simplified(written)
+    # With task and batch the ultralytics package takes a file with NMS inside as one of its own.
+    boxes = {"nms": True, "task": "detect", "batch": len(options.image)} if options.suppression else {}
+    for key, value in {**options.metadata, **boxes}.items():
         entry = written.metadata_props.add()
         entry.key, entry.value = key, str(value)
     onnx.checker.check_model(written)
@@ -54,6 +61,17 @@ def _trace(model: Model, path: Path, options: ExportOptions) -> None:
                           dynamic_axes=axes if options.dynamic else None, dynamo=False)
 
 
+def _simplified(written: Any) -> Any:
+    """What onnxslim makes of the model, where that is installed."""
+    try:
+        import onnxslim
+    except ImportError:
+        print("--simplify: onnxslim is not installed (pip install onnxslim); without it the file is simple, too: "
+              "BatchNorms and constants are folded")
+        return written
+    return onnxslim.slim(written)
+
+
 def _head(graph: Any) -> set[str]:
     """Names of the head's nodes: its convolutions, and the decoding of boxes."""
     convolutions = [node.name for node in graph.node if node.op_type == "Conv"]
@@ -70,8 +88,30 @@ def _halved(written: Any) -> Any:
     head = _head(written.graph)
     decoding = [node.name for node in written.graph.node if node.name in head and node.op_type != "Conv"]
     halved = convert_float_to_float16(written, keep_io_types=True, node_block_list=decoding)
+    _keep_scales(halved.graph)
     OnnxModel(halved).topological_sort()  # the casts were put at the end
     return halved
+
+
+def _keep_scales(graph: Any) -> None:
+    """Constant scales for every Resize, in place: the conversion puts a Cast before them, which OpenCV 5 refuses."""
+    from onnx import numpy_helper
+
+    casts = {node.output[0]: node for node in graph.node if node.op_type == "Cast"}
+    values = {value.name: value for value in graph.initializer}
+    values |= {node.output[0]: node.attribute[0].t for node in graph.node if node.op_type == "Constant"}
+    needless: dict[str, Any] = {}
+    for node in graph.node:
+        cast = casts.get(node.input[2]) if node.op_type == "Resize" else None
+        if cast is not None and cast.input[0] in values:
+            scales = numpy_helper.to_array(values[cast.input[0]]).astype(np.float32)
+            graph.initializer.append(numpy_helper.from_array(scales, f"{node.name}_scales"))
+            node.input[2], needless[cast.name] = graph.initializer[-1].name, cast
+    for cast in needless.values():
+        graph.node.remove(cast)
+    read = {name for node in graph.node for name in node.input}
+    for node in [node for node in graph.node if node.op_type == "Constant" and node.output[0] not in read]:
+        graph.node.remove(node)
 
 
 def _quantize(path: Path, loaded: Any, options: ExportOptions) -> Path:

@@ -26,7 +26,8 @@ WRITER = "yolov5-slimming"  # a mark that anyone can copy: no proof of anything
 def write(model: Model, path: Path, options: ExportOptions) -> None:
     """Trace the model for images of the shape of options.image. The file is there whole or not at all."""
     with torch.no_grad(), without_warnings():
-        traced = torch.jit.trace(Decoded(fused(model)).eval(), options.image, strict=False)
+        traced = torch.jit.trace(Decoded(fused(model)).eval().to(options.device), options.image.to(options.device),
+                                 strict=False)  # the places of the grid are made on that device, wherever it is loaded
     with atomic(path) as temporary:
         temporary.write_bytes(packed(traced, {"config.txt": json.dumps({**options.metadata, "writer": WRITER})}))
 

@@ -41,7 +41,9 @@ def read_data(path: str | Path, needed: Sequence[str] = ("train", "val")) -> Dat
     images of a split that is `needed` are missing: who only validates has no training images.
     """
     given = Path(path)
-    file = next((p for p in (given, ROOT / given, ROOT / "data" / given) if p.is_file()), given).absolute()
+    places = [given, ROOT / given, ROOT / "data" / given]
+    places += [folder / "data.yaml" for folder in places]
+    file = next((p for p in places if p.is_file()), given).absolute()
     content = read_yaml_mapping(file, "--data", texts=("path", "names", *SPLITS))
     root = _find_root(file, content)
     names = _read_names(file, content)
@@ -58,6 +60,14 @@ def read_data(path: str | Path, needed: Sequence[str] = ("train", "val")) -> Dat
             if not os.path.exists(source):
                 raise UserError(f"{file}: {split}: {source} does not exist; {_remedy(content, source)}")
     return DataConfig(file, splits["train"], splits["val"], splits["test"], names, dict(defaults))
+
+
+def set_of_classes(names: Mapping[int, str], files: Sequence[str]) -> Path | None:
+    """The first of these data yamls of the repository that names the same classes. Nothing is drawn or downloaded."""
+    for file in (ROOT / name for name in files):
+        if not other_names(_read_names(file, read_yaml_mapping(file, "--data", texts=("names",))), names):
+            return file
+    return None
 
 
 def other_names(now: Mapping[int, str], before: Mapping[int, str]) -> str:

@@ -4,22 +4,26 @@ from __future__ import annotations
 import glob
 import os
 import re
+import tempfile
 import threading
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import unquote, urlparse
 
 import cv2
 import numpy as np
 
 from utils.data.image_files import IMAGE_SUFFIXES, UNREADABLE, decode, listed_path, read_header, reason_of, walk
+from utils.downloads import fetch
 from utils.errors import UserError
-from utils.files import printable
+from utils.files import printable, safe_name
 from utils.text import read_lines
 
 VIDEO_SUFFIXES = frozenset({".asf", ".avi", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm",
                             ".wmv"})
+STREAM = "stream.mp4"  # the name of its result
 STREAMS = ("rtsp://", "rtmp://", "http://", "https://", "tcp://")
 
 
@@ -36,15 +40,19 @@ class Frame:
 def frames(source: str, every: int = 1, skipped: Counter[str] | None = None) -> Iterator[Frame]:
     """The images that `source` names; of videos and streams every `every`-th frame.
 
-    source: an image, a video, a folder of them, a pattern such as 'photos/*.jpg', a .txt list, a stream's URL, a
-    camera's number, or a .streams file of such, which are read in turns. What is there counts first: a folder may be
-    called 2024. UserError where there is nothing; among several sources one that can't be read is reported on stdout,
-    counted in `skipped` by its reason, and left out.
+    source: an image, a video, a folder of them, a pattern such as 'photos/*.jpg', a .txt list, the URL of an image or
+    a stream, a camera's number, or a .streams file of such, which are read in turns. What is there counts first: a
+    folder may be called 2024. UserError where there is nothing; among several sources one that can't be read is
+    reported on stdout, counted in `skipped` by its reason, and left out.
     """
     skipped = Counter() if skipped is None else skipped
     path = Path(source)
     if _is_live(source) and not path.exists():
-        yield from _video_frames(source, every)
+        name = _name_in(source)
+        if name.suffix.lower() in IMAGE_SUFFIXES:
+            yield Frame(fetched(source), name)
+        else:
+            yield from _video_frames(source, every, name.name if name.suffix.lower() in VIDEO_SUFFIXES else STREAM)
         return
     if path.suffix == ".streams":
         yield from _in_turns(path, every, skipped)
@@ -67,6 +75,22 @@ def frames(source: str, every: int = 1, skipped: Counter[str] | None = None) -> 
 def _is_live(source: str) -> bool:
     """Whether a source is a stream's address or a camera's number."""
     return source.lower().startswith(STREAMS) or re.fullmatch("[0-9]{1,4}", source) is not None
+
+
+def _name_in(url: str) -> Path:
+    """The name of the file that a URL leads to."""
+    return Path(safe_name(Path(unquote(urlparse(url).path)).name))
+
+
+def fetched(url: str) -> np.ndarray:
+    """uint8 (h, w, 3) BGR of the image at a URL. UserError where there is none."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "image"
+        fetch(url, path, lambda file: True, "give an address that answers, or the path of a file")
+        try:
+            return decode(path, read_header(path).orientation)
+        except UNREADABLE as error:
+            raise UserError(f"{url}: can't be read as an image ({reason_of(error, path)})") from None
 
 
 def _skip(source: str, reason: str, skipped: Counter[str]) -> None:
@@ -116,7 +140,7 @@ def _lines(path: Path) -> list[str]:
     return lines
 
 
-def _video_frames(source: str, every: int, stream: str = "stream.mp4") -> Iterator[Frame]:
+def _video_frames(source: str, every: int, stream: str = STREAM) -> Iterator[Frame]:
     """Every `every`-th frame of a video, a stream or a camera. stream: the name of a stream's result.
 
     UserError where there is none.

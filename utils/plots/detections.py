@@ -24,16 +24,17 @@ DASHES = ("-", "--", ":")
 Rectangle = tuple[int, int, int, int]
 
 
-def draw_boxes(image: np.ndarray, boxes: np.ndarray, labels: Sequence[str], classes: Sequence[int]) -> np.ndarray:
+def draw_boxes(image: np.ndarray, boxes: np.ndarray, labels: Sequence[str], classes: Sequence[int],
+               line: int | None = None) -> np.ndarray:
     """A copy of `image` with boxes and their captions drawn on it.
 
     image: (H, W, 3) uint8 RGB. boxes: (n, 4) xyxy in pixels; one with a coordinate that is not finite is left out.
     labels: the captions; an empty one is not drawn, and none covers another: what has no room is left out. classes:
-    choose the colours.
+    choose the colours. line: width in pixels of a box's outline; None: by the image's size.
     """
     canvas = np.array(image, order="C")
     height, width = canvas.shape[:2]
-    line = max(1, round(min(height, width) / 250))
+    line = line or max(1, round(min(height, width) / 250))
     captions = []
     for box, label, cls in zip(boxes, labels, classes, strict=True):
         if not np.isfinite(box).all():
