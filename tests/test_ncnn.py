@@ -177,12 +177,12 @@ def test_missing_packages_and_int8_are_told_in_a_line(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="--include ncnn: has no int8 here"):
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
         main(["--weights", str(tmp_path / "m.pt"), "--include", "ncnn", "--int8", "--data", "shapes"])
-    (tmp_path / "m_ncnn").mkdir()
+    (tmp_path / "m_ncnn_model").mkdir()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install ncnn pnnx"):
         main(["--weights", str(tmp_path / "m.pt"), "--include", "ncnn"])
     with pytest.raises(UserError, match="pip install ncnn pnnx"):
-        formats.load(tmp_path / "m_ncnn", CPU)
+        formats.load(tmp_path / "m_ncnn_model", CPU)
 
 
 @needs_ncnn

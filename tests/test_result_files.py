@@ -77,7 +77,7 @@ def test_crops_stay_in_their_folder_whatever_a_class_is_called(tmp_path, name):
     found = torch.cat((BOX, BOX + torch.tensor([0, 0, 0, 0, 0, 1])))
     names = {0: name, 1: safe_name(name)}
     output(tmp_path / "d", names, "--save-crop", "--nosave").add(Frame(IMAGE, Path("a.jpg")), found)
-    results = Detections([IMAGE], [found], ["a.jpg"], names, (1, 3, 64, 64), (0, 0, 0))
+    results = Detections([IMAGE], [found], ["a.jpg"], names, (1, 3, 64, 64), ())
     results.crop(save_dir=tmp_path / "a" / "exp")
     results.save(save_dir=tmp_path / "a" / "exp", exist_ok=True)
     written = files_below(tmp_path)

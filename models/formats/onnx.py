@@ -66,8 +66,8 @@ def _simplified(written: Any) -> Any:
     try:
         import onnxslim
     except ImportError:
-        print("--simplify: onnxslim is not installed (pip install onnxslim); without it the file is simple, too: "
-              "BatchNorms and constants are folded")
+        print("--simplify: onnxslim is not installed (pip install onnxslim); the file is simple without it: "
+              "BatchNorms are folded, and runtimes fold its constants")
         return written
     return onnxslim.slim(written)
 
