@@ -59,11 +59,11 @@ def known_teacher(data: dict[str, Any]) -> str | None:
 def stored_map(file: str, names: dict[int, str]) -> float:
     """The mAP50-95 that a checkpoint holds; -1 where it holds none, or is of other classes."""
     try:
-        held = checkpoint.read(file)
+        saved = checkpoint.read(file)
     except UserError:
         return -1.0
-    value = (held.get("metrics") or {}).get("metrics/mAP_0.5:0.95", -1.0)
-    return value if is_number(value) and not other_names(held["names"], names) else -1.0
+    value = (saved.get("metrics") or {}).get("metrics/mAP_0.5:0.95", -1.0)
+    return value if is_number(value) and not other_names(saved["names"], names) else -1.0
 
 
 def gradual_cut(data: dict[str, Any], frozen: bool) -> tuple[GradualCut, str | None]:

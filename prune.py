@@ -141,18 +141,18 @@ def cut(pruner: Pruner[Model], opt: Namespace) -> PruneResult[Model]:
     if (found := result.target) and found.name == "latency" and not found.reached:
         raise UserError(f"--target latency={found.wanted:g}: with all that the rules let go it is still "
                         f"{found.value:.3f}; nothing was written. Give more, or lower --min-share")
-    asked, requested = opt.percent, f"{opt.percent:.1%} of the prunable channels"
+    percent, requested = opt.percent, f"{opt.percent:.1%} of the prunable channels"
     if found:
-        asked, requested = result.achieved, f"{found.name}={found.wanted:g}"
+        percent, requested = result.achieved, f"{found.name}={found.wanted:g}"
         again = TARGETS[found.name].value(pruner, pruner.graph.kept(result.masks)) if found.name == "latency" else None
         print(report.target_note(found, again))
     if opt.score != result.score:
         print(report.score_note(result.score, IMAGES))
     channels = "channels" if opt.min_channels > 1 else "channel"
     floors = f"at least {opt.min_channels} {channels} and {opt.min_share:.0%} of its own"
-    print(report.describe(result, asked, requested, floors))
-    if opt.strict and asked > (limit := result.safe.percent):
-        raise UserError(f"--strict: {asked:.3f} of the channels is above the limit of {limit:.3f}; "
+    print(report.describe(result, percent, requested, floors))
+    if opt.strict and percent > (limit := result.safe.percent):
+        raise UserError(f"--strict: {percent:.3f} of the channels is above the limit of {limit:.3f}; "
                         "give less, or train to more sparsity")
     return result
 
@@ -215,7 +215,8 @@ def measure(result: PruneResult[Model], models: dict[str, Model], folder: Path, 
         pairs = pictures([model, result.slim], loader(), device)
     before, after = (profile(m, opt.imgsz, model.yaml["ch"]) for m in (model, result.slim))
     print(report.cost_table(costs := report.cost_rows(before, after, ms)))
-    print(f"milliseconds are medians, in turn; {torch.get_num_threads()} threads on the CPU\n" if ms else "")
+    if ms:
+        print(f"milliseconds are medians, the models timed in turns; {torch.get_num_threads()} threads on the CPU\n")
     if lineage := report.lineage_note(model.masks, result.slim.masks):
         print(lineage + "\n")
     print(report.layer_table(result) + "\n")

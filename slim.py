@@ -39,7 +39,7 @@ from training.distillation import refuse_other_kind
 from training.distributed import World, device_of_before
 from training.pipeline import PRUNE, STATE, Pipeline, Progress, Settings, Stage, known_pipeline
 from training.settings import DEFAULTS, absolute, hyp_file, resolve
-from training.sparsity import SparsityPlan, frozen_norms
+from training.sparsity_plan import SparsityPlan, frozen_norms
 from training.start import freeze, start_model
 from utils.data.config import DataConfig, other_names, read_data
 from utils.data.dataset import DetectionDataset
@@ -290,9 +290,9 @@ def stage_rows(pipeline: Pipeline) -> list[dict[str, Any]]:
     """A row per stage: what it ran, and what its model was after it."""
     settings, rows = pipeline.settings, []
     for stage in settings.stages:
-        held = checkpoint.read(stage.product(pipeline.folder))
-        cost = profile(checkpoint.build(held), settings.imgsz)
-        found = (held.get("metrics") or {}).get("metrics/mAP_0.5:0.95", "")
+        saved = checkpoint.read(stage.product(pipeline.folder))
+        cost = profile(checkpoint.build(saved), settings.imgsz)
+        found = (saved.get("metrics") or {}).get("metrics/mAP_0.5:0.95", "")
         rows.append({"stage": stage.name, "script": stage.script, "epochs": stage.epochs, "mAP50-95 val": found,
                      "parameters": cost.parameters, "GFLOPs": cost.gflops})
     return rows
@@ -331,14 +331,14 @@ def write_page(pipeline: Pipeline, rows: list[dict[str, Any]], timed: str) -> No
 def largest_difference(pipeline: Pipeline) -> float:
     """What the equivalence checks of all stages have found at most."""
     stages = [checkpoint.read(stage.product(pipeline.folder)) for stage in pipeline.settings.stages]
-    return max((held.get(key) or {}).get("difference") or 0.0 for held in stages for key in ("shrunk", "metrics"))
+    return max((saved.get(key) or {}).get("difference") or 0.0 for saved in stages for key in ("shrunk", "metrics"))
 
 
 def finish(pipeline: Pipeline) -> None:
     """Table, slim.pt, report.json, report.html and exports."""
-    settings, held = pipeline.settings, checkpoint.read(pipeline.after)
-    told = {key: value for key, value in held.items() if key not in (*MODEL, "format", "training")}
-    checkpoint.save(pipeline.folder / OUTPUT, checkpoint.build(held), **told)
+    settings, saved = pipeline.settings, checkpoint.read(pipeline.after)
+    metadata = {key: value for key, value in saved.items() if key not in (*MODEL, "format", "training")}
+    checkpoint.save(pipeline.folder / OUTPUT, checkpoint.build(saved), **metadata)
     rows, ms = compare(pipeline)
     timed = clock(settings, ms)
     write_json(pipeline.folder / "report.json", {
@@ -348,7 +348,7 @@ def finish(pipeline: Pipeline) -> None:
     write_page(pipeline, rows, timed)
     print("\n" + report.stage_table(rows))
     print(f"\n{reached(settings, rows)}")
-    print(f"milliseconds are medians, in turn: {timed}; {torch.get_num_threads()} threads on the CPU")
+    print(f"milliseconds are medians, the models timed in turns: {timed}; {torch.get_num_threads()} threads on the CPU")
     if settings.export:
         export.main(as_flags({"weights": str(pipeline.folder / OUTPUT), **exporting(settings)}))
     print(f"Slim model: {pipeline.folder / OUTPUT}; {pipeline.folder / 'report.html'} tells what came of it, "

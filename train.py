@@ -59,11 +59,11 @@ MOST_SKIPPED = 50  # steps in a row that the scaler may skip; it needs some twen
 
 def train(opt: Namespace, hooks: Sequence[Hook] = ()) -> Run:
     """A whole run, from the options of the command line to the last picture."""
-    with ExitStack() as held:  # the run's folder, which no other process may have
-        opt, resumed = go_on(opt, held) if opt.resume else (opt, {})
-        world = held.enter_context(process_group(opt.device))
-        signals = held.enter_context(listen(world.size))
-        run = build_run(opt, resumed, world, hooks, signals, held)
+    with ExitStack() as locks:  # the run's folder, which no other process may have
+        opt, resumed = go_on(opt, locks) if opt.resume else (opt, {})
+        world = locks.enter_context(process_group(opt.device))
+        signals = locks.enter_context(listen(world.size))
+        run = build_run(opt, resumed, world, hooks, signals, locks)
         table = EpochTable(run.epoch, run.opt.epochs, {title: show for hook in run.hooks
                                                        for title, show in hook.columns().items()})
         if world.main:
@@ -253,8 +253,8 @@ def validate(run: Run, log: dict[str, float]) -> float:
 # Beginning and end ----------------------------------------------------------------------------------------------------
 
 def build_run(opt: Namespace, resumed: dict[str, Any], world: World, hooks: Sequence[Hook], signals: Listener,
-              held: ExitStack) -> Run:
-    """Options -> a run that is ready for its first, or its next, epoch. `held` gets the lock of a new folder."""
+              locks: ExitStack) -> Run:
+    """Options -> a run that is ready for its first, or its next, epoch. `locks` gets the lock of a new folder."""
     seed_and_kernels(opt)
     config = read_data(opt.data)
     model = start_model(opt, {0: "object"} if opt.single_cls else config.names, resumed, world)
@@ -269,7 +269,7 @@ def build_run(opt: Namespace, resumed: dict[str, Any], world: World, hooks: Sequ
     model = on_device(model, world.device)
     freeze(model, opt.freeze)
     val = val_loader(opt, config, imgsz, stride, world, cache=opt.cache, shutdown=signals.shutdown)
-    folder = Path(resumed["folder"]) if resumed else shared_run_folder(opt, world, held)
+    folder = Path(resumed["folder"]) if resumed else shared_run_folder(opt, world, locks)
     nbs = opt.nbs or suited_nbs(opt.epochs * len(loader), opt.batch_size)
     schedule = Schedule(opt.hyp, opt.epochs, len(loader), opt.batch_size, nbs, opt.cos_lr)
     step_fraction = opt.batch_size * schedule.accumulate(schedule.warmup) / nbs

@@ -20,7 +20,7 @@ from train import say_next, train
 from training.loggers import Cell
 from training.narrow import RemainingChannels, narrow
 from training.run import Hook, Run
-from training.sparsity import SparsityPlan, frozen_norms
+from training.sparsity_plan import SparsityPlan, frozen_norms
 from training.sparsity_report import SparsityReport
 from training.start import start_options
 from utils.errors import UserError, run_cli
@@ -31,7 +31,7 @@ from utils.slimming.surgery import slim
 from val import evaluate
 
 FIGURES = ("flops", "params")  # of TARGETS: those that are counted, not measured
-ENOUGH = 0.1  # of the channels: --shrink cuts when so many more are 0 for good; each cut takes a second or two
+ENOUGH_NEW_ZEROS = 0.1  # share of the channels: --shrink cuts when so many more are 0; a cut takes a second or two
 
 
 class SparsityHook(Hook):
@@ -88,7 +88,7 @@ class SparsityHook(Hook):
             return
         new = self.remaining.present(plan.pruner.graph.masks(plan.kept_without(target.gone)))
         channels = sum(int((~new[name]).sum()) for name in plan.norms)
-        if not target.settled and channels < ENOUGH * target.total:
+        if not target.settled and channels < ENOUGH_NEW_ZEROS * target.total:
             return
         self.settled = target.settled
         if not channels:

@@ -43,8 +43,8 @@ from utils.errors import UserError, run_cli
 from utils.files import scratch
 from utils.parser import HelpfulParser
 from utils.slimming import Pruner
+from utils.slimming.gamma_l1 import GammaL1
 from utils.slimming.graph import batch_norms
-from utils.slimming.sparsity import GammaL1
 from utils.slimming.target_sparsity import TargetSparsity
 
 TRAIN = "train.py --data {data} --weights {weights} --imgsz 320 --batch-size 16 --workers {workers} --project {folder}"

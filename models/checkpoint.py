@@ -42,7 +42,7 @@ OTHER_TASKS = {"SegmentationModel": "segmentation", "ClassificationModel": "clas
 
 
 class _Inert:
-    """Holds what an object of a foreign file held, as attributes."""
+    """Holds what an object of a foreign file saved, as attributes."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         self.args = args
@@ -220,10 +220,10 @@ def _from_official(data: Any) -> dict[str, Any]:
     whole = data
     if isinstance(data, dict):
         whole = data["ema"] if data.get("ema") is not None else data.get("model")
-    held = vars(whole) if isinstance(whole, _Inert) else {}
-    if not isinstance(held.get("yaml"), dict):
+    saved = vars(whole) if isinstance(whole, _Inert) else {}
+    if not isinstance(saved.get("yaml"), dict):
         raise ValueError("it holds no YOLOv5 model (needs a 'model' or 'ema' entry with its yaml)")
-    config, names = read_yaml(held["yaml"]), tree({"names": held.get("names")})["names"]
+    config, names = read_yaml(saved["yaml"]), tree({"names": saved.get("names")})["names"]
     state = {key: value.float() if value.is_floating_point() else value for key, value in _tensors(whole).items()}
     if names is None:
         names = [str(i) for i in range(config.get("nc", 80))]
@@ -231,8 +231,8 @@ def _from_official(data: Any) -> dict[str, Any]:
     names = {key: str(name) for key, name in (names.items() if isinstance(names, dict) else enumerate(names))}
     config["nc"] = len(names)
     head = max((key for key in state if key.endswith(".anchors")), default=None)
-    if head is not None and "stride" in held:  # autoanchor may have changed them since the yaml was written
-        pixels = state[head] * torch.as_tensor(held["stride"], dtype=torch.float32).view(-1, 1, 1)
+    if head is not None and "stride" in saved:  # autoanchor may have changed them since the yaml was written
+        pixels = state[head] * torch.as_tensor(saved["stride"], dtype=torch.float32).view(-1, 1, 1)
         config["anchors"] = [[round(v, 3) for v in level.flatten().tolist()] for level in pixels]
     return {"format": FORMAT, "yaml": config, "names": names, "masks": {}, "state_dict": state, "ema": None}
 

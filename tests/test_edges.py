@@ -29,7 +29,7 @@ from utils.errors import NonFiniteError, UserError
 from utils.files import newest
 from utils.options import training_parser
 from utils.parser import at_least
-from utils.slimming.sparsity import GammaL1
+from utils.slimming.gamma_l1 import GammaL1
 from val import evaluate
 
 FAST = ["--imgsz", "64", "--batch-size", "4", "--workers", "0", "--device", "cpu", "--noplots"]

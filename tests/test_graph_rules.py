@@ -13,9 +13,9 @@ from models.common import Conv
 from tests.blocks import Net, randomised
 from tests.test_blocks import check_cut, look_trained, random_cut
 from utils.slimming import Pruner, trace
-from utils.slimming.calibration import absorb
+from utils.slimming.compensation import absorb
 from utils.slimming.equivalence import largest_difference
-from utils.slimming.sparsity import GammaL1
+from utils.slimming.gamma_l1 import GammaL1
 from utils.slimming.surgery import resize_like
 from utils.slimming.target_sparsity import TargetSparsity
 

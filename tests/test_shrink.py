@@ -74,7 +74,7 @@ def narrow_models() -> dict[str, dict]:
 def check(first: nn.Module, optimizer: str, monkeypatch: pytest.MonkeyPatch, **flags: object) -> None:
     """A run that cuts three times, against one that never does: outputs then, weights and average in later steps."""
     monkeypatch.setattr(TargetSparsity, "SHRINK", 0.2)  # channels die in two or three steps
-    monkeypatch.setattr(train_sparsity, "ENOUGH", 0.0)
+    monkeypatch.setattr(train_sparsity, "ENOUGH_NEW_ZEROS", 0.0)
     state = randomised(first).state_dict()
     wide, hook = prepared(first, optimizer, **flags)
     other = type(first)(first.yaml, nc=2) if isinstance(first, Model) else Net(type(first.block)())

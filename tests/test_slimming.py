@@ -14,7 +14,7 @@ from models.common import Bottleneck, Conv
 from models.yolo import Model
 from tests.blocks import random_masks, randomised
 from utils.slimming import SCORES, Masks, Pruner, Rules, compose_masks, masked, slim, trace
-from utils.slimming.calibration import absorb, recalibrate
+from utils.slimming.compensation import absorb, recalibrate
 from utils.slimming.cost import CostModel, profile
 from utils.slimming.equivalence import largest_difference
 from utils.slimming.ranking import knee

@@ -15,9 +15,9 @@ from models.yolo import Model
 from train import complete_gradients, optimizer_step
 from training.optimizer import ModelEMA
 from training.run import Hook, Step
-from training.sparsity import SparsityPlan
+from training.sparsity_plan import SparsityPlan
 from utils.errors import NonFiniteError
-from utils.slimming.sparsity import GammaL1, gamma_stats, l1_reach
+from utils.slimming.gamma_l1 import GammaL1, gamma_stats, l1_reach
 from utils.slimming.target_sparsity import TargetSparsity
 
 

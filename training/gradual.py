@@ -12,11 +12,11 @@ from utils.slimming.cost import profile
 from utils.slimming.graph import Masks, batch_norms
 from utils.slimming.target_sparsity import TargetSparsity
 
-SHARE = 1 / 3  # of the run, in which the channels go
+GRADUAL_SHARE = 1 / 3  # of the run, in which the channels go
 
 
 class GradualCut(Hook):
-    """The run starts with the model that was cut, and goes on with the slim one before SHARE of it is over.
+    """The run starts with the model that was cut, and goes on with the slim one before GRADUAL_SHARE of it is over.
 
     The channels that `masks` cut shrink to 0, those first that the loss uses least at the moment, as under
     --target-sparsity. At the end of the epoch in which the last one is 0 they are taken out. Without masks the hook
@@ -46,7 +46,7 @@ class GradualCut(Hook):
 
     def after_step(self, skipped: bool) -> None:
         if self.masks and not skipped:
-            self.target.shrink(self.run.progress / SHARE)
+            self.target.shrink(self.run.progress / GRADUAL_SHARE)
 
     def epoch_end(self, log: dict[str, float]) -> None:
         if not self.masks or not self.target.settled:

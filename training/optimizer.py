@@ -37,7 +37,7 @@ def build_optimizer(model: nn.Module, name: str, lr: float, momentum: float, dec
     return cls(settings, lr=lr, betas=(momentum, 0.999), fused=fused)
 
 
-ENOUGH = 2000  # optimizer steps
+ENOUGH_STEPS = 2000  # optimizer steps
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class Schedule:
 def suited_nbs(iterations: int, batch_size: int) -> int:
     """Nominal batch of a run of so many iterations: YOLOv5's 64; less, down to 16, where it has too few steps."""
     sizes = (64, 32, 16)
-    return next((nbs for nbs in sizes if iterations * batch_size / max(nbs, batch_size) >= ENOUGH), sizes[-1])
+    return next((nbs for nbs in sizes if iterations * batch_size / max(nbs, batch_size) >= ENOUGH_STEPS), sizes[-1])
 
 
 class ModelEMA(Generic[AnyModel]):

@@ -14,7 +14,7 @@ from utils.text import read_json
 
 STATE = "slim.json"
 PRUNE = "prune.py"
-SHARE = 3  # one in so many epochs is for what comes before, or after, becoming sparse
+OTHER_STAGES = 3  # one in so many epochs is for what comes before, or after, becoming sparse
 
 
 @dataclass(frozen=True)
@@ -70,9 +70,9 @@ class Settings:
         """The commands in order."""
         left, found = self.epochs, []
         if not self.trained:
-            found.append(Stage("dense", "train.py", left // SHARE))
-            left -= left // SHARE
-        tuning = left // SHARE if self.target[0] == "map-drop" else 0
+            found.append(Stage("dense", "train.py", left // OTHER_STAGES))
+            left -= left // OTHER_STAGES
+        tuning = left // OTHER_STAGES if self.target[0] == "map-drop" else 0
         left -= tuning
         for i in range(self.rounds):
             name = f"sparse{i + 1}" if self.rounds > 1 else "sparse"

@@ -8,7 +8,7 @@ import torch
 from models.yolo import Model, on_device
 from training.sample import IMAGES, TrainingSample
 from utils.slimming import Pruner, PruneResult, slim
-from utils.slimming.calibration import absorb, recalibrate
+from utils.slimming.compensation import absorb, recalibrate
 from utils.slimming.reconstruction import reconstruct
 
 REFITTED = 32  # training images that --reconstruct looks at; all are computed at once

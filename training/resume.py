@@ -78,14 +78,14 @@ CHANGEABLE = ("resume", "data", "amp", "patience", "sync_bn", "workers", "cache"
               "teacher")
 
 
-def go_on(opt: Namespace, held: ExitStack) -> tuple[Namespace, dict[str, Any]]:
-    """--resume: resumed_options() of its last.pt. `held` gets the lock of the run's folder.
+def go_on(opt: Namespace, locks: ExitStack) -> tuple[Namespace, dict[str, Any]]:
+    """--resume: resumed_options() of its last.pt. `locks` gets the lock of the run's folder.
 
     First the lock: a process that has it may still write what is read here.
     """
     path = resume_file(opt)
     if path.is_file() and first_process():
-        held.enter_context(in_use(path.resolve().parent.parent))
+        locks.enter_context(in_use(path.resolve().parent.parent))
     return resumed_options(opt, path)
 
 
@@ -149,9 +149,9 @@ def newest_run(script: str) -> Path:
 def fitting(put_back: Callable[[Run, dict[str, Any]], None]) -> Callable[[Run, dict[str, Any]], None]:
     """A function that gives a run what a checkpoint holds. UserError where it does not fit there."""
     @wraps(put_back)
-    def checked(run: Run, held: dict[str, Any]) -> None:
+    def checked(run: Run, saved: dict[str, Any]) -> None:
         try:
-            put_back(run, held)
+            put_back(run, saved)
         except BUILD_ERRORS as error:
             if not run.resumed:
                 raise
@@ -211,7 +211,7 @@ def start_hooks(run: Run, resumed: dict[str, Any]) -> None:
 def restore_hooks(run: Run, training: dict[str, Any]) -> None:
     """Give every hook its state back, and the random generators, which the start of a hook may have used.
 
-    A hook without a state, and a state without a hook, are said.
+    Prints a note for a hook that has no state there, and for a state that no hook takes.
     """
     torch.set_rng_state(training["rng"]["torch"])
     if torch.cuda.is_available():

@@ -41,12 +41,12 @@ def resolve(opt: Namespace, checkpoint: dict[str, Any] | None = None) -> Namespa
     trained = trained_recipe(opt, checkpoint or {}, file)
     # Whoever reads images checks that they are there.
     config = read_data(opt.data or trained.get("data") or ROOT / BUILT_IN_DATA, needed=())
-    suited = config.defaults
-    _check_defaults(str(config.file), suited)
+    defaults = config.defaults
+    _check_defaults(str(config.file), defaults)
     # The architecture is one setting in two flags: who names one does not want the other's default.
     if weights or getattr(opt, "cfg", None):
-        suited = {key: "" if key in ("weights", "cfg") else value for key, value in suited.items()}
-    taken = {f"from {file}": _fill(opt, trained), f"from {config.file.name}": _fill(opt, suited),
+        defaults = {key: "" if key in ("weights", "cfg") else value for key, value in defaults.items()}
+    taken = {f"from {file}": _fill(opt, trained), f"from {config.file.name}": _fill(opt, defaults),
              "by default": _fill(opt, {**DEFAULTS, "data": BUILT_IN_DATA})}
     opt.data, opt.single_cls = str(config.file), bool(opt.single_cls)
     if hasattr(opt, "hyp"):
@@ -75,16 +75,16 @@ def _flag(key: str, value: Any) -> str:
     return f"--{key.replace('_', '-')} {value}".rstrip()
 
 
-def trained_recipe(opt: Namespace, held: Mapping[str, Any], file: str) -> dict[str, Any]:
+def trained_recipe(opt: Namespace, saved: Mapping[str, Any], file: str) -> dict[str, Any]:
     """What the training that made a checkpoint (read()'s dict of `file`) was told of RECIPE, as far as it holds.
 
     Rates belong to their optimizer: where another one was given they do not hold. Empty for files of others.
     """
-    earlier = held.get("opt") or {}
-    recipe = {"imgsz": held.get("imgsz"), **{key: earlier.get(key) for key in RECIPE if earlier.get(key)}}
+    earlier = saved.get("opt") or {}
+    recipe = {"imgsz": saved.get("imgsz"), **{key: earlier.get(key) for key in RECIPE if earlier.get(key)}}
     if getattr(opt, "optimizer", None) not in (None, earlier.get("optimizer")):
         recipe.pop("hyp", None)
-    config = None if opt.data else trained_data(held, file, bool(opt.single_cls))
+    config = None if opt.data else trained_data(saved, file, bool(opt.single_cls))
     return {**recipe, "data": str(config.file) if config else None}
 
 
@@ -93,12 +93,12 @@ def absolute(text: str) -> str:
     return str(Path(text).absolute()) if text and Path(text).exists() else text
 
 
-def trained_data(held: Mapping[str, Any], file: str, single_cls: bool = False) -> DataConfig | None:
+def trained_data(saved: Mapping[str, Any], file: str, single_cls: bool = False) -> DataConfig | None:
     """The data set that a checkpoint (read()'s dict of `file`) was trained on; None where it does not say.
 
     UserError where its yaml is gone, or names other classes by now, which --single-cls takes as one.
     """
-    recorded = (held.get("opt") or {}).get("data")
+    recorded = (saved.get("opt") or {}).get("data")
     if not recorded:
         return None
     # The last one: of a repository that lies elsewhere now.
@@ -107,20 +107,20 @@ def trained_data(held: Mapping[str, Any], file: str, single_cls: bool = False) -
     if data is None:
         raise UserError(f"{file}: was trained on {recorded}, which is not there any more; give --data")
     config = read_data(data, needed=())
-    single_cls = single_cls or bool(held["opt"].get("single_cls"))
-    other = "" if single_cls else other_names(config.names, held.get("names") or config.names)
+    single_cls = single_cls or bool(saved["opt"].get("single_cls"))
+    other = "" if single_cls else other_names(config.names, saved.get("names") or config.names)
     if other:
         raise UserError(f"{file}: was trained on {data}, which {other} by now; give the --data it was trained on")
     return config
 
 
-def data_of_model(held: Mapping[str, Any], file: str, names: Mapping[int, str], single_cls: bool = False) -> str:
+def data_of_model(saved: Mapping[str, Any], file: str, names: Mapping[int, str], single_cls: bool = False) -> str:
     """The data yaml to measure a model on where --data is not given: the one that it was trained on, else the built-in
     set or YOLOv5's coco128, if that has its classes.
 
-    held: read()'s dict of `file`, or what formats.load() knows of it. UserError where there is none.
+    saved: read()'s dict of `file`, or what formats.load() knows of it. UserError where there is none.
     """
-    known = trained_data(held, file, single_cls or bool((held.get("opt") or {}).get("single_cls")))
+    known = trained_data(saved, file, single_cls or bool((saved.get("opt") or {}).get("single_cls")))
     found = known.file if known else set_of_classes(names, (BUILT_IN_DATA, STOCK_DATA))
     if found is None:
         raise UserError(f"--data: {file} does not say what it was trained on; give the data yaml of its "
@@ -128,19 +128,19 @@ def data_of_model(held: Mapping[str, Any], file: str, names: Mapping[int, str], 
     return str(found)
 
 
-def _check_defaults(data: str, suited: dict[str, Any]) -> None:
+def _check_defaults(data: str, defaults: dict[str, Any]) -> None:
     """Refuse settings of a data yaml's `defaults:` that can't be."""
-    if unknown := suited.keys() - DEFAULTS.keys():
+    if unknown := defaults.keys() - DEFAULTS.keys():
         raise UserError(f"{data}: defaults has unknown keys {', '.join(sorted(unknown))}; "
                         f"known are {', '.join(DEFAULTS)}")
-    weights = str(suited.get("weights") or "")
+    weights = str(defaults.get("weights") or "")
     if Path(weights).name != weights and not Path(weights).is_file():
         raise UserError(f"{data}: defaults: weights: there is no {weights}; give its name alone to fetch it")
     for key, least in LEAST.items():
-        if key in suited and not (isinstance(suited[key], int) and suited[key] >= least):
-            raise UserError(f"{data}: defaults: {key} must be a whole number from {least} on, not {suited[key]}")
-    if suited.get("optimizer", "SGD") not in HYP_FOR:
-        raise UserError(f"{data}: defaults: optimizer must be one of {', '.join(HYP_FOR)}, not {suited['optimizer']}")
+        if key in defaults and not (isinstance(defaults[key], int) and defaults[key] >= least):
+            raise UserError(f"{data}: defaults: {key} must be a whole number from {least} on, not {defaults[key]}")
+    if defaults.get("optimizer", "SGD") not in HYP_FOR:
+        raise UserError(f"{data}: defaults: optimizer must be one of {', '.join(HYP_FOR)}, not {defaults['optimizer']}")
 
 
 def hyp_file(hyp: str | Path) -> Path:

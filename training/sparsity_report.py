@@ -12,12 +12,12 @@ from models.yolo import Model
 from training.loggers import Cell, cell
 from training.narrow import RemainingChannels
 from training.run import Run
-from training.sparsity import SparsityPlan
+from training.sparsity_plan import SparsityPlan
 from utils.files import write_array
 from utils.metrics import APResult
 from utils.plots.slimming import plot_gamma_history, plot_gammas
+from utils.slimming.gamma_l1 import GammaL1, gamma_stats, l1_reach
 from utils.slimming.ranking import MIN_SHARE, Rules
-from utils.slimming.sparsity import GammaL1, gamma_stats, l1_reach
 from utils.slimming.surgery import masked
 
 

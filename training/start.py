@@ -74,11 +74,11 @@ def standard_hooks(opt: Namespace) -> list[Hook]:
     return [*hooks, Teacher(opt.teacher, opt.teacher_weight)] if opt.teacher else hooks
 
 
-def shared_run_folder(opt: Namespace, world: World, held: ExitStack) -> Path:
-    """A new folder for the run, the same one for all processes. `held` gets its lock."""
+def shared_run_folder(opt: Namespace, world: World, locks: ExitStack) -> Path:
+    """A new folder for the run, the same one for all processes. `locks` gets its lock."""
     folder = new_run_folder(opt.project, opt.name, opt.exist_ok) if world.main else Path()
     if world.main:
-        held.enter_context(in_use(folder))
+        locks.enter_context(in_use(folder))
         move_away(folder / "weights")
     return Path(str(broadcast(str(folder), world.size)))
 

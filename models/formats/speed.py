@@ -92,7 +92,7 @@ def runtime_latency(models: Sequence[Model], name: str, imgsz: int, batch: int =
                 detector = wanted.there_and_back(model, Path(folder) / f"{i}.pt", options, torch.device("cpu"))[1]
                 calls.append(partial(detector, image.to(detector.dtype)))
                 calls[-1]()
-            except Exception as error:  # a block of the user's that a format has no word for fails in many ways
+            except Exception as error:  # a user's own block may have no counterpart in a format
                 print(f"note: not measured in {name} ({first_line(error, 100)})")
                 return None
         return [ms / batch for ms in medians(calls, runs)]

@@ -137,7 +137,7 @@ class Pruner(TracedModel[M]):
         def value(groups: int) -> float:
             return target.value(self, ranking.keep_groups(groups))
 
-        if target.limit:  # one group less than the first cut that loses more
+        if target.allowance:  # one group less than the first cut that loses more
             groups, exceeded = ranking.smallest_cut(lambda groups: value(groups) < -wanted)
             groups -= int(exceeded and groups > 0)
             reached = True

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from utils.slimming.calibration import norms_behind
+from utils.slimming.compensation import norms_behind
 from utils.slimming.graph import ChannelGraph, Masks, weighted_layers
 from utils.slimming.surgery import M, masked
 

@@ -80,17 +80,17 @@ def _floor(share: float) -> str:
     return f"{math.floor(1000 * share + 1e-9) / 1000:.3f}"
 
 
-def describe(result: PruneResult, asked: float, requested: str, floors: str) -> str:
+def describe(result: PruneResult, percent: float, requested: str, floors: str) -> str:
     """What the threshold rule allows, what was requested, and what came of it.
 
-    asked: share of the prunable channels, 0..1. floors: what every layer keeps, in words.
+    percent: share of the prunable channels, 0..1. floors: what every layer keeps, in words.
     """
     safe = result.safe
     otherwise = "by gamma alone, " if result.per_flop or result.score != "gamma" else ""
     lines = [f"largest safe gamma: {safe.gamma:.4g}; {otherwise}cutting below it is --percent {_floor(safe.percent)} "
              "(the smallest of the layers' largest gammas: beyond it some layer would lose every channel)"]
-    if asked > safe.percent:
-        lines.append(f"warning: {asked:.3f} is above that limit; every layer keeps {floors}. "
+    if percent > safe.percent:
+        lines.append(f"warning: {percent:.3f} is above that limit; every layer keeps {floors}. "
                      "Train with a larger --sr, or longer, to move the limit")
     largest = "threshold |gamma|" if result.score == "gamma" else "largest |gamma| cut"
     lines.append(f"requested {requested}, achieved {result.achieved:.1%}, {largest} {result.threshold:.4g}")

@@ -12,15 +12,15 @@ from utils.slimming.surgery import masked, slim
 
 @dataclass(frozen=True)
 class Target:
-    """A figure of the model that falls the more is cut.
+    """A figure of the model. The more is cut, the lower it is.
 
     value: (model, kept ids (bool, (ids,))) -> the figure after the cut.
-    limit: False: the smallest cut whose figure is at most the number given. True: the number is a loss that is allowed,
-    and the largest cut is made that does not lose more.
+    allowance: False: the cut is the smallest one whose figure is at most the number given. True: the number is a loss
+    that is allowed; the cut is the largest one that loses no more.
     """
 
     value: Callable[[TracedModel, np.ndarray], float]
-    limit: bool = False
+    allowance: bool = False
 
 
 def params_left(traced: TracedModel, keep: np.ndarray) -> float:
@@ -48,4 +48,4 @@ def map_gained(traced: TracedModel, keep: np.ndarray) -> float:
 
 # prune.py --target NAME=NUMBER.
 TARGETS: dict[str, Target] = {"params": Target(params_left), "flops": Target(flops_left),
-                              "latency": Target(latency_left), "map-drop": Target(map_gained, limit=True)}
+                              "latency": Target(latency_left), "map-drop": Target(map_gained, allowance=True)}

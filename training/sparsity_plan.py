@@ -13,8 +13,8 @@ from models.pruning import model_pruner
 from models.yolo import Model
 from training.narrow import RemainingChannels
 from utils.errors import UserError
+from utils.slimming.gamma_l1 import GammaL1
 from utils.slimming.graph import batch_norms, matching
-from utils.slimming.sparsity import GammaL1
 from utils.slimming.target_sparsity import TargetSparsity
 from utils.slimming.targets import TARGETS
 
