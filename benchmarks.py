@@ -88,7 +88,8 @@ def main(argv: Argv = None) -> Path:
     opt.weights = opt.weights or [weights_or_newest()]
     read = [checkpoint.read(path) for path in opt.weights]
     if not opt.noval:
-        opt.data = opt.data or data_of_model(read[0], opt.weights[0], read[0]["names"], opt.single_cls)
+        if not opt.data and not (read[0].get("opt") or {}).get("data"):
+            opt.data = data_of_model(read[0], opt.weights[0], read[0]["names"], opt.single_cls)
     opt = resolve(opt, read[0])
     device = select_device(opt.device)
     models = {name: checkpoint.build(data, path=path)

@@ -230,7 +230,8 @@ def main(argv: Argv = None) -> dict[str, Any]:
     device, weights = select_device(opt.device), opt.weights or [weights_or_newest()]
     model, data = formats.load(weights, device, opt.half, opt.augment)
     opt.weights = " ".join(weights)
-    opt.data = opt.data or data_of_model(data, opt.weights, model.names, opt.single_cls)
+    if not opt.data and not (data.get("opt") or {}).get("data"):
+        opt.data = data_of_model(data, opt.weights, model.names, opt.single_cls)
     opt.imgsz = image_size(model, opt.imgsz, None) if any(model.input_shape[2:]) else opt.imgsz
     opt.batch_size = model.input_shape[0] or opt.batch_size
     opt = resolve(opt, data)
