@@ -1,4 +1,7 @@
-"""Prune the backbone of a torchvision detector. PYTHONPATH=path/to/this/repository python examples/torchvision_detector.py"""
+"""Prune the backbone of a torchvision detector.
+
+    PYTHONPATH=path/to/this/repository python examples/torchvision_detector.py
+"""
 import torch
 from torch import nn
 from torchvision.models.detection import fasterrcnn_mobilenet_v3_large_320_fpn

@@ -230,7 +230,8 @@ class Shuffled(nn.Module):
         x = torch.cat((x, self.b(y)), 1)
         b, c, h, w = x.shape
         x = x.view(b, 2, c // 2, h, w).transpose(1, 2).contiguous().view(b, c, h, w)
-        return self.after(torch.cat((x[:, c // 2:], x[:, :c // 2].flatten(2).mean(-1)[..., None, None] * x[:, :c // 2]), 1))
+        half = x[:, :c // 2]
+        return self.after(torch.cat((x[:, c // 2:], half.flatten(2).mean(-1)[..., None, None] * half), 1))
 
 
 class Ghost(nn.Module):
