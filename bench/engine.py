@@ -55,14 +55,16 @@ def prune_theirs(model: Model, path: Path) -> Model:
     return model
 
 
-TORCHVISION = (
-    "alexnet vgg11_bn vgg16_bn resnet18 resnet50 resnext50_32x4d wide_resnet50_2 densenet121 googlenet inception_v3 "
-    "mnasnet1_0 mobilenet_v2 mobilenet_v3_small mobilenet_v3_large shufflenet_v2_x1_0 squeezenet1_1 efficientnet_b0 "
-    "efficientnet_v2_s regnet_y_400mf regnet_x_400mf convnext_tiny vit_b_16 swin_t maxvit_t").split()
-TIMM = (
-    "resnet50d seresnet50 skresnet50 ecaresnet50t res2net50_26w_4s resnest50d tf_efficientnet_b0 ghostnet_100 "
-    "cspresnet50 dla34 dpn68 hrnet_w18_small inception_resnet_v2 xception41 ese_vovnet19b_dw rexnet_100 tresnet_m "
-    "mixnet_s mobileone_s0 levit_128 mobilevit_s coatnet_nano_rw_224").split()
+TORCHVISION = [
+    "alexnet", "vgg11_bn", "vgg16_bn", "resnet18", "resnet50", "resnext50_32x4d", "wide_resnet50_2",
+    "densenet121", "googlenet", "inception_v3", "mnasnet1_0", "mobilenet_v2", "mobilenet_v3_small",
+    "mobilenet_v3_large", "shufflenet_v2_x1_0", "squeezenet1_1", "efficientnet_b0", "efficientnet_v2_s",
+    "regnet_y_400mf", "regnet_x_400mf", "convnext_tiny", "vit_b_16", "swin_t", "maxvit_t"]
+TIMM = [
+    "resnet50d", "seresnet50", "skresnet50", "ecaresnet50t", "res2net50_26w_4s", "resnest50d",
+    "tf_efficientnet_b0", "ghostnet_100", "cspresnet50", "dla34", "dpn68", "hrnet_w18_small",
+    "inception_resnet_v2", "xception41", "ese_vovnet19b_dw", "rexnet_100", "tresnet_m", "mixnet_s",
+    "mobileone_s0", "levit_128", "mobilevit_s", "coatnet_nano_rw_224"]
 
 
 def classifier(name: str) -> nn.Module:
