@@ -87,9 +87,8 @@ def main(argv: Argv = None) -> Path:
         torch.set_num_threads(opt.threads)
     opt.weights = opt.weights or [weights_or_newest()]
     read = [checkpoint.read(path) for path in opt.weights]
-    if not opt.noval:
-        if not opt.data and not (read[0].get("opt") or {}).get("data"):
-            opt.data = data_of_model(read[0], opt.weights[0], read[0]["names"], opt.single_cls)
+    if not opt.noval and not opt.data and not (read[0].get("opt") or {}).get("data"):
+        opt.data = data_of_model(read[0], opt.weights[0], read[0]["names"], opt.single_cls)
     opt = resolve(opt, read[0])
     device = select_device(opt.device)
     models = {name: checkpoint.build(data, path=path)

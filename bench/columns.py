@@ -209,6 +209,8 @@ TABLES: dict[str, Table] = {  # name of a mark in the pages -> table
                                ("open files", "files", str), ("child processes", "processes", str)])}
 UNSHOWN = {  # tables that no page shows
     "front": Table("front", DEVICE),
+    "classifiers": Table("classifiers", ["model", ("by", "method", str), ("seconds", "seconds", TWO),
+                                         ("parameters left", "left", SHARE), ("not cut", "error", str)]),
     "overhead": Table("overhead", [
         "model", ("step, ms", "step", "{:.0f}".format), ("--sr, ms", "l1", TWO), ("of a step", "l1_share", PERCENT),
         ("--target-sparsity, ms", "target", TWO), ("of a step", "target_share", PERCENT)])}

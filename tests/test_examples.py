@@ -5,6 +5,8 @@ from copy import deepcopy
 from functools import cache
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -92,3 +94,35 @@ def test_from_sparsity_to_a_slim_model(script, tiny, tmp_path):
     without = script("prune.py", "--percent", 0.4, *common, cwd=tmp_path, code=2)  # its blocks are not known there
     assert "no block named 'ECA'" in without.stderr
     script("examples/with_attention.py", "finetune_pruned.py", "--epochs", 1, *common, "--noplots", cwd=tmp_path)
+
+
+# The engine in other projects -----------------------------------------------------------------------------------------
+
+def test_a_torchvision_detectors_backbone_is_cut(script, tmp_path):
+    done = script("examples/torchvision_detector.py", cwd=tmp_path, env={"PYTHONPATH": str(ROOT)})
+    assert "30% cut" in done.stdout and "boxes" in done.stdout
+
+
+@pytest.mark.slow
+def test_an_ultralytics_yolo11_is_slimmed_by_its_own_trainer(tmp_path, monkeypatch):
+    pytest.importorskip("ultralytics", reason="pip install ultralytics")
+    from examples.ultralytics_yolo11 import YOLO, main
+
+    for folder in ("images", "labels"):
+        (tmp_path / folder).mkdir()
+    for i in range(8):
+        pixels = np.random.default_rng(i).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+        cv2.imwrite(str(tmp_path / f"images/{i}.jpg"), pixels)
+        (tmp_path / f"labels/{i}.txt").write_text("0 .5 .5 .4 .4\n")
+    data = tmp_path / "data.yaml"
+    data.write_text(yaml.safe_dump({"path": str(tmp_path), "train": "images", "val": "images", "names": ["a", "b"]}))
+    monkeypatch.chdir(tmp_path)
+    fine = main("yolo11n.yaml", str(data), epochs=2, imgsz=64, batch=4, nbs=4, workers=0, plots=False, device="cpu",
+                project=str(tmp_path / "runs"), optimizer="SGD")
+    assert any("attn (Attention)" in note for note in trace(fine.model.float()).notes)  # it stays whole
+    sparse = YOLO(tmp_path / "runs/train/weights/last.pt").model
+    gammas = torch.cat([m.weight for m in sparse.modules() if isinstance(m, nn.BatchNorm2d)])
+    assert (gammas == 0).float().mean() > 0.3
+    again = YOLO(fine.trainer.last).model
+    counts = [sum(p.numel() for p in model.parameters()) for model in (sparse, again)]
+    assert counts[1] < 0.5 * counts[0]

@@ -15,6 +15,7 @@ from models.config import read_yaml
 from models.yolo import Model
 from tests.blocks import NETWORKS, Net, randomised
 from utils.slimming import Pruner, Rules, slim, trace
+from utils.slimming.cost import profile
 from utils.slimming.equivalence import difference, largest_difference
 
 # Nothing of a model changes -------------------------------------------------------------------------------------------
@@ -160,6 +161,38 @@ def test_inputs_that_need_not_be_given_are_not():
 
     result = Pruner(with_forward(forward), 64).rank().cut(0.3)
     assert result.difference < 1e-9 and result.achieved > 0.29 and not result.notes
+
+
+# Several inputs -------------------------------------------------------------------------------------------------------
+
+class TwoInputs(Backbone):
+    """Images, and a row of numbers for each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.row = nn.Sequential(nn.Linear(6, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Linear(12, 16))
+
+    def forward(self, x: Tensor, numbers: Tensor, *, which: Tensor | None = None, **other: Any) -> Any:
+        y = self.c(self.b(self.a(x) * self.row(numbers)[:, :, None, None]))
+        return y if which is None else (y, which)
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_a_model_of_several_inputs_is_cut_by_examples_of_them(named):
+    torch.manual_seed(0)
+    model = randomised(TwoInputs())
+    inputs: Any = (torch.zeros(2, 3, 16, 24), torch.zeros(2, 6))
+    if named:
+        inputs = dict(zip(("x", "numbers"), inputs), which=torch.tensor([1, 0]))
+    pruner = Pruner(model, inputs=inputs).rank()
+    for result in (pruner.cut(0.5), pruner.cut(target=("flops", 0.6)), pruner.cut(target=("params", 0.6))):
+        assert result.difference < 1e-9 and not result.masks["row.1"].all() and not result.masks["a.bn"].all()
+        cost = profile(result.slim, inputs=inputs)
+        keep = pruner.graph.kept(result.masks)
+        assert pruner.costs.remaining(keep) == (cost.parameters, cost.flops)
+    assert pruner.milliseconds([model, result.slim])[0] > 0
+    with pytest.raises(ValueError, match="TwoInputs takes 2 inputs .*without numbers; give inputs="):
+        Pruner(model, inputs=inputs["x"] if named else inputs[:1])
 
 
 # Images of one size only ----------------------------------------------------------------------------------------------

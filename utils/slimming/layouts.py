@@ -16,6 +16,7 @@ from utils.slimming.values import (
     Shape,
     argument,
     is_channel_dimension,
+    is_count_of,
     is_map,
     is_spatial,
 )
@@ -107,8 +108,8 @@ class Layouts(Ledger):
 
     def grouped(self, x: Channels, groups: int, of_a_group: Any, *space: Any) -> Grouped | None:
         """(B, C, H, W) -> (B, groups, C // groups, H, W)."""
-        count = isinstance(of_a_group, Count) and of_a_group.divisor == groups and np.array_equal(of_a_group.ids, x.ids)
-        if space != (None, None) or len(x.ids) % groups or not (count or of_a_group == -1):
+        counted = is_count_of(of_a_group, x) and of_a_group.divisor == groups
+        if space != (None, None) or len(x.ids) % groups or not (counted or of_a_group == -1):
             return None
         self.align(x.ids, groups)
         return Grouped(x.ids.reshape(groups, -1), x.loose.reshape(groups, -1))
@@ -160,7 +161,7 @@ class Layouts(Ledger):
         if isinstance(x, Channels) and is_spatial(x, dim) and listed:
             return [x] * len(sizes)
         if isinstance(x, Channels) and is_channel_dimension(x, dim) and not x.spread:
-            if isinstance(sizes, Count) and np.array_equal(sizes.ids, x.ids):
+            if is_count_of(sizes, x):
                 return self.equal_parts(x, sizes.divisor)
             if isinstance(sizes, int) and sizes > 0:  # the last part takes what is left
                 starts = range(0, len(x.ids), sizes)
@@ -186,7 +187,7 @@ class Layouts(Ledger):
         count, bounds = len(x.ids), [bound for bound in (part.start, part.stop) if bound is not None]
         if part.step not in (None, 1) or x.spread:
             return None
-        if bounds and all(isinstance(bound, Count) and np.array_equal(bound.ids, x.ids) for bound in bounds):
+        if bounds and all(is_count_of(bound, x) for bound in bounds):
             self.align(x.ids, int(np.lcm.reduce([bound.divisor for bound in bounds])))
             places = np.arange(count)[slice(*[b and count // b.divisor for b in (part.start, part.stop)])]
             return replace(x, ids=x.ids[places], loose=x.loose[places])

@@ -106,7 +106,7 @@ class Pruner(TracedModel[M]):
         it takes the shapes.
         """
         side = max(self.stride, 32)
-        sizes: Sizes = ((1, 2 * side, 2 * side), (3, 2 * side, 3 * side))
+        sizes: Sizes = ((1, 2 * side, 2 * side), (2, 2 * side, 3 * side))
         try:
             expected = outputs(zeroed, self.channels, sizes, inputs=self.inputs)
         except UnfitImagesError:

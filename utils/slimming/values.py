@@ -79,5 +79,10 @@ def is_channel_dimension(x: Channels, dimension: Any) -> bool:
     return isinstance(dimension, int) and dimension in (1, -1 - x.space)
 
 
+def is_count_of(number: Any, x: Channels) -> TypeGuard[Count]:
+    """Is the number computed from how many channels x has?"""
+    return isinstance(number, Count) and np.array_equal(np.sort(number.ids), np.sort(x.ids))
+
+
 def is_scalar(x: Any) -> bool:
     return isinstance(x, (int, float)) or (isinstance(x, Tensor) and x.numel() == 1)
