@@ -431,7 +431,7 @@ def test_networks_of_others_are_cut_without_any_yolo(one_thread, name, coupled):
     torch.manual_seed(0)
     network = randomised(getattr(torchvision.models, name)(weights=None))
     pruner = Pruner(network, 64).rank(rules=Rules(coupled=coupled))
-    assert len(pruner.graph.notes) == 1 and "flatten" in pruner.graph.notes[0]  # what the classifier reads stays
+    assert not pruner.graph.notes  # what the classifier reads goes, too
     whole = profile(network, 64)
 
     first = pruner.cut(percent=0.3)
