@@ -15,12 +15,13 @@ from training.distributed import first_process
 from utils.data.config import DataConfig, other_names, read_data, set_of_classes
 from utils.errors import UserError
 from utils.files import ROOT
-from utils.options import BUILT_IN_DATA, HYP_FOR, LEAST, STOCK_DATA, STOCK_WEIGHTS
+from utils.options import BUILT_IN_DATA, CACHES, HYP_FOR, LEAST, MOST_EPOCHS, STOCK_DATA, STOCK_WEIGHTS
 from utils.text import read_yaml_mapping
 
 # What holds when neither a flag nor the data yaml says otherwise: YOLOv5's defaults.
 DEFAULTS: dict[str, Any] = {"weights": STOCK_WEIGHTS, "cfg": "", "imgsz": 640, "epochs": 100, "batch_size": 16,
                             "nbs": None, "optimizer": "SGD", "cache": "auto", "hyp": None}
+CHOICES = {"optimizer": HYP_FOR, "cache": CACHES}
 RECIPE = ("data", "imgsz", "single_cls", "optimizer", "hyp")
 BELOW_1 = ("momentum", "warmup_momentum")  # hyper-parameters
 # They stand in YOLOv5's files, old or new, and have no effect here.
@@ -41,8 +42,7 @@ def resolve(opt: Namespace, checkpoint: dict[str, Any] | None = None) -> Namespa
     trained = trained_recipe(opt, checkpoint or {}, file)
     # Whoever reads images checks that they are there.
     config = read_data(opt.data or trained.get("data") or ROOT / BUILT_IN_DATA, needed=())
-    suited = config.defaults
-    _check_defaults(str(config.file), suited)
+    suited = suited_settings(config)
     # The architecture is one setting in two flags: who names one does not want the other's default.
     if weights or getattr(opt, "cfg", None):
         suited = {key: "" if key in ("weights", "cfg") else value for key, value in suited.items()}
@@ -128,19 +128,24 @@ def data_of_model(held: Mapping[str, Any], file: str, names: Mapping[int, str], 
     return str(found)
 
 
-def _check_defaults(data: str, suited: dict[str, Any]) -> None:
-    """Refuse settings of a data yaml's `defaults:` that can't be."""
-    if unknown := suited.keys() - DEFAULTS.keys():
-        raise UserError(f"{data}: defaults has unknown keys {', '.join(sorted(unknown))}; "
-                        f"known are {', '.join(DEFAULTS)}")
-    weights = str(suited.get("weights") or "")
+def suited_settings(config: DataConfig) -> dict[str, Any]:
+    """The settings of a data yaml's `defaults:`. UserError for those that can't be."""
+    suited, where = config.defaults, f"{config.file}: defaults"
+    if unknown := [str(key) for key in suited if key not in DEFAULTS]:
+        raise UserError(f"{where} has unknown keys {', '.join(sorted(unknown))}; known are {', '.join(DEFAULTS)}")
+    for key, value in suited.items():
+        if key in LEAST:
+            most = MOST_EPOCHS if key == "epochs" else 2**31 - 1
+            if isinstance(value, bool) or not isinstance(value, int) or not LEAST[key] <= value <= most:
+                raise UserError(f"{where}: {key} must be a whole number from {LEAST[key]} to {most}, not {value!r}")
+        elif not isinstance(value, str):
+            raise UserError(f"{where}: {key} must be a text, not {value!r}")
+        elif key in CHOICES and value not in CHOICES[key]:
+            raise UserError(f"{where}: {key} must be one of {', '.join(CHOICES[key])}, not {value!r}")
+    weights = suited.get("weights", "")
     if Path(weights).name != weights and not Path(weights).is_file():
-        raise UserError(f"{data}: defaults: weights: there is no {weights}; give its name alone to fetch it")
-    for key, least in LEAST.items():
-        if key in suited and not (isinstance(suited[key], int) and suited[key] >= least):
-            raise UserError(f"{data}: defaults: {key} must be a whole number from {least} on, not {suited[key]}")
-    if suited.get("optimizer", "SGD") not in HYP_FOR:
-        raise UserError(f"{data}: defaults: optimizer must be one of {', '.join(HYP_FOR)}, not {suited['optimizer']}")
+        raise UserError(f"{where}: weights: there is no {weights}; give its name alone to fetch it")
+    return suited
 
 
 def hyp_file(hyp: str | Path) -> Path:
