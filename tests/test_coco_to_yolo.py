@@ -296,3 +296,40 @@ def test_a_json_in_utf16(tmp_path: Path) -> None:
     root = one_image(tmp_path / "in", {"bbox": [10, 10, 20, 20]})
     (root / "train.json").write_text((root / "train.json").read_text(), encoding="utf-16")
     assert convert(root, tmp_path / "out")[0] == {"train/a": "0 0.200000 0.400000 0.200000 0.400000\n"}
+
+
+def one_json(root: Path, images: list[tuple[int, str]], rows: list[tuple[int, list[float]]]) -> Path:
+    """A folder of one JSON and its images, 100 x 50 pixels: (id, file name) and (image id, box)."""
+    root.mkdir()
+    for name in {name for _, name in images}:
+        Image.fromarray(np.full((50, 100, 3), 99, np.uint8)).save(root / name)
+    data = {"images": [{"id": number, "file_name": name} for number, name in images], "categories": [
+        {"id": 1, "name": "cat"}], "annotations": [{"image_id": i, "category_id": 1, "bbox": box} for i, box in rows]}
+    (root / "a.json").write_text(json.dumps(data))
+    return root
+
+
+@pytest.mark.parametrize("second", [1, 9])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_file_that_is_listed_twice_is_one_image_with_all_boxes(tmp_path: Path, second: int, seed: int) -> None:
+    """Else a random split puts it into train and val, each time with a part of its boxes."""
+    root = one_json(tmp_path / "in", [(1, "a.jpg"), (2, "b.jpg"), (second, "a.jpg")],
+                    [(1, [10, 10, 20, 20]), (second, [40, 10, 20, 20]), (2, [10, 10, 20, 20])])
+    report = coco_to_yolo.convert(coco_to_yolo.parse(["--coco", str(root), "--out", str(tmp_path / "out"), "--seed",
+                                                      str(seed)]))
+    files = {path.name: path.read_text() for path in (tmp_path / "out").rglob("labels/*/*.txt")}
+    assert {name: len(text.splitlines()) for name, text in files.items()} == {"a.txt": 2, "b.txt": 1}
+    assert "1 x image listed again, its boxes are with the first" in report
+
+
+def test_boxes_in_parts_of_the_image_are_refused_not_read_as_pixels(tmp_path: Path) -> None:
+    root = one_json(tmp_path / "in", [(1, "a.jpg"), (2, "b.jpg")], [(1, [.1, .1, .2, .2]), (2, [.4, .4, .5, .6])])
+    with pytest.raises(UserError, match="no box is left .*write pixels.*: 2"):
+        coco_to_yolo.convert(coco_to_yolo.parse(["--coco", str(root), "--out", str(tmp_path / "out")]))
+
+
+def test_a_broken_json_is_named(tmp_path: Path) -> None:
+    root = one_json(tmp_path / "in", [(1, "a.jpg")], [])
+    (root / "a.json").write_text('{"images": [')
+    with pytest.raises(UserError, match="a.json: not readable as JSON"):
+        coco_to_yolo.convert(coco_to_yolo.parse(["--coco", str(root), "--out", str(tmp_path / "out")]))

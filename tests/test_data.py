@@ -612,6 +612,19 @@ def test_a_damaged_label_cache_is_made_anew(images: Path, tmp_path: Path, monkey
     assert all(map(np.array_equal, first.labels, again.labels)) and len(file.read_bytes()) > 100
 
 
+@pytest.mark.parametrize("content", [b"", b"nothing", b"PK\x03\x04 no zip", b"\x93NUMPY\x01\x00 \x00" + b"[" * 32,
+                                     b"\x93NUMPY\x01\x00F\x00{'descr': '|u1', 'fortran_order': False, "
+                                     b"'shape': (99999999999999, 3)}  "])
+def test_a_damaged_image_cache_is_made_anew(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                            content: bytes) -> None:
+    monkeypatch.setenv("YOLO_CACHE", str(tmp_path / "cache"))
+    first = DetectionDataset([images], 64, cache="disk").load(0)
+    for file in (tmp_path / "cache" / "images").iterdir():
+        file.write_bytes(content)
+    again = DetectionDataset([images], 64, cache="disk")
+    assert np.array_equal(again.load(0), first) and not again.notes
+
+
 @pytest.mark.parametrize("suffix", ["bmp", "webp", "tiff", "jpeg"])
 def test_names_with_spaces_and_foreign_letters(tmp_path: Path, suffix: str) -> None:
     folder = tmp_path / "Fotos größer 漢" / "images"

@@ -11,6 +11,7 @@ import time
 import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -329,6 +330,32 @@ def test_a_half_unpacked_set_is_not_taken_for_whole(server, tmp_path):
     assert at_once(unpack_half_and_die, path, count=1) == [-signal.SIGKILL]
     assert not (tmp_path / "mine/set").exists()
     assert len(list(read_data(path).train[0].iterdir())) == 200  # its lock died with it, too
+
+
+@pytest.mark.parametrize("kind", ["cut off", "sparse"])
+def test_a_damaged_archive_is_one_line(server, tmp_path, kind):
+    url, pages = server
+    info = tarfile.TarInfo("set/images/a.jpg")
+    if kind == "sparse":  # its map of holes is missing
+        info.pax_headers = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": "9"}
+    with tarfile.open(tmp_path / "set.tgz", "w:gz") as tar:
+        tar.addfile(info)
+    body = (tmp_path / "set.tgz").read_bytes()
+    (tmp_path / "set.tgz").unlink()
+    pages["/set.tgz"] = 200, body[:len(body) // 2] if kind == "cut off" else body, None, 0.0
+    with pytest.raises(UserError, match="answered with something else"):
+        read_data(data_yaml(tmp_path, f"{url}/set.tgz"))
+    assert not (tmp_path / "mine/set").exists()
+
+
+def test_an_archive_larger_than_the_disk_is_refused_before_it_fills_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(downloads.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    (tmp_path / "a.zip").write_bytes(zipped({"a.jpg": bytes(600), "b.jpg": bytes(600)}))
+    tar_with(tmp_path / "a.tar", ("a.jpg", tarfile.REGTYPE, bytes(1200)))
+    for name in ("a.zip", "a.tar"):
+        with pytest.raises(UserError, match="GB are free"):
+            downloads.unpack(tmp_path / name, tmp_path / "into")
+    assert not (tmp_path / "into").exists()
 
 
 def test_an_archive_without_the_sets_folder_is_the_set(server, tmp_path):

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 from argparse import Namespace
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from models.yolo import Model
 from tests.blocks import randomised
 from training import start
 from training.settings import read_hyp
+from utils.errors import UserError
+from utils.options import training_parser
 
 EARLIER = {"imgsz": 96, "optimizer": "AdamW", "hyp": {"lr0": 0.002}}
 
@@ -124,6 +127,18 @@ def test_slim_says_the_recipe_once_and_nothing_false(mine, tiny, capsys):
     assert pipeline.settings.trained and pipeline.settings.training == {}
     opt = settled("train_sparsity", *slim.stage_flags(pipeline, pipeline.settings.stages[0], mine))
     assert (opt.imgsz, opt.optimizer, opt.hyp["lr0"]) == (96, "AdamW", 0.002)
+
+
+@pytest.mark.parametrize("key, value", [
+    *itertools.product(("weights", "cfg", "imgsz", "epochs", "batch_size", "nbs", "optimizer", "cache", "hyp"),
+                       ("0", "true", "1.5", ".nan", "[]", "[1]", "{a: 1}", "null", "2020-01-01", "9999999999999")),
+    ("cache", "always"), ("optimizer", "sgd"), ("1", "2"), ("1", "2, a: 3"), ("null", "1"), ("project", "/tmp/x")])
+def test_the_defaults_of_a_data_yaml_are_refused_in_one_line_whatever_they_are(key, value, tiny, here):
+    text = tiny.read_text().replace("path: .", f"path: {tiny.parent}")
+    (here / "my.yaml").write_text(f"{text}defaults: {{{key}: {value}}}\n")
+    with pytest.raises(UserError, match="my.yaml: defaults") as refused:
+        start.start_options(training_parser("").parse_args(["--data", "my.yaml", "--device", "cpu"]))
+    assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize("name, total", [

@@ -49,7 +49,9 @@ def test_missing_files_and_folders_are_one_line(tmp_path):
 
 @pytest.mark.parametrize("data, words", [
     (b"\xff\xd8\xff\xe0\0\x10JFIF\0\1\1\0\0\1", "is not a text file"), (b"a\0b\0\0c", "is not a text file"),
-    (b"\xff\xfe\0", "not UTF-16-LE"), ("a".encode("utf-32-le"), "is not a text file")])
+    (b"\xff\xfe\0", "not UTF-16-LE"), (b"0 .5 .5 .2 .2\n" * 9 + b"\0", "is not a text file"),
+    (b"path: a\0b\ntrain: images\nval: images\n", "is not a text file"),
+    ("a".encode("utf-32-le"), "is not a text file")])
 def test_what_is_no_text_is_refused(data, words):
     with pytest.raises(UserError, match=f"a.jpg: .*{words}"):
         decoded(data, "a.jpg")

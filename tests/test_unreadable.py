@@ -266,3 +266,21 @@ def test_a_disk_cache_that_does_not_fit_is_not_made(tmp_path: Path, monkeypatch:
     assert len(list((cache / "images").iterdir())) == 3
     free = 0  # what is there already needs no space
     assert len(DetectionDataset([tmp_path], 64, cache="disk").notes) == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes")
+def test_a_pipe_that_is_called_a_video_is_not_waited_for(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    os.mkfifo(tmp_path / "a.mp4")
+    (tmp_path / "zero.avi").symlink_to("/dev/zero")
+    (tmp_path / "a.txt").write_text("a.mp4\nzero.avi\n")
+    (tmp_path / "a.streams").write_text("a.mp4\n")
+    with pytest.raises(UserError, match="not a file"):
+        list(frames(str(tmp_path / "*.mp4")))
+    for source, skipped in (("a.txt", 2), ("a.streams", 1)):
+        assert not list(frames(str(tmp_path / source)))
+        assert capsys.readouterr().out.count("skipped: ") == skipped
+
+
+def test_an_address_that_is_none_is_one_line() -> None:
+    with pytest.raises(UserError, match=r"http://\[: is no address"):
+        list(frames("http://["))

@@ -570,3 +570,13 @@ def test_bccd(assets: Path, tmp_path: Path) -> None:
     assert list(data.names.values()) == ["Platelets", "RBC", "WBC"]
     assert [len(list(split[0].iterdir())) for split in (data.train, data.val, data.test)] == [205, 87, 72]
     assert (rows[:, 1:3] - rows[:, 3:] / 2 > -1e-5).all() and (rows[:, 1:3] + rows[:, 3:] / 2 < 1 + 1e-5).all()
+
+
+def test_two_annotations_of_one_image_and_numbers_in_parts_of_it_are_counted(folder: Path, tmp_path: Path) -> None:
+    for stem in ("a", "b", "z"):
+        add(folder, stem, thing((.1, .1, .3, .4)) if stem == "z" else thing())
+    add(folder, "c", filename="a.jpg")
+    (folder / "JPEGImages/c.jpg").unlink()
+    report = run(folder, tmp_path / "out")
+    assert "1 x XML of an image that has another" in report and "1 x box within the first pixel" in report
+    assert len(list((tmp_path / "out").rglob("*.jpg"))) == 3

@@ -15,12 +15,13 @@ from training.distributed import first_process
 from utils.data.config import DataConfig, other_names, read_data, set_of_classes
 from utils.errors import UserError
 from utils.files import ROOT
-from utils.options import BUILT_IN_DATA, HYP_FOR, LEAST, STOCK_DATA, STOCK_WEIGHTS
+from utils.options import BUILT_IN_DATA, CACHES, HYP_FOR, LEAST, MOST_EPOCHS, STOCK_DATA, STOCK_WEIGHTS
 from utils.text import read_yaml_mapping
 
 # What holds when neither a flag nor the data yaml says otherwise: YOLOv5's defaults.
 DEFAULTS: dict[str, Any] = {"weights": STOCK_WEIGHTS, "cfg": "", "imgsz": 640, "epochs": 100, "batch_size": 16,
                             "nbs": None, "optimizer": "SGD", "cache": "auto", "hyp": None}
+CHOICES = {"optimizer": HYP_FOR, "cache": CACHES}
 RECIPE = ("data", "imgsz", "single_cls", "optimizer", "hyp")
 BELOW_1 = ("momentum", "warmup_momentum")  # hyper-parameters
 # They stand in YOLOv5's files, old or new, and have no effect here.
@@ -41,8 +42,7 @@ def resolve(opt: Namespace, checkpoint: dict[str, Any] | None = None) -> Namespa
     trained = trained_recipe(opt, checkpoint or {}, file)
     # Whoever reads images checks that they are there.
     config = read_data(opt.data or trained.get("data") or ROOT / BUILT_IN_DATA, needed=())
-    defaults = config.defaults
-    _check_defaults(str(config.file), defaults)
+    defaults = checked_defaults(config)
     # The architecture is one setting in two flags: who names one does not want the other's default.
     if weights or getattr(opt, "cfg", None):
         defaults = {key: "" if key in ("weights", "cfg") else value for key, value in defaults.items()}
@@ -128,19 +128,24 @@ def data_of_model(saved: Mapping[str, Any], file: str, names: Mapping[int, str],
     return str(found)
 
 
-def _check_defaults(data: str, defaults: dict[str, Any]) -> None:
-    """Refuse settings of a data yaml's `defaults:` that can't be."""
-    if unknown := defaults.keys() - DEFAULTS.keys():
-        raise UserError(f"{data}: defaults has unknown keys {', '.join(sorted(unknown))}; "
-                        f"known are {', '.join(DEFAULTS)}")
-    weights = str(defaults.get("weights") or "")
+def checked_defaults(config: DataConfig) -> dict[str, Any]:
+    """The settings of a data yaml's `defaults:`. UserError for those that can't be."""
+    defaults, where = config.defaults, f"{config.file}: defaults"
+    if unknown := [str(key) for key in defaults if key not in DEFAULTS]:
+        raise UserError(f"{where} has unknown keys {', '.join(sorted(unknown))}; known are {', '.join(DEFAULTS)}")
+    for key, value in defaults.items():
+        if key in LEAST:
+            most = MOST_EPOCHS if key == "epochs" else 2**31 - 1
+            if isinstance(value, bool) or not isinstance(value, int) or not LEAST[key] <= value <= most:
+                raise UserError(f"{where}: {key} must be a whole number from {LEAST[key]} to {most}, not {value!r}")
+        elif not isinstance(value, str):
+            raise UserError(f"{where}: {key} must be a text, not {value!r}")
+        elif key in CHOICES and value not in CHOICES[key]:
+            raise UserError(f"{where}: {key} must be one of {', '.join(CHOICES[key])}, not {value!r}")
+    weights = defaults.get("weights", "")
     if Path(weights).name != weights and not Path(weights).is_file():
-        raise UserError(f"{data}: defaults: weights: there is no {weights}; give its name alone to fetch it")
-    for key, least in LEAST.items():
-        if key in defaults and not (isinstance(defaults[key], int) and defaults[key] >= least):
-            raise UserError(f"{data}: defaults: {key} must be a whole number from {least} on, not {defaults[key]}")
-    if defaults.get("optimizer", "SGD") not in HYP_FOR:
-        raise UserError(f"{data}: defaults: optimizer must be one of {', '.join(HYP_FOR)}, not {defaults['optimizer']}")
+        raise UserError(f"{where}: weights: there is no {weights}; give its name alone to fetch it")
+    return defaults
 
 
 def hyp_file(hyp: str | Path) -> Path:

@@ -21,7 +21,7 @@ from training.distillation import Teacher
 from training.distributed import World, broadcast
 from training.image_weights import ImageWeights
 from training.run import Hook
-from training.settings import DEFAULTS, resolve
+from training.settings import DEFAULTS, checked_defaults, resolve
 from utils.data.config import other_names, read_data
 from utils.data.dataset import DetectionDataset
 from utils.errors import UserError
@@ -33,7 +33,8 @@ def start_options(opt: Namespace) -> Namespace:
     """resolve(), with the recipe of the weights that the run starts from where they were trained here."""
     weights = opt.weights
     if weights is None and not opt.cfg:
-        weights = read_data(opt.data or ROOT / BUILT_IN_DATA, needed=()).defaults.get("weights", DEFAULTS["weights"])
+        config = read_data(opt.data or ROOT / BUILT_IN_DATA, needed=())
+        weights = checked_defaults(config).get("weights", DEFAULTS["weights"])
     there = weights and Path(weights).is_file()  # one that is to be fetched is not ours
     return resolve(opt, checkpoint.read(weights) if there else None)
 

@@ -1,16 +1,15 @@
 """Downloading weights and data sets: only where a user names something that is missing, and whole or not at all."""
 from __future__ import annotations
 
-import lzma
 import re
 import shutil
 import site
 import sys
 import tarfile
 import zipfile
-import zlib
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from operator import attrgetter
 from pathlib import Path, PurePosixPath
 from typing import IO, TypeVar
 
@@ -113,30 +112,36 @@ def unpack(archive: Path, folder: Path) -> int:
     """Write the files of a .zip or .tar* that have one of ENDINGS into `folder`; returns how many are left out.
 
     Hidden files don't count: they are notes of the system that packed them. No link is made: one to a file of the
-    archive becomes a copy. UserError, before anything is written, for members and links that lead outside.
+    archive becomes a copy. UserError, before anything is written, for members and links that lead outside, and for
+    more than the disk has room for.
     """
     try:
         if zipfile.is_zipfile(archive):
             with zipfile.ZipFile(archive) as packed:
                 files = {member.filename: member for member in packed.infolist() if not member.is_dir()}
-                return _write_members(archive, folder, files, packed.open)
+                return _write_members(archive, folder, files, packed.open, attrgetter("file_size"))
         with tarfile.open(archive) as tar:
             members = {member.name: member for member in tar.getmembers() if not member.isdir()}
             for member in members.values():
                 tarfile.data_filter(member, str(folder))  # refuses links out of the folder, and devices
-            return _write_members(archive, folder, members, tar.extractfile)
-    except (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, lzma.LZMAError, RuntimeError, ValueError
-            ) as error:  # RuntimeError: encrypted, of an unknown compression, or links in a circle
+            return _write_members(archive, folder, members, tar.extractfile, attrgetter("size"))
+    except (OSError, UserError):
+        raise
+    except Exception as error:  # damaged, encrypted, of an unknown compression, links in a circle: many kinds
         raise UserError(f"{archive}: can't be unpacked ({first_line(error)})") from None
 
 
 def _write_members(archive: Path, folder: Path, members: Mapping[str, T],
-                   open_member: Callable[[T], IO[bytes] | None]) -> int:
+                   open_member: Callable[[T], IO[bytes] | None], size: Callable[[T], int]) -> int:
     """Write an archive's files, by their names in it, into the new `folder`; returns how many are left out."""
     targets = {name: PurePosixPath(name.replace("\\", "/")) for name in members}  # some programs write Windows' paths
     for name, target in targets.items():
         if target.is_absolute() or ".." in target.parts or re.match("[A-Za-z]:", name):
             raise UserError(f"{archive}: refused, its member '{name}' would lie outside of {folder}")
+    need, free = sum(map(size, members.values())), shutil.disk_usage(folder.parent).free
+    if need > free:
+        raise UserError(f"{archive}: holds {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free beside {folder}; free "
+                        "some space or choose another 'path:'")
     folder.mkdir(parents=True)
     left_out = 0
     for name, target in targets.items():
@@ -157,4 +162,7 @@ def _write_members(archive: Path, folder: Path, members: Mapping[str, T],
 
 def is_archive(path: Path) -> bool:
     """Whether this is a .zip or .tar* file."""
-    return zipfile.is_zipfile(path) or tarfile.is_tarfile(path)
+    try:
+        return zipfile.is_zipfile(path) or tarfile.is_tarfile(path)
+    except Exception:  # a damaged one raises many kinds
+        return False

@@ -12,6 +12,7 @@ STOCK_WEIGHTS = "yolov5s.pt"  # YOLOv5's default, as is coco128
 STOCK_DATA = "data/coco128.yaml"
 WEIGHTS_HELP = f"not given: the newest best.pt, pruned_model.pt or slim.pt under runs/, else {STOCK_WEIGHTS}"
 MOST_EPOCHS = 100_000
+CACHES = ("auto", "ram", "disk", "none")
 MOST_SEED = 2**63 - 1  # what PyTorch's and numpy's generators take
 LEAST = {"imgsz": 32, "epochs": 1, "batch_size": 1, "nbs": 1}
 # Optimizer -> its hyper-parameters.
@@ -87,7 +88,7 @@ def training_parser(description: str | None, project: str = "runs/train") -> Hel
     add("--noval", action="store_true", help="validate only after the last epoch")
     add("--noautoanchor", action="store_true", help="keep the anchors as they are")
     add("--noplots", action="store_true", help="make no pictures")
-    add("--cache", nargs="?", const="ram", choices=["auto", "ram", "disk", "none"],
+    add("--cache", nargs="?", const="ram", choices=CACHES,
         help="keep decoded images in ram, or on disk away from the data (auto: in ram, where they are few)")
     add("--amp", choices=["off", "bf16", "fp16"], help="mixed precision (fp16 on a GPU, off on a CPU)")
     add("--optimizer", choices=list(HYP_FOR), help="optimizer (SGD)")

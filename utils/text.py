@@ -34,8 +34,9 @@ def decoded(data: bytes, path: str | Path, declared: str = "utf-8") -> str:
     body = data[len(mark):]
     if not encoding and b"\0" in data:
         first, second = data[::2].count(0), data[1::2].count(0)
-        # In UTF-16 it is nearly always the same one of two bytes.
-        encoding = "utf-16-le" if second > 4 * first else "utf-16-be" if first > 4 * second else ""
+        # In UTF-16 it is nearly always the same one of two bytes, and of many letters.
+        many = max(first, second) > len(data) / 16
+        encoding = "utf-16-le" if many and second > 4 * first else "utf-16-be" if many and first > 4 * second else ""
         if not encoding:
             raise UserError(f"{path}: is not a text file")
     encoding = encoding or declared

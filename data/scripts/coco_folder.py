@@ -43,14 +43,16 @@ def _annotation_files(root: Path) -> list[tuple[Path, Annotations]]:
     files = [p for p in sorted(root.rglob("*.json")) if not p.name.startswith(".")]
     # COCO has captions and key points beside them, for the same images.
     boxes = {p.parent for p in files if p.name.startswith("instances")}
-    found = []
+    found, refused = [], []
     for file in files:
         if file.parent in boxes and not file.name.startswith("instances"):
             continue
         try:
             found.append((file, read_annotations(file, "--coco")))
-        except UserError:
-            continue  # there may be others that belong to something else
+        except UserError as error:
+            refused.append(error)  # it may belong to something else
+    if refused and not found:
+        raise refused[0]
     return found
 
 

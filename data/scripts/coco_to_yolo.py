@@ -32,7 +32,7 @@ from utils.data.coco import is_crowd, outline_box, read_annotations
 from utils.errors import UserError, run_cli
 
 
-def class_names(files: Sequence[Annotations], plan: Plan) -> dict[Any, str]:
+def class_names(files: Sequence[Annotations], plan: Plan, flag: str = "--json") -> dict[Any, str]:
     """COCO's category id -> name over all files, in the order of the ids. UserError where files disagree.
 
     A category without boxes that is another's supercategory (Roboflow writes one) is left out.
@@ -44,14 +44,38 @@ def class_names(files: Sequence[Annotations], plan: Plan) -> dict[Any, str]:
     for category in categories:
         number, name = category["id"], str(category.get("name") or "")
         if number is None or not name:
-            raise UserError(f"--json: category '{name or number}' has no {'id' if name else 'name'}")
+            raise UserError(f"{flag}: category '{name or number}' has no {'id' if name else 'name'}")
         if number not in used and name in groups:
             plan.dropped[f"category '{name}', which only groups others"] = 1
         elif names.setdefault(number, name) != name:
-            raise UserError(f"--json: category {number} is '{names[number]}' in one file and '{name}' in another")
+            raise UserError(f"{flag}: category {number} is called '{names[number]}' and '{name}'; "
+                            "give each an id of its own")
     if not names or len(set(names.values())) < len(names):
-        raise UserError("--json: the categories need a name each, and every name once")
+        raise UserError(f"{flag}: the categories need a name each, and every name once")
     return {number: names[number] for number in sorted(names, key=lambda n: (isinstance(n, str), n))}
+
+
+def each_image_once(data: Annotations, plan: Plan) -> Annotations:
+    """The annotations with one entry for each image. Of a file that is listed again the boxes go to the first entry.
+
+    Else a random split would put the one into train and the other into val, each with a part of the boxes.
+    """
+    first: dict[str, Any] = {}  # file name -> id
+    same: dict[Any, Any] = {}   # id -> the one that it becomes
+    images = []
+    for image in data["images"]:
+        name = str(image.get("file_name", ""))
+        with plan.skipping(Path(name)):
+            if name in first:
+                same.setdefault(image["id"], first[name])
+                raise Skipped("image listed again, its boxes are with the first")
+            if image["id"] in same:
+                raise Skipped("image with the id of another")
+            first[name] = same[image["id"]] = image["id"]
+            images.append(image)
+    for annotation in data["annotations"]:
+        annotation["image_id"] = same.get(annotation["image_id"], annotation["image_id"])
+    return {**data, "images": images}
 
 
 def add_split(plan: Plan, split: str, data: Annotations, folder: Path, names: dict[Any, str],
@@ -60,13 +84,9 @@ def add_split(plan: Plan, split: str, data: Annotations, folder: Path, names: di
     annotations = defaultdict(list)
     for annotation in data["annotations"]:
         annotations[annotation["image_id"]].append(annotation)
-    ids = set()
     for image in tqdm(data["images"], f"reading {split}", delay=1.0, leave=False, disable=None):
         source = find_image(folder, str(image.get("file_name", "")))
         with plan.skipping(source):
-            if image["id"] in ids:
-                raise Skipped("image with the id of another")
-            ids.add(image["id"])
             size = layout.displayed_size(source)
             stated = image.get("width", size[0]), image.get("height", size[1])
             if stated != size:
@@ -122,14 +142,15 @@ def once_each(flag: str, given: list[tuple[str, Path]]) -> dict[str, Path]:
     return dict(given)
 
 
-def read_splits(opt: argparse.Namespace) -> dict[str, tuple[Annotations, Path]]:
+def read_splits(opt: argparse.Namespace, plan: Plan) -> dict[str, tuple[Annotations, Path]]:
     """Split -> its annotations and the folder of its images, as the flags say. UserError where they don't fit."""
     jsons, folders = once_each("--json", opt.json), once_each("--images", opt.images)
     if bool(opt.coco) == bool(jsons or folders) or bool(jsons) != bool(folders):
         raise UserError("give --coco DIR; or --json SPLIT=FILE and --images SPLIT=DIR")
     if opt.coco:
         layout.check_output(opt, [opt.coco], "--coco")
-        found = find_splits(opt.coco)
+        found = {split: (each_image_once(data, plan), folder)
+                 for split, (data, folder) in find_splits(opt.coco).items()}
         if "" not in found:
             return found
         data, folder = found[""]
@@ -141,7 +162,8 @@ def read_splits(opt: argparse.Namespace) -> dict[str, tuple[Annotations, Path]]:
     for split in folders.keys() - jsons.keys():
         raise UserError(f"--images {split}={folders[split]}: there is no --json of this split")
     layout.check_output(opt, [folders[split] for split in jsons], "--images")
-    return {split: (read_annotations(path, "--json"), folders[split]) for split, path in jsons.items()}
+    return {split: (each_image_once(read_annotations(path, "--json"), plan), folders[split])
+            for split, path in jsons.items()}
 
 
 def split_at_random(data: Annotations, opt: argparse.Namespace) -> dict[str, Annotations]:
@@ -158,11 +180,12 @@ def split_at_random(data: Annotations, opt: argparse.Namespace) -> dict[str, Ann
 
 def convert(opt: argparse.Namespace) -> str:
     """Do what the flags say; return the report. UserError for anything the user must mend first."""
-    splits, plan = read_splits(opt), Plan()
-    names = class_names([data for data, _ in splits.values()], plan)
+    plan, flag = Plan(), "--json" if opt.json else "--coco"
+    splits = read_splits(opt, plan)
+    names = class_names([data for data, _ in splits.values()], plan, flag)
     for split, (data, folder) in splits.items():
         add_split(plan, split, data, folder, names, opt.keep_crowd)
-    plan.require_boxes("--json" if opt.json else "--coco", list(names.values()))
+    plan.require_boxes(flag, list(names.values()))
     return layout.write(plan, list(names.values()), opt, "coco_to_yolo.py")
 
 

@@ -172,6 +172,8 @@ def _add_image(plan: Plan, folder: VocFolder, split: str, name: str, keep_diffic
     source = folder.find_image(name, filename)
     if source is None:
         raise Skipped("XML without image")
+    if source in plan.sources:
+        raise Skipped("XML of an image that has another")
     size = layout.displayed_size(source)
     if filename and normal(filename) != normal(source.name):
         plan.repaired["file name in the XML is another"] += 1

@@ -67,6 +67,7 @@ class Plan:
     dropped: Counter[str] = field(default_factory=Counter)
     files: dict[str, list[str]] = field(default_factory=dict)   # reason -> files that were left out
     taken: set[str] = field(default_factory=set)                # label paths of `items`, in lower case
+    sources: set[Path] = field(default_factory=set)             # their images
 
     @contextmanager
     def skipping(self, file: Path | None = None) -> Iterator[None]:
@@ -93,6 +94,7 @@ class Plan:
         self.repaired["image renamed, its name was taken"] += name != stem
         item = Item(split, source, f"images/{split}/{name}{source.suffix}", f"labels/{split}/{name}.txt", unique)
         self.taken.add(item.label.casefold())
+        self.sources.add(source)
         self.items.append(item)
 
     def clip(self, pixels: Corners, size: tuple[int, int], slack: tuple[float, float]) -> Corners:
@@ -102,6 +104,8 @@ class Plan:
         """
         x1, y1, x2, y2 = pixels
         width, height = size
+        if 0 < max(x2, y2) <= 1:
+            raise Skipped("box within the first pixel (are its numbers parts of the image? write pixels)")
         inside = (max(x1, 0) / width, max(y1, 0) / height, min(x2, width) / width, min(y2, height) / height)
         if inside[0] >= inside[2] or inside[1] >= inside[3]:
             raise Skipped("box outside the image")
@@ -113,7 +117,7 @@ class Plan:
         """UserError, with the reasons, if no image, no box of `names`, or none of the training, is left to convert."""
         reasons = ", ".join(f"{reason}: {count}" for reason, count in self.dropped.most_common(MOST_REASONS) if count)
         if not self.items:
-            raise UserError(f"{flag}: no usable image ({reasons})")
+            raise UserError(f"{flag}: no usable image ({reasons or 'the lists name none'})")
         left = Counter({item.split: 0 for item in self.items})
         left.update(item.split for item in self.items for name, _ in item.boxes if name in names)
         empty = [split for split in ("train", "trainval") if left.get(split) == 0]

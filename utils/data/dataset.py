@@ -343,8 +343,8 @@ class DetectionDataset(Dataset[Sample]):
             image = np.load(file, allow_pickle=False)
             if image.dtype == np.uint8 and image.shape == (*self._scaled_size(index), 3):
                 return image
-        except (OSError, ValueError, EOFError):
-            pass  # missing or truncated: written below
+        except Exception:  # missing: written below; a damaged file raises many kinds
+            pass
         image = self._load_file(index)
         try:
             if index not in self.broken:

@@ -4,6 +4,7 @@ from __future__ import annotations
 import glob
 import os
 import re
+import stat
 import tempfile
 import threading
 from collections import Counter
@@ -60,10 +61,10 @@ def frames(source: str, every: int = 1, skipped: Counter[str] | None = None) -> 
     found = files(source)
     for file in found:
         try:
+            if file.exists() and not file.is_file():  # a pipe might never end
+                raise UserError(f"--source {file}: not a file")
             if file.suffix.lower() in VIDEO_SUFFIXES:
                 yield from _video_frames(str(file), every)
-            elif file.exists() and not file.is_file():  # a pipe might never end
-                raise UserError("not a file")
             else:
                 yield Frame(decode(file, read_header(file).orientation), file)
         except UNREADABLE as error:
@@ -78,8 +79,11 @@ def _is_live(source: str) -> bool:
 
 
 def _name_in(url: str) -> Path:
-    """The name of the file that a URL leads to."""
-    return Path(safe_name(Path(unquote(urlparse(url).path)).name))
+    """The name of the file that a URL leads to. UserError where it is none."""
+    try:
+        return Path(safe_name(Path(unquote(urlparse(url).path)).name))
+    except ValueError as error:
+        raise UserError(f"--source {url}: is no address ({error}); mend it") from None
 
 
 def fetched(url: str) -> np.ndarray:
@@ -147,6 +151,8 @@ def _video_frames(source: str, every: int, stream: str = STREAM) -> Iterator[Fra
     """
     if printable(source) != source:
         raise UserError(f"--source {source}: OpenCV opens no video whose name is not UTF-8; rename it")
+    if os.path.exists(source) and stat.S_ISFIFO(os.stat(source).st_mode):
+        raise UserError(f"--source {source}: is a pipe, which might never end; give a file or an address")
     camera = _is_live(source) and source.isdecimal()
     capture = cv2.VideoCapture(int(source) if camera else source)
     if not capture.isOpened():
