@@ -144,8 +144,8 @@ def _check_defaults(data: str, suited: dict[str, Any]) -> None:
 
 
 def hyp_file(hyp: str | Path) -> Path:
-    """The file that --hyp means, absolute if it is there. It is looked for as given, then in data/hyps/."""
-    places = (Path(hyp), ROOT / hyp, ROOT / "data/hyps" / hyp)
+    """The file that --hyp means, absolute if it is there. It is looked for as given, then in data/hyps/: VOC, say."""
+    places = (Path(hyp), ROOT / hyp, ROOT / "data/hyps" / hyp, ROOT / f"data/hyps/hyp.{hyp}.yaml")
     return next((place.absolute() for place in places if place.is_file()), Path(hyp))
 
 
