@@ -35,6 +35,7 @@ from utils.parser import Argv, HelpfulParser, at_least, fraction, from_python
 from utils.tables import text_table, write_csv
 from val import evaluate, require_same_classes
 
+MOST_OPSET = 20  # of PyTorch's exporter that traces
 WARN_BEYOND = 0.01  # mAP50-95 lost by int8
 CPU = torch.device("cpu")
 
@@ -49,7 +50,7 @@ def parse(argv: Argv = None) -> Namespace:
     add_imgsz_flag(parser, "height and width, or one number for both (the checkpoint's, or 640)", nargs="+")
     add("--batch-size", type=at_least(1), default=1, help="images a batch")
     add("--dynamic", action="store_true", help="onnx, openvino: leave batch, height and width open")
-    add("--opset", type=at_least(11), default=17, help="onnx: version of the operator set")
+    add("--opset", type=at_least(11, most=MOST_OPSET), default=17, help="onnx: version of the operator set")
     add("--simplify", action="store_true", help="onnx: by onnxslim, where that is installed")
     add("--nms", action="store_true", help="onnx: give boxes instead of all predictions, for runtimes that want these")
     add("--conf-thres", type=fraction(), default=Suppression.conf, help="--nms: least confidence of a detection")

@@ -53,6 +53,15 @@ def video(tmp_path_factory):
     return path
 
 
+@pytest.mark.parametrize("classes", [["2"], ["0", "-1"]])
+def test_a_class_that_the_model_lacks_is_refused(teacher, tiny, tmp_path, monkeypatch, classes):
+    """It would find nothing, exit code 0."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=rf"^--classes {classes[-1]}: .*teacher.pt has the classes 0 to 1; give some"):
+        detect.main(["--weights", str(teacher), "--source", str(tiny.parent / "images/val"), "--classes", *classes])
+    assert not list(tmp_path.iterdir())
+
+
 def test_images_labels_and_crops(script, eager, tiny, tmp_path):
     source = tiny.parent / "images/val"
     writing = ["--save-txt", "--save-conf", "--save-crop"]

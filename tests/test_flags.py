@@ -81,6 +81,31 @@ def test_flags_that_belong_together_are_taken(script, flags):
     PARSERS[script](flags.split())
 
 
+@pytest.mark.parametrize("script, words", [
+    ("train", ["--resume", ""]), ("train", ["--data="]), ("train", ["--hyp", ""]), ("train", ["--teacher", ""]),
+    ("train", ["--img", ""]), ("train", ["--optim="]), ("slim", ["--project", ""]), ("val", ["--weights", ""]),
+    ("detect", ["--weights", "a.pt", ""]), ("detect", ["--source", ""]), ("export", ["--data", "", "--int8"]),
+    ("prune", ["--keep", ""])])
+def test_a_flag_of_an_empty_value_is_refused(script, words):
+    """A shell makes it of a variable that is not set. --resume would start a new run."""
+    with pytest.raises(UserError, match=r"^--[a-z0-9-]+: is empty; give it a value, or leave it out$"):
+        PARSERS[script](words)
+
+
+def test_yolov5s_empty_values_mean_what_they_mean_there():
+    opt = training_parser("").parse_args(["--weights", "", "--cfg", "", "--device", ""])
+    assert (opt.weights, opt.cfg, opt.device) == ("", "", "")
+
+
+@pytest.mark.parametrize("script, flags, words", [
+    ("prune", "--sweep .1:.9:1e400", "give first:last:step"), ("train", "--imgsz 100000", "--imgsz 100000: must be at"),
+    ("detect", "--img 64 70000", "--imgsz 70000: must be at most 65536"), ("export", "--opset 99", "must be at most 20")])
+def test_numbers_beyond_what_can_be_are_refused(script, flags, words):
+    with pytest.raises(UserError) as refused:
+        PARSERS[script](flags.split())
+    assert words in str(refused.value)
+
+
 def test_every_flag_of_the_tables_exists():
     """A pair with a flag that is misspelt would never be refused."""
     made: list[HelpfulParser] = []

@@ -148,4 +148,4 @@ def test_the_hyps_of_yolov5_are_there_by_name(name, total):
     """total: of the numbers in YOLOv5's file, but for iou_t and anchors."""
     hyp = read_hyp(f"hyp.{name}.yaml")
     assert sum(hyp.values()) == pytest.approx(total, abs=1e-9)
-    assert hyp == read_hyp(Path("data/hyps") / f"hyp.{name}.yaml")
+    assert hyp == read_hyp(Path("data/hyps") / f"hyp.{name}.yaml") == read_hyp(name)

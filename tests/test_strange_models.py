@@ -1,6 +1,7 @@
 """The engine on any nn.Module: what it changes (nothing), what it refuses in one sentence, what leaves and enters."""
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ from models.common import Conv
 from models.config import read_yaml
 from models.yolo import Model
 from tests.blocks import NETWORKS, Net, randomised
-from utils.slimming import Pruner, Rules, slim, trace
+from utils.slimming import Pruner, Rules, masked, slim, trace
 from utils.slimming.cost import profile
 from utils.slimming.equivalence import difference, largest_difference
 
@@ -333,3 +334,43 @@ def test_where_nothing_may_go_it_is_said_why(name):
     model, rules, message = WHY[name]
     with pytest.raises(ValueError, match=f"no BatchNorm channel that may be cut: .*{message}"):
         Pruner(model, 64).rank(rules=rules)
+
+
+# What can't be asked for ----------------------------------------------------------------------------------------------
+
+NORM = "model.0.bn"
+
+
+@pytest.mark.parametrize("ask, words", [
+    (lambda m: Pruner(m, 64).cut(0.5), "call rank() first"), (lambda m: Pruner(m, 64).ranking, "call rank() first"),
+    (lambda m: Pruner(m, 64).sweep([0.5]), "call rank() first"),
+    (lambda m: Pruner(m, 64).safe_threshold(), "call rank() first"),
+    (lambda m: Pruner(m, 64).rank("magnitude"), "score must be one of auto, gamma"),
+    *[(lambda m, target=target: Pruner(m, 64).rank().cut(target=target), "target must be one of params, flops")
+      for target in ("flops", ("flops",), ("macs", 0.5), ("flops", 0), ("flops", 2), ("flops", float("nan")),
+                     ("flops", "0.5"), ("params", -1), {"flops": 0.5})],
+    *[(lambda m, percent=percent: Pruner(m, 64).rank().cut(percent), "percent must be at least 0")
+      for percent in ("0.5", [0.5], torch.tensor(0.5), float("nan"))],
+    *[(lambda m, imgsz=imgsz: Pruner(m, imgsz), "imgsz must be a whole number") for imgsz in (0, -1, "64", (64, 64))],
+    (lambda m: Pruner(m, 64, channels=0), "channels must be a whole number"),
+    (lambda m: Rules(min_channels=1.5), "whole numbers from 1 on"), (lambda m: Rules(round_to="8"), "whole numbers"),
+    (lambda m: Pruner("best.pt"), "an nn.Module is needed, not str"),
+    (lambda m: Pruner(nn.DataParallel(m)), "give the one inside: model.module"),
+    (lambda m: Pruner(torch.compile(m)), "give the one inside: model._orig_mod"),
+    (lambda m: Pruner(m.to("meta")), "has no values yet"), (lambda m: Pruner(nn.LazyConv2d(8, 1)), "has no values yet"),
+    *[(lambda m, mask=mask: slim(m, {NORM: mask}, trace(m)), "a tensor of bool is needed")
+      for mask in (torch.ones(8), torch.ones(8).int(), [True] * 8)],
+    *[(lambda m, mask=mask: masked(m, {NORM: mask}), "a tensor of bool is needed")
+      for mask in (torch.ones(8), torch.ones(8).int(), [True] * 8)],
+    (lambda m: masked(m, {NORM: torch.ones(3).bool()}), "has 3 channels, the layer has 8"),
+    (lambda m: masked(m, {"model.0.conv": torch.ones(8).bool()}), "no BatchNorm of that name"),
+    (lambda m: masked(m, {"nowhere": torch.ones(8).bool()}), "no BatchNorm of that name")])
+def test_what_can_not_be_asked_for_is_one_value_error(ask, words):
+    """Before, some cut nearly everything (a target that is NaN), some were the AttributeError of an inner function."""
+    with pytest.raises(ValueError, match=re.escape(words)) as refused:
+        ask(yolo())
+    assert "\n" not in str(refused.value)
+
+
+def test_one_pattern_needs_no_tuple():
+    assert Rules(keep="model.0.*") == Rules(keep=("model.0.*",))

@@ -149,8 +149,8 @@ def checked_defaults(config: DataConfig) -> dict[str, Any]:
 
 
 def hyp_file(hyp: str | Path) -> Path:
-    """The file that --hyp means, absolute if it is there. It is looked for as given, then in data/hyps/."""
-    places = (Path(hyp), ROOT / hyp, ROOT / "data/hyps" / hyp)
+    """The file that --hyp means, absolute if it is there. It is looked for as given, then in data/hyps/: VOC, say."""
+    places = (Path(hyp), ROOT / hyp, ROOT / "data/hyps" / hyp, ROOT / f"data/hyps/hyp.{hyp}.yaml")
     return next((place.absolute() for place in places if place.is_file()), Path(hyp))
 
 

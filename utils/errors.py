@@ -58,7 +58,7 @@ def run_cli(main: Callable[[], object]) -> None:
         _end(str(error), error.code)
     except KeyboardInterrupt:
         _end("interrupted; a training run goes on with --resume", 130)
-    except (OSError, MemoryError, RuntimeError) as error:
+    except Exception as error:  # of OpenCV, too
         mend = _environment(error)
         if not mend:
             raise
@@ -90,7 +90,8 @@ def first_line(error: Exception, length: int = 160) -> str:
 def _environment(error: Exception) -> str:
     """What the machine, not this program, ran out of, and the mend; empty for anything else."""
     first, going_on = first_line(error, 120), "; a training goes on with --resume"
-    if isinstance(error, MemoryError) or "out of memory" in first or "can't allocate memory" in first:
+    full = "out of memory", "can't allocate memory", "Insufficient memory"
+    if isinstance(error, MemoryError) or any(words in first for words in full):
         return (f"out of memory ({first}); go on with --resume and fewer --workers, "
                 "or start again with a smaller --batch-size or --imgsz")
     if "DataLoader worker" in str(error):

@@ -1,6 +1,7 @@
 """A parser of command lines whose refusals are one line, and the validators of its values."""
 from __future__ import annotations
 
+import math
 import re
 import sys
 from argparse import (
@@ -20,6 +21,7 @@ from utils.errors import OneLineParser, UserError
 from utils.yolov5_flags import FLAGS, LEFT_OUT
 
 MOST_FRACTIONS = 1000
+MAY_BE_EMPTY = ("--weights", "--cfg", "--device")  # as in YOLOv5: from scratch, by the weights, the first GPU
 # What main() of a script takes: the words of a command line, or its flags as run() gets them; None: the process's own.
 Result = TypeVar("Result")
 Argv = Sequence[str] | Mapping[str, Any] | None
@@ -64,12 +66,24 @@ class HelpfulParser(OneLineParser):
         unset = object()
         words = self._words(args) if isinstance(args, Mapping) else sys.argv[1:] if args is None else args
         words = [self._in_full(word) if word.startswith("--") else word for word in words]
+        self._refuse_empty(words)
         opt = super().parse_args(words, Namespace(**{a.dest: unset for a in self._actions if a.dest != "help"}))
         opt.given = [name for name, value in vars(opt).items() if value is not unset]
         for name in [name for name, value in vars(opt).items() if value is unset]:
             setattr(opt, name, deepcopy(self.get_default(name)))
         self._refuse_ignored(opt)
         return opt
+
+    def _refuse_empty(self, words: Sequence[str]) -> None:
+        """UserError for a flag whose value is '', as of a shell's variable that is not set: it would not be noticed."""
+        flag = ""
+        for word in words:
+            if word.startswith("--"):
+                flag, equals, value = word.partition("=")
+                word = value if equals else flag
+            action = self._option_string_actions.get(flag)
+            if not word and action is not None and (action.nargs or flag not in MAY_BE_EMPTY):
+                raise UserError(f"{flag}: is empty; give it a value, or leave it out")
 
     def _in_full(self, word: str) -> str:
         """A flag that is abbreviated, as it is; others, and what no flag begins with, unchanged."""
@@ -180,7 +194,7 @@ def fractions(text: str) -> list[float]:
         first, last, step = map(float, text.split(":"))
     except ValueError:
         first = last = step = 0.0
-    if not 0 < first <= last < 1 or not step > 0:
+    if not 0 < first <= last < 1 or not 0 < step < math.inf:
         raise ArgumentTypeError(f"{text}: give first:last:step between 0 and 1, such as 0.1:0.8:0.1")
     if (last - first) / step > MOST_FRACTIONS:
         raise ArgumentTypeError(f"{text}: give a larger step; at most {MOST_FRACTIONS} values are shown")

@@ -67,8 +67,7 @@ class ChannelGraph:
         for name, mask in masks.items():
             if name not in self.norms:
                 raise ValueError(f"mask for '{name}': the model has no such BatchNorm in its channel graph")
-            if len(mask) != len(self.norms[name]):
-                raise ValueError(f"mask for '{name}' has {len(mask)} channels, the layer has {len(self.norms[name])}")
+            require_mask(name, mask, len(self.norms[name]))
             keep[self.group[self.norms[name][~mask.numpy()]]] = False
         keep = keep[self.group]
         if (~keep & self.frozen).any():
@@ -81,12 +80,25 @@ class ChannelGraph:
         return keep
 
 
+def require_mask(name: str, mask: Tensor, channels: int) -> None:
+    """ValueError for what is no mask of a layer of so many channels. Numbers in its place would be taken for indices.
+    """
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.dim() != 1:
+        raise ValueError(f"mask for '{name}': a tensor of bool is needed, one for each channel")
+    if len(mask) != channels:
+        raise ValueError(f"mask for '{name}' has {len(mask)} channels, the layer has {channels}")
+
+
 def batch_norms(model: nn.Module, names: Iterable[str]) -> dict[str, _BatchNorm]:
-    """Name -> BatchNorm of the model, for the names of a graph."""
+    """Name -> BatchNorm of the model, for the names of a graph or of masks. ValueError for one that it lacks."""
     found = {}
     for name in names:
-        module = model.get_submodule(name)
-        assert isinstance(module, _BatchNorm)
+        try:
+            module = model.get_submodule(name)
+        except AttributeError:
+            module = model
+        if not isinstance(module, _BatchNorm):
+            raise ValueError(f"'{name}': the model has no BatchNorm of that name")
         found[name] = module
     return found
 

@@ -8,7 +8,7 @@ It works on any nn.Module that torch.fx can trace, and knows no YOLO, no files a
 """
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -19,10 +19,10 @@ from tqdm import tqdm
 
 from utils.slimming.equivalence import EQUIVALENCE_BOUND, Sizes, UnfitImagesError, difference, outputs
 from utils.slimming.graph import Masks
-from utils.slimming.ranking import NothingToCutError, Ranking, Rules, SafeThreshold, TracedModel
+from utils.slimming.ranking import SCORES, NothingToCutError, Ranking, Rules, SafeThreshold, TracedModel
 from utils.slimming.result import PruneResult, TargetOutcome, gammas_tell
 from utils.slimming.surgery import M, masked_view, slim
-from utils.slimming.targets import TARGETS
+from utils.slimming.targets import TARGETS, is_target
 
 
 class Pruner(TracedModel[M]):
@@ -32,19 +32,29 @@ class Pruner(TracedModel[M]):
     """
 
     stride = 32
+    score, per_flop = "gamma", False
+    _ranked: Callable[[str, bool], Ranking] | None = None
 
     def rank(self, score: str = "gamma", rules: Rules = Rules(), per_flop: bool = False) -> Pruner[M]:  # noqa: B008
         """Rank the channels by one of SCORES, per FLOP or not, as the weights are now. Returns this pruner.
 
         score="auto": by gamma; a cut for which gammas do not tell channels apart is made by taylor instead.
         Raises NothingToCutError where no channel may go, and UnknownNormError for a pattern in rules.keep that no
-        BatchNorm fits; both are ValueErrors.
+        BatchNorm fits; both are ValueErrors, which another score is, too.
         """
+        if score not in ("auto", *SCORES):
+            raise ValueError(f"score must be one of auto, {', '.join(SCORES)}, not {score!r}")
         self.score, self.per_flop = score, per_flop
-        self.ranked_by = cache(lambda by, per_flop: Ranking(self, rules, by, per_flop))
+        self._ranked = cache(lambda by, per_flop: Ranking(self, rules, by, per_flop))
         if not self.ranking.total:
             raise NothingToCutError(self.ranking.why_empty())
         return self
+
+    def ranked_by(self, score: str, per_flop: bool) -> Ranking:
+        """The ranking by a score, by the rules that rank() was given. ValueError before that."""
+        if self._ranked is None:
+            raise ValueError("the channels are not ranked yet; call rank() first, as in pruner.rank().cut(percent=0.5)")
+        return self._ranked(score, per_flop)
 
     @property
     def ranking(self) -> Ranking:
@@ -54,11 +64,14 @@ class Pruner(TracedModel[M]):
     def cut(self, percent: float | None = None, target: tuple[str, float] | None = None) -> PruneResult[M]:
         """Cut a share (0..1) of the prunable channels, or as many as a target (a name of TARGETS, number) takes.
 
-        The model itself is not changed. Raises ValueError where the slim model does not compute what the masked one
-        does, which means that the channel graph misreads a block.
+        The model itself is not changed. Raises ValueError before rank(), for a target that can't be, and where the
+        slim model does not compute what the masked one does: the channel graph misreads a block.
         """
         if (percent is None) == (target is None):
             raise ValueError("give either percent or target")
+        if target is not None and not is_target(target):
+            raise ValueError(f"target must be one of {', '.join(TARGETS)} and a number between 0 and 1, such as "
+                             f"('flops', 0.5), not {target!r}")
         ranking, keep, outcome = self._choose(percent, target)
         masks, prunable = self.graph.masks(keep), ranking.prunable
         narrow = slim(self.model, masks, self.graph)

@@ -12,12 +12,14 @@ from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
 from inspect import signature
+from numbers import Integral, Real
 from typing import Any, Generic
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
 
 from utils.slimming.cost import CostModel
 from utils.slimming.equivalence import Inputs, as_call
@@ -27,7 +29,8 @@ from utils.slimming.timing import latency
 from utils.slimming.tracing import trace
 
 MIN_SHARE = 0.25  # default of prune.py; after an L1 run on BCCD, a floor of 0.1 ended .018 mAP50-95 lower
-
+# What holds a model that is to be called through it -> the attribute that is the model.
+WRAPPERS = {"DataParallel": "module", "DistributedDataParallel": "module", "OptimizedModule": "_orig_mod"}
 
 class NothingToCutError(ValueError):
     """A model without a channel that may go. The message says why."""
@@ -48,8 +51,12 @@ class Rules:
     keep: tuple[str, ...] = ()   # patterns of BatchNorm names, such as model.0.*: these layers stay whole
 
     def __post_init__(self) -> None:
-        if self.min_channels < 1 or self.round_to < 1 or not 0 <= self.min_share <= 1:
-            raise ValueError("min_channels and round_to must be at least 1 and min_share between 0 and 1: "
+        if isinstance(self.keep, str):  # its letters would be taken for patterns
+            object.__setattr__(self, "keep", (self.keep,))
+        numbers = isinstance(self.min_share, Real), *(isinstance(n, Integral) for n in (
+            self.min_channels, self.round_to))
+        if not all(numbers) or self.min_channels < 1 or self.round_to < 1 or not 0 <= self.min_share <= 1:
+            raise ValueError("min_channels and round_to must be whole numbers from 1 on, and min_share between 0 and 1: "
                              f"min_channels={self.min_channels}, round_to={self.round_to}, min_share={self.min_share}")
 
 
@@ -78,6 +85,9 @@ class TracedModel(Generic[M]):
                  evaluate: Callable[[M], Mapping[str, float]] | None = None,
                  milliseconds: Callable[[Sequence[M]], Sequence[float]] | None = None,
                  losses: Callable[[M], Iterable[Tensor]] | None = None):
+        for key, value in (("imgsz", imgsz), ("channels", channels)):
+            if not isinstance(value, Integral) or value < 1:
+                raise ValueError(f"{key} must be a whole number from 1 on, not {value!r}")
         self.model, self.imgsz, self.channels, self.inputs = model, imgsz, channels, inputs
         self.evaluate: Callable[[M], Mapping[str, float]] = evaluate or _missing("evaluate")
         self.losses: Callable[[M], Iterable[Tensor]] = losses or _missing("losses")
@@ -117,8 +127,15 @@ class TracedModel(Generic[M]):
 
 
 def _refuse_unfit(model: nn.Module, inputs: Inputs | None) -> None:
-    """ValueError for weights that are not finite, and for inputs that are missing."""
+    """ValueError for what is no model with values that are finite, and for inputs that are missing."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"an nn.Module is needed, not {type(model).__name__}; a checkpoint is loaded first")
+    inside = WRAPPERS.get(type(model).__name__)
+    if inside:
+        raise ValueError(f"{type(model).__name__} wraps a model; give the one inside: model.{inside}")
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta or is_lazy(tensor):
+            raise ValueError(f"{name} has no values yet (a lazy layer, or the meta device); load the weights first")
         if not tensor.is_floating_point() or tensor.detach().sum(dtype=torch.float32).isfinite():
             continue
         if tensor.isnan().any() or (isinstance(tensor, nn.Parameter) and tensor.isinf().any()):  # a buffer may mean it
@@ -258,7 +275,7 @@ class Ranking:
 
     def keep_percent(self, percent: float) -> np.ndarray:
         """Cut the lowest share (0..1) of the prunable channels. ValueError for 1 and whatever lies outside."""
-        if not 0 <= percent < 1:
+        if not isinstance(percent, Real) or not 0 <= percent < 1:
             raise ValueError(f"percent must be at least 0 and below 1, not {percent}")
         return self.keep_groups(int((np.cumsum(self.channels) <= round(percent * self.total)).sum()))
 

@@ -6,7 +6,7 @@ from copy import deepcopy
 import torch
 from torch import Tensor, nn
 
-from utils.slimming.graph import ChannelGraph, Convolution, Masks, batch_norms, weighted_layers
+from utils.slimming.graph import ChannelGraph, Convolution, Masks, batch_norms, require_mask, weighted_layers
 from utils.slimming.tracing import M, copy_sharing, trace
 
 REPLACED = ("weight", "bias", "running_mean", "running_var")  # tensors of a layer that is cut
@@ -56,7 +56,10 @@ def masked(model: M, masks: Masks) -> M:
 
 def masked_view(model: M, masks: Masks) -> M:
     """masked() that shares all tensors but these gammas and betas with `model`: to look at, not to train."""
-    own = {id(tensor) for norm in batch_norms(model, masks).values() for tensor in (norm.weight, norm.bias)}
+    norms = batch_norms(model, masks)
+    for name, norm in norms.items():
+        require_mask(name, masks[name], norm.num_features)
+    own = {id(tensor) for norm in norms.values() for tensor in (norm.weight, norm.bias)}
     new = copy_sharing(model, (t for t in (*model.parameters(), *model.buffers()) if id(t) not in own))
     with torch.no_grad():
         for name, norm in batch_norms(new, masks).items():

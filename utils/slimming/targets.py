@@ -3,6 +3,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
+from typing import Any
 
 import numpy as np
 
@@ -49,3 +51,9 @@ def map_gained(traced: TracedModel, keep: np.ndarray) -> float:
 # prune.py --target NAME=NUMBER.
 TARGETS: dict[str, Target] = {"params": Target(params_left), "flops": Target(flops_left),
                               "latency": Target(latency_left), "map-drop": Target(map_gained, allowance=True)}
+
+
+def is_target(value: Any) -> bool:
+    """Is this a name of TARGETS and a number between 0 and 1?"""
+    return (isinstance(value, (tuple, list)) and len(value) == 2 and value[0] in [*TARGETS]
+            and isinstance(value[1], Real) and 0 < value[1] < 1)
