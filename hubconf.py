@@ -14,7 +14,7 @@ import typing
 import torch
 
 from models import autoshape as shaping
-from models import checkpoint, formats
+from models import checkpoint, formats, schema
 from models import yolo as building
 from utils import device as devices
 from utils import errors, files, parser
@@ -57,6 +57,8 @@ def _official(name: str) -> typing.Callable[..., Loaded]:
         if pretrained and channels == 3 and classes == 80:
             return custom(f"{name}.pt", autoshape, _verbose, device)
         chosen = devices.select_device("" if device is None else str(device))
+        if not schema.whole(1, 100_000).fits(classes):
+            raise errors.UserError(f"classes: must be a whole number from 1 on, not {classes!r}")
         model = building.Model(f"{name}.yaml", ch=channels, nc=classes)
         if pretrained:
             checkpoint.load_fitting(model, f"{name}.pt")

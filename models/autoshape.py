@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from models.augmented import TestTimeAugmentation
 from models.detector import Detector
 from models.inference import detect, image_size, require_rgb
+from models.schema import number, whole
 from models.yolo import Model
 from utils.boxes import cut_out, nms, xyxy2xywh
 from utils.data.image_files import UNREADABLE, decode, read_header, reason_of
@@ -80,6 +81,7 @@ class AutoShape(nn.Module):
         as its file was exported for. A tensor (B, 3, H, W) in 0..1 goes through the model as it is; the answer is
         then its decoded (B, N, nc + 5).
         """
+        self._require_settings(size)
         model = self.model
         if isinstance(model, nn.Module):
             model.eval()  # whatever .train() was called: its BatchNorms are part of its convolutions
@@ -88,12 +90,26 @@ class AutoShape(nn.Module):
                 raise UserError("augment=True: not with an exported model, whose size may be fixed; load the .pt")
             model = TestTimeAugmentation(model)
         if isinstance(images, Tensor):
+            if images.dim() != 4 or images.shape[1] != 3 or not images.numel():
+                raise UserError(f"a tensor of shape {tuple(images.shape)} is no batch of images; give (B, 3, H, W) in 0..1")
             with torch.inference_mode(), self._precision():
                 return model(images.to(self.device, model.dtype))[0].clone()
         several = images if isinstance(images, (list, tuple)) else [images]
         loaded = [read_image(image, i) for i, image in enumerate(several)]
         size = max(size) if isinstance(size, (list, tuple)) else size
         return self._detect(model, loaded, image_size(model, size, self.imgsz, "size"))
+
+    def _require_settings(self, size: Any) -> None:
+        """UserError for a size, or an attribute of NMS, that can't be: most would find nothing, without a word."""
+        for name, kind in (("conf", number(0, 1)), ("iou", number(0, 1)), ("max_det", whole(1))):
+            if not kind.fits(value := getattr(self, name)):
+                raise UserError(f"model.{name}: must be {kind.what}, not {value!r}")
+        wanted = [] if self.classes is None else self.classes if isinstance(self.classes, (list, tuple)) else [self.classes]
+        if unknown := [c for c in wanted if not isinstance(c, int) or c not in self.names]:
+            raise UserError(f"model.classes: {unknown[0]!r} is no class of the model; it has 0 to {max(self.names)}")
+        sides = size if isinstance(size, (list, tuple)) else [self.imgsz if size is None else size]
+        if not 1 <= len(sides) <= 2 or not all(whole(1, 65_536).fits(side) for side in sides):
+            raise UserError(f"size: must be the longest side in pixels, or (h, w), not {size!r}")
 
     def _precision(self) -> torch.autocast:
         """Mixed precision where .amp asks for it and a GPU computes."""
@@ -139,6 +155,8 @@ def read_image(source: Any, number: int = 0) -> tuple[np.ndarray, str]:
         return read_image(source, number)[0], name
     if isinstance(source, Image.Image):
         name = Path(getattr(source, "filename", "") or name).name
+        if not all(source.size):
+            raise UserError(f"{name}: an image of {source.width} x {source.height} pixels is empty")
         try:
             return np.array(ImageOps.exif_transpose(source).convert("RGB")), name
         except UNREADABLE as error:
@@ -212,7 +230,7 @@ class Detections:
 
     def tolist(self) -> list[Detections]:
         """A Detections for each image."""
-        times = tuple(Seconds(time.t / self.n) for time in self.times)
+        times = tuple(Seconds(time.t / max(self.n, 1)) for time in self.times)
         return [Detections([image], [found], [file], self.names, self.s, times)
                 for image, found, file in zip(self.ims, self.pred, self.files)]
 
@@ -222,6 +240,8 @@ class Detections:
             from pandas import DataFrame
         except ImportError:
             raise UserError("pandas(): pandas is missing; pip install pandas") from None
+        if self.xyxy is not self.pred:  # they are already
+            return self
         new = copy(self)
         for key, columns in (("xyxy", CORNERS), ("xyxyn", CORNERS), ("xywh", CENTRES), ("xywhn", CENTRES)):
             rows = [[[*row[:5], int(row[5]), self._name(row[5])] for row in found.tolist()]

@@ -186,6 +186,42 @@ def test_training_mode_changes_nothing(model, photo):
         assert torch.equal(model(photo).xyxy[0], expected) and torch.equal(model(x), decoded)
 
 
+@pytest.mark.parametrize("name, values", [
+    ("conf", [-1, 2, float("nan"), "x", None]), ("iou", [-1, 2, float("nan"), None]), ("max_det", [0, -1, 1.5, None]),
+    ("classes", [5, [99], [-1], "x", [0.5], [None]]),
+    ("size", [0, -1, "64", 64.5, float("nan"), True, [], (64, 64, 64), 10**6])])
+def test_settings_that_can_not_be_are_refused(model, photo, name, values):
+    """Most found nothing, or looked at 32 pixels, and said nothing."""
+    for value in values:
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match=rf"^(model\.)?{name}: "):
+            if name == "size":
+                model(photo, size=value)
+            patch.setattr(model, name, value)
+            model(photo)
+
+
+@pytest.mark.parametrize("shape", [(3, 64, 64), (1, 1, 64, 64), (0, 3, 64, 64), (64, 64, 3)])
+def test_a_tensor_that_is_no_batch_is_refused(model, shape):
+    with pytest.raises(UserError, match=r"is no batch of images; give \(B, 3, H, W\)"):
+        model(torch.zeros(shape))
+
+
+def test_what_is_no_model_and_no_image_is_refused(model):
+    for path in (None, 5, [], b"best.pt"):
+        with pytest.raises(UserError, match="is not the path of a model"):
+            hubconf.custom(path)
+    for classes in (0, -1, "x", 2.5):
+        with pytest.raises(UserError, match="^classes: must be a whole number"):
+            hubconf.yolov5n(pretrained=False, classes=classes)
+    with pytest.raises(UserError, match="0 x 5 pixels is empty"):
+        model(Image.new("RGB", (0, 5)))
+
+
+def test_pandas_twice_and_a_list_of_nothing(model, photo):
+    assert [*model(photo).pandas().pandas().xyxy[0].columns][-1] == "name"
+    assert model([]).tolist() == []
+
+
 def test_no_images(model):
     results = model([])
     assert len(results) == 0 and results.xyxy == [] and results.pandas().xyxy == [] and "(0, 3, 64, 64)" in str(results)

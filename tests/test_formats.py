@@ -30,7 +30,7 @@ from utils.boxes import nms
 from utils.data.calibration import CalibrationImages
 from utils.data.config import read_data
 from utils.data.loader import validation_loader
-from utils.errors import UserError
+from utils.errors import NonFiniteError, UserError
 from utils.files import atomic_folder
 from utils.slimming import slim, trace
 
@@ -583,7 +583,7 @@ def test_the_line_comes_before_the_program_runs_and_not_for_our_own_files(cfg, t
 
 
 METADATA = [{}, {"names": {}}, {"names": "[" * 5000}, {"stride": 0}, {"stride": "1e999"}, {"shape": [1, 3, -64, 64]},
-            {"shape": [1, 3]}, {"shape": "x"}, {"imgsz": "inf"}, {"names": 5}, {"names": {"a": "b"}}]
+            {"shape": [1, 3]}, {"shape": "x"}, {"shape": [1, 3, 10**9, 10**9]}, {"names": {5: "a"}}, {"imgsz": "inf"}, {"names": 5}, {"names": {"a": "b"}}]
 
 
 @pytest.mark.parametrize("change", METADATA)
@@ -601,6 +601,37 @@ def test_metadata_of_others_is_checked_whole(tmp_path, change):
         file.writestr("a/extra/config.txt", json.dumps(config))
     with pytest.raises(UserError, match="not a TorchScript detector"):
         formats.load(tmp_path / "a.torchscript", CPU)
+
+
+class Others(FileDetector):
+    """A file whose program gives what a detector does not."""
+
+    def __init__(self, give):
+        super().__init__({"names": ["a", "b"], "stride": 32}, (1, 3, 64, 64))
+        self.file, self.run = "other.onnx", give
+
+
+def missing_input(images: np.ndarray) -> np.ndarray:
+    raise ValueError("Required inputs (['b']) are missing")
+
+
+@pytest.mark.parametrize("give, words", [
+    (missing_input, "other.onnx: can't be run on images alone"),
+    (lambda images: np.array([["a"]], object), "other.onnx: can't be run on images alone"),
+    (lambda images: ["a"], "other.onnx: can't be run on images alone"),
+    (lambda images: np.zeros((1, 6), np.float32), "other.onnx: is no YOLOv5 detector of 2 classes"),
+    (lambda images: np.full((1, 9, 7), np.nan, np.float32), "other.onnx: every confidence that it gives is NaN")])
+def test_what_other_programs_give_is_one_line_that_names_the_file(give, words):
+    """NaN found nothing, exit code 0."""
+    with pytest.raises((UserError, NonFiniteError), match=words):
+        Others(give)(torch.rand(1, 3, 64, 64))
+
+
+def test_torchscript_that_gives_nothing_is_refused(cfg, tmp_path):
+    detector = formats.load(stock_file(tmp_path / "other.torchscript", cfg), CPU)[0]
+    detector.module = lambda images: []
+    with pytest.raises(UserError, match=r"other.torchscript: is no YOLOv5 detector"):
+        detector(torch.rand(1, 3, 64, 64))
 
 
 # Flags that a file can't follow ---------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from models.formats.format import (
     PRECISIONS,
     Detector,
     ExportOptions,
+    FileDetector,
     Format,
     Suppression,
     export_options,
@@ -40,6 +41,8 @@ def load(path: str | Path | Sequence[str | Path], device: torch.device, half: bo
     UserError where a file is missing, broken, or of a format that its name does not tell.
     """
     if not isinstance(path, (str, Path)):
+        if not isinstance(path, (list, tuple)) or not path:
+            raise UserError(f"weights: {path!r} is not the path of a model, nor a list of some")
         loaded = [load(one, device, half, augment) for one in path]
         return (Ensemble([model for model, _ in loaded], path) if len(loaded) > 1 else loaded[0][0]), loaded[0][1]
     path = Path(path)
@@ -53,6 +56,8 @@ def load(path: str | Path | Sequence[str | Path], device: torch.device, half: bo
         if not path.exists():
             raise UserError(f"{path}: no such file")
         detector = found.load(path, device)
+        if isinstance(detector, FileDetector):
+            detector.file = str(path)
         imgsz = max(detector.input_shape[2:]) or getattr(detector, "imgsz", 0) or None
         return detector, {"imgsz": imgsz, "opt": {"imgsz": imgsz}}
     if path.is_file() and path.suffix not in (".pt", ".pth", ""):

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from models.detector import Detector
 from models.yolo import Model
 from utils.boxes import xyxy2xywh
-from utils.errors import UserError, first_line
+from utils.errors import NonFiniteError, UserError, first_line
 
+LARGEST_SIDE = 65_536  # pixels
 PRECISIONS = {"fp32": "", "fp16": "_fp16", "int8": "_int8"}  # precision -> what a file's name says of it
 
 
@@ -121,6 +122,7 @@ class FileDetector:
     """
 
     dtype = torch.float32
+    file = "this file"  # for messages; load() puts its name there
 
     def __init__(self, metadata: Mapping[str, Any], shape: Sequence[int]):
         names = plain(metadata["names"])
@@ -135,6 +137,10 @@ class FileDetector:
             self.input_shape = tuple(int(n) for n in shape)
         except OverflowError:  # infinity is no whole number
             raise ValueError("a number in its metadata is too large") from None
+        if sorted(self.names) != list(range(len(self.names))):
+            raise ValueError("its names are not numbered from 0")
+        if max(self.input_shape, default=0) > LARGEST_SIDE:
+            raise ValueError(f"its images would have more than {LARGEST_SIDE} pixels a side")
         if not self.names or self.stride < 1 or self.imgsz < 0 or len(shape) != 4 or min(self.input_shape) < 0:
             raise ValueError("its names, stride, imgsz or shape can't be a detector's")
 
@@ -145,18 +151,21 @@ class FileDetector:
     def check(self, images: Tensor) -> None:
         """UserError for images (B, C, h, w) of a size that the file does not take."""
         if any(want and want != have for want, have in zip(self.input_shape[1:], images.shape[1:])):
-            raise UserError(f"this file takes images of shape {self.input_shape[1:]} only, not "
+            raise UserError(f"{self.file}: takes images of shape {self.input_shape[1:]} only, not "
                             f"{tuple(images.shape[1:])}; give this --imgsz, or export it with --dynamic")
 
     def checked(self, decoded: Any) -> Tensor:
-        """What the file computed, as (B, N, nc + 5). UserError for what other kinds of models give.
+        """What the file computed, as (B, N, nc + 5). UserError for what other kinds of models give, NonFiniteError for
+        boxes of which none has a confidence.
 
         The boxes of a file with NMS inside, (B, N, 6), become predictions again: NMS leaves them as they are.
         """
         shape, columns = tuple(getattr(decoded, "shape", ())), 6 if self.has_nms else len(self.names) + 5
-        if len(shape) != 3 or shape[2] != columns:
-            raise UserError(f"this file is no YOLOv5 detector of {len(self.names)} classes: it gives {shape}, not "
+        if not isinstance(decoded, Tensor) or len(shape) != 3 or shape[2] != columns:
+            raise UserError(f"{self.file}: is no YOLOv5 detector of {len(self.names)} classes: it gives {shape}, not "
                             f"(images, boxes, {columns}); export a detection model again")
+        if decoded.numel() and bool(decoded[..., 4].isnan().all()):
+            raise NonFiniteError(f"{self.file}: every confidence that it gives is NaN; export it again, from sound weights")
         if not self.has_nms:
             return decoded
         label = nn.functional.one_hot(decoded[..., 5].long(), len(self.names))
@@ -168,8 +177,14 @@ class FileDetector:
         batch, found = self.input_shape[0] or len(images), []
         for part in images.split(batch):
             full = torch.cat((part, part.new_zeros(batch - len(part), *part.shape[1:]))) if len(part) < batch else part
-            decoded = self.run(np.ascontiguousarray(full.cpu().numpy()))
-            found.append(self.checked(torch.from_numpy(decoded))[:len(part)])
+            try:
+                decoded = torch.from_numpy(self.run(np.ascontiguousarray(full.cpu().numpy())))
+            except (UserError, MemoryError):
+                raise
+            except Exception as error:  # of the runtime's own kinds
+                raise UserError(f"{self.file}: can't be run on images alone, as a detector is ({first_line(error)}); "
+                                "export it again") from None
+            found.append(self.checked(decoded)[:len(part)])
         return torch.cat(found), None
 
 

@@ -156,8 +156,9 @@ class NcnnDetector(FileDetector):
         failed = extractor.input(self.net.input_names()[0], ncnn.Mat(image))
         code, decoded = extractor.extract(self.net.output_names()[0])
         if failed or code:
-            raise UserError(f"ncnn can't run this file (code {failed or code}); export it again")
-        return np.array(decoded).reshape(1, -1, len(self.names) + 5)  # a copy: ncnn takes its memory back
+            raise UserError(f"{self.file}: ncnn can't run it (code {failed or code}); export it again")
+        found = np.array(decoded)  # a copy: ncnn takes its memory back
+        return found.reshape(1, -1, found.shape[-1])
 
 
 FORMAT = Format("ncnn", "_ncnn_model", write, NcnnDetector, precisions=("fp32", "fp16"), packages=("ncnn", "pnnx"),

@@ -70,9 +70,11 @@ class TorchScriptDetector(FileDetector):
         self.check(images)
         try:
             found = self.module(images)
+            if isinstance(found, (tuple, list)):  # YOLOv5's give a tuple
+                found = next(iter(found), None)
         except RuntimeError as error:
-            raise UserError(f"this TorchScript file can't run here ({first_line(error)}); export it again") from None
-        return self.checked(found[0] if isinstance(found, (tuple, list)) else found), None  # YOLOv5's give a tuple
+            raise UserError(f"{self.file}: can't run here ({first_line(error)}); export it again") from None
+        return self.checked(found), None
 
 
 def _config(path: Path) -> dict:
