@@ -4,14 +4,13 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import shutil
 from argparse import Namespace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-import train_sparsity
 from models import checkpoint
 from models.yolo import Model, fused
 from tests.blocks import randomised
@@ -129,50 +128,11 @@ def test_a_target_is_reached_resumed_exactly_and_cut_without_a_trace(script, tin
     assert report["stages"][0]["mAP50-95"] == pytest.approx(report["stages"][2]["mAP50-95"], abs=1e-6)
     assert [c["after"] for c in report["cost"][:2]] == pytest.approx(left_at_the_end(last))
 
-    older = before_hooks_had_names(torch.load(weights / "epoch2.pt", weights_only=True))
-    del older["opt"]["round_to"]  # as files are that were made before there were blocks
-    torch.save(older, weights / "last.pt")
+    shutil.copyfile(weights / "epoch2.pt", weights / "last.pt")
     script("train_sparsity.py", "--resume", weights / "last.pt", cwd=tmp_path)
     resumed = checkpoint.read(weights / "last.pt")
     assert all(torch.equal(v, resumed["ema"][k]) for k, v in final["ema"].items())
     assert len(resumed["training"]["hooks"]["SparsityHook"]["history"]) == 4
-
-
-def before_hooks_had_names(data: dict[str, Any]) -> dict[str, Any]:
-    """A checkpoint as older versions wrote it: states in a list, the classes' mAP apart, no entry of the hook's."""
-    training, hooks = data["training"], dict(data["training"]["hooks"])
-    weights = hooks.pop("ImageWeights", {"class_map": [0.0, 0.0]})
-    training |= {"hooks": list(hooks.values()), "class_map": weights["class_map"]}
-    data["opt"]["round_to"] = data.pop("sparsity")["round_to"]
-    return data
-
-
-@pytest.mark.slow
-def test_files_from_before_hooks_had_names_are_resumed(tiny, cfg, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    common = ["--data", tiny, "--weights", "", "--cfg", cfg, "--epochs", 2, "--noplots", *FAST]
-    train_sparsity.main(list(map(str, ["--target-sparsity", 0.5, "--image-weights", "--save-period", 1, *common])))
-    weights = tmp_path / "runs/train/exp/weights"
-    whole = checkpoint.read(weights / "last.pt")
-    assert list(whole["training"]["hooks"]) == ["ImageWeights", "SparsityHook"]
-    data = checkpoint.read(weights / "epoch1.pt")
-    data["training"]["hooks"]["ImageWeights"]["class_map"] = [0.99, 0.0]  # something that shows in the order of images
-    ends = []
-    for name, content in (("new", data), ("old", before_hooks_had_names(checkpoint.read(weights / "epoch1.pt")))):
-        content["training"]["class_map"] = [0.99, 0.0]
-        (tmp_path / name / "weights").mkdir(parents=True)
-        torch.save(content, tmp_path / name / "weights/last.pt")
-        capsys.readouterr()
-        train_sparsity.main(["--resume", str(tmp_path / name), "--workers", "0", "--device", "cpu"])
-        assert "starts anew" not in (said := capsys.readouterr().out) and "is not used" not in said
-        ends.append(checkpoint.read(tmp_path / name / "weights/last.pt"))
-    new, old = ends
-    assert all(torch.equal(v, old["state_dict"][k]) for k, v in new["state_dict"].items())
-    assert not all(torch.equal(v, whole["state_dict"][k]) for k, v in new["state_dict"].items())
-    assert old["training"]["hooks"].keys() == new["training"]["hooks"].keys() and old["sparsity"] == new["sparsity"]
-    sparsity = [end["training"]["hooks"]["SparsityHook"] for end in ends]
-    assert [len(state["history"]) for state in sparsity] == [2, 2]
-    assert torch.equal(sparsity[0]["target"]["score"], sparsity[1]["target"]["score"])
 
 
 @pytest.mark.slow

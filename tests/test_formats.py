@@ -583,7 +583,8 @@ def test_the_line_comes_before_the_program_runs_and_not_for_our_own_files(cfg, t
 
 
 METADATA = [{}, {"names": {}}, {"names": "[" * 5000}, {"stride": 0}, {"stride": "1e999"}, {"shape": [1, 3, -64, 64]},
-            {"shape": [1, 3]}, {"shape": "x"}, {"shape": [1, 3, 10**9, 10**9]}, {"names": {5: "a"}}, {"imgsz": "inf"}, {"names": 5}, {"names": {"a": "b"}}]
+            {"shape": [1, 3]}, {"shape": "x"}, {"shape": [1, 3, 10**9, 10**9]}, {"names": {5: "a"}},
+            {"imgsz": "inf"}, {"names": 5}, {"names": {"a": "b"}}]
 
 
 @pytest.mark.parametrize("change", METADATA)
@@ -620,7 +621,7 @@ def missing_input(images: np.ndarray) -> np.ndarray:
     (lambda images: np.array([["a"]], object), "other.onnx: can't be run on images alone"),
     (lambda images: ["a"], "other.onnx: can't be run on images alone"),
     (lambda images: np.zeros((1, 6), np.float32), "other.onnx: is no YOLOv5 detector of 2 classes"),
-    (lambda images: np.full((1, 9, 7), np.nan, np.float32), "other.onnx: every confidence that it gives is NaN")])
+    (lambda images: np.full((1, 9, 7), np.nan, np.float32), "other.onnx: every confidence is NaN")])
 def test_what_other_programs_give_is_one_line_that_names_the_file(give, words):
     """NaN found nothing, exit code 0."""
     with pytest.raises((UserError, NonFiniteError), match=words):

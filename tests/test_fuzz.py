@@ -7,6 +7,7 @@ from __future__ import annotations
 import io
 import zipfile
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ from models.yolo import Model
 from prune import pruning_parser
 from training.distributed import process_group
 from training.interruption import listen
+from training.resume import go_on
 from training.settings import read_hyp, resolve
 from training.start import start_options
 from utils.data.config import read_data
@@ -247,8 +249,12 @@ def resume(path: Path) -> None:
     """--resume, up to the first step."""
     opt = train_sparsity.parse(["--resume", str(path), "--workers", "0", "--device", "cpu"])
     opt.epochs, opt.given = 2, [*opt.given, "epochs"]
-    with process_group("cpu") as world, listen(1) as signals:
-        train.build_run(opt, world, [train_sparsity.SparsityHook()], signals).log.close()
+    with ExitStack() as locks:
+        opt, resumed = go_on(opt, locks)
+        world, signals = locks.enter_context(process_group("cpu")), locks.enter_context(listen(1))
+        run = train.build_run(opt, resumed, world, [train_sparsity.SparsityHook()], signals, locks)
+        assert run.logger is not None
+        run.logger.close()
 
 
 @pytest.mark.parametrize("kind, use", [("dense", start), ("slim", start), ("training", start), ("training", resume),
