@@ -91,7 +91,8 @@ class AutoShape(nn.Module):
             model = TestTimeAugmentation(model)
         if isinstance(images, Tensor):
             if images.dim() != 4 or images.shape[1] != 3 or not images.numel():
-                raise UserError(f"a tensor of shape {tuple(images.shape)} is no batch of images; give (B, 3, H, W) in 0..1")
+                raise UserError(f"a tensor of shape {tuple(images.shape)} is no batch of images; give (B, 3, H, W) in "
+                                "0..1")
             with torch.inference_mode(), self._precision():
                 return model(images.to(self.device, model.dtype))[0].clone()
         several = images if isinstance(images, (list, tuple)) else [images]
@@ -104,7 +105,8 @@ class AutoShape(nn.Module):
         for name, kind in (("conf", number(0, 1)), ("iou", number(0, 1)), ("max_det", whole(1))):
             if not kind.fits(value := getattr(self, name)):
                 raise UserError(f"model.{name}: must be {kind.what}, not {value!r}")
-        wanted = [] if self.classes is None else self.classes if isinstance(self.classes, (list, tuple)) else [self.classes]
+        wanted = self.classes if isinstance(self.classes, (list, tuple)) else [self.classes]
+        wanted = [] if self.classes is None else wanted
         if unknown := [c for c in wanted if not isinstance(c, int) or c not in self.names]:
             raise UserError(f"model.classes: {unknown[0]!r} is no class of the model; it has 0 to {max(self.names)}")
         sides = size if isinstance(size, (list, tuple)) else [self.imgsz if size is None else size]

@@ -99,7 +99,8 @@ def test_yolov5s_empty_values_mean_what_they_mean_there():
 
 @pytest.mark.parametrize("script, flags, words", [
     ("prune", "--sweep .1:.9:1e400", "give first:last:step"), ("train", "--imgsz 100000", "--imgsz 100000: must be at"),
-    ("detect", "--img 64 70000", "--imgsz 70000: must be at most 65536"), ("export", "--opset 99", "must be at most 20")])
+    ("detect", "--img 64 70000", "--imgsz 70000: must be at most 65536"),
+    ("export", "--opset 99", "must be at most 20")])
 def test_numbers_beyond_what_can_be_are_refused(script, flags, words):
     with pytest.raises(UserError) as refused:
         PARSERS[script](flags.split())

@@ -583,7 +583,8 @@ def test_the_line_comes_before_the_program_runs_and_not_for_our_own_files(cfg, t
 
 
 METADATA = [{}, {"names": {}}, {"names": "[" * 5000}, {"stride": 0}, {"stride": "1e999"}, {"shape": [1, 3, -64, 64]},
-            {"shape": [1, 3]}, {"shape": "x"}, {"shape": [1, 3, 10**9, 10**9]}, {"names": {5: "a"}}, {"imgsz": "inf"}, {"names": 5}, {"names": {"a": "b"}}]
+            {"shape": [1, 3]}, {"shape": "x"}, {"shape": [1, 3, 10**9, 10**9]},
+            {"names": {5: "a"}}, {"imgsz": "inf"}, {"names": 5}, {"names": {"a": "b"}}]
 
 
 @pytest.mark.parametrize("change", METADATA)

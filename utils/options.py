@@ -36,7 +36,8 @@ def add_seed_flag(parser: ArgumentParser, help: str) -> None:
 
 def add_imgsz_flag(parser: ArgumentParser, help: str = "image size in pixels (640)", **options: Any) -> None:
     """--imgsz under all names that YOLOv5 has for it."""
-    parser.add_argument("--imgsz", "--img", "--img-size", type=at_least(LEAST["imgsz"], most=MOST_PIXELS), help=help, **options)
+    parser.add_argument("--imgsz", "--img", "--img-size", type=at_least(LEAST["imgsz"], most=MOST_PIXELS), help=help,
+                        **options)
 
 
 def add_common(parser: ArgumentParser, project: str, training: bool = False) -> None:

@@ -165,7 +165,8 @@ class FileDetector:
             raise UserError(f"{self.file}: is no YOLOv5 detector of {len(self.names)} classes: it gives {shape}, not "
                             f"(images, boxes, {columns}); export a detection model again")
         if decoded.numel() and bool(decoded[..., 4].isnan().all()):
-            raise NonFiniteError(f"{self.file}: every confidence that it gives is NaN; export it again, from sound weights")
+            raise NonFiniteError(f"{self.file}: every confidence that it gives is NaN; export it again, from sound "
+                                 "weights")
         if not self.has_nms:
             return decoded
         label = nn.functional.one_hot(decoded[..., 5].long(), len(self.names))

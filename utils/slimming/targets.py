@@ -56,4 +56,4 @@ TARGETS: dict[str, Target] = {"params": Target(params_left), "flops": Target(flo
 def is_target(value: Any) -> bool:
     """Is this a name of TARGETS and a number between 0 and 1?"""
     return (isinstance(value, (tuple, list)) and len(value) == 2 and value[0] in [*TARGETS]
-            and isinstance(value[1], Real) and 0 < value[1] < 1)
+            and isinstance(value[1], Real) and 0 < float(value[1]) < 1)
