@@ -7,10 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cv2
 import pytest
 
 from training.loggers import RunLogger
-from utils.errors import UserError
+from utils.errors import UserError, run_cli
 from utils.files import write_json, write_yaml
 from utils.tables import read_results, write_csv
 from utils.text import LARGEST_YAML, decoded, read_json, read_lines, read_text, read_yaml_mapping
@@ -182,6 +183,15 @@ def test_every_letter_can_be_printed(encoding, end, code):
     assert done.returncode == code and b"Traceback" not in done.stderr
     assert "鱼".encode(encoding, "backslashreplace") in done.stdout + done.stderr
     assert code == 0 or done.stderr.count(b"\n") == 1
+
+
+def test_opencvs_want_of_memory_is_one_line(capsys):
+    def main() -> None:
+        raise cv2.error("OpenCV(5.0.0) alloc.cpp:73: error: (-4:Insufficient memory) Failed to allocate 8 bytes")
+
+    with pytest.raises(SystemExit) as ended:
+        run_cli(main)
+    assert ended.value.code == 2 and capsys.readouterr().err.startswith("error: out of memory (OpenCV")
 
 
 def test_names_that_are_not_utf8_are_written_and_read_again(tmp_path):
