@@ -635,3 +635,8 @@ def test_names_with_spaces_and_foreign_letters(tmp_path: Path, suffix: str) -> N
     data = DetectionDataset([folder, folder], 64, nc=1)  # the same root twice: every image twice, as it was asked for
     assert len(data) == 2 and all(len(rows) == 1 for rows in data.labels)
     assert data[0, 0].image.shape == (3, 64, 64) and int(data[0, 0].image[:, 32, 32].min()) > 190
+
+
+def test_a_folder_without_a_data_yaml_is_named(tmp_path):
+    with pytest.raises(UserError, match="is a folder without a data.yaml; give the data yaml itself"):
+        read_data(tmp_path)

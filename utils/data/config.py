@@ -44,6 +44,8 @@ def read_data(path: str | Path, needed: Sequence[str] = ("train", "val")) -> Dat
     places = [given, ROOT / given, ROOT / "data" / given]
     places += [folder / "data.yaml" for folder in places]
     file = next((p for p in places if p.is_file()), given).absolute()
+    if file.is_dir():
+        raise UserError(f"--data {path}: is a folder without a data.yaml; give the data yaml itself")
     content = read_yaml_mapping(file, "--data", texts=("path", "names", *SPLITS))
     root = _find_root(file, content)
     names = _read_names(file, content)
