@@ -209,7 +209,8 @@ def main(argv: Argv = None) -> Path:
     model, data = formats.load(weights, device, opt.half, opt.augment)
     require_rgb(model, title := " ".join(weights))
     if unknown := set(opt.classes or ()) - set(model.names):
-        raise UserError(f"--classes {min(unknown)}: {title} has the classes 0 to {max(model.names)}")
+        raise UserError(f"--classes {min(unknown)}: {title} has the classes 0 to {max(model.names)}; "
+                        "give some of these")
     opt.source = opt.source or usual_source(data, title, model.names)
     imgsz = image_size(model, opt.imgsz, data.get("imgsz"))
     sides = model.input_shape[2:] if model.input_shape[2] else np.broadcast_to(imgsz, 2).tolist()

@@ -188,7 +188,7 @@ def test_boxes_of_a_file_are_those_of_nms(cfg, tmp_path, batch, dynamic, opset, 
     again = nms(detector(images)[0], **how)  # val.py and detect.py: nothing is left to suppress
     for boxes, own, once_more in zip(found, expected, again):
         count = int((boxes[:, 4] > 0).sum())
-        assert len(own) > 10 and not boxes[count:].any() and np.array_equal(once_more.numpy(), boxes[:count])
+        assert len(own) > 10 and not boxes[count:].any() and np.allclose(once_more.numpy(), boxes[:count], atol=1e-3)
         if precision == "fp32":
             assert count == len(own) and np.abs(boxes[:count] - own.numpy()).max() < 0.1
 
@@ -240,7 +240,7 @@ def test_ensembles_in_val_and_detect(teacher, cfg, tiny, tmp_path, monkeypatch):
     checkpoint.save(Path("b.pt"), randomised(Model(str(cfg), nc=2, names=NAMES), 1).eval(), imgsz=64)
     pair = ["--weights", str(teacher), "b.pt", "--device", "cpu"]
     found = val.main([*pair, "--data", str(tiny), "--workers", "0", "--noplots"])
-    assert found["images"] == 6 and found["imgsz"] == 640 and found["weights"] == f"{teacher} b.pt"
+    assert found["images"] == 6 and found["imgsz"] == 64 and found["weights"] == f"{teacher} b.pt"
     assert detect.main([*pair, "--source", str(tiny.parent / "images/val"), "--imgsz", "64"]).is_dir()
 
 

@@ -64,7 +64,7 @@ def test_an_ordinary_name_stays():
 
 
 def output(folder: Path, names: dict[int, str], *flags: str) -> detect.Output:
-    opt = detect.parse(["--weights", "", "--source", "x", "--project", str(folder), "--name", "exp", *flags])
+    opt = detect.parse(["--weights", "x.pt", "--source", "x", "--project", str(folder), "--name", "exp", *flags])
     return detect.Output(names, opt)
 
 

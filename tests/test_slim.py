@@ -200,7 +200,7 @@ def test_milliseconds_in_another_runtime(flags, monkeypatch, capsys):
     pipeline = slim.main([*flags, "--target", "latency=0.7", "--runtime", "onnxruntime", "--int8", "--epochs", "3"])
     assert set(asked) == {("onnxruntime", "int8")} and share_left(pipeline, "flops") <= 0.7
     said = capsys.readouterr().out
-    assert "measured on the model before, in onnxruntime int8" in said and "in turn: onnxruntime int8" in said
+    assert "measured on the model before, in onnxruntime int8" in said and "timed in turns: onnxruntime int8" in said
 
 
 @pytest.mark.usefixtures("quick")
