@@ -56,8 +56,8 @@ class Rules:
         numbers = isinstance(self.min_share, Real), *(isinstance(n, Integral) for n in (
             self.min_channels, self.round_to))
         if not all(numbers) or self.min_channels < 1 or self.round_to < 1 or not 0 <= self.min_share <= 1:
-            raise ValueError("min_channels and round_to must be whole numbers of at least 1 and min_share between 0 and 1"
-                             f": min_channels={self.min_channels}, round_to={self.round_to}, "
+            raise ValueError("min_channels and round_to must be whole numbers of at least 1 and min_share between 0 "
+                             f"and 1: min_channels={self.min_channels}, round_to={self.round_to}, "
                              f"min_share={self.min_share}")
 
 
