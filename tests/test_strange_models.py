@@ -353,7 +353,7 @@ NORM = "model.0.bn"
       for percent in ("0.5", [0.5], torch.tensor(0.5), float("nan"))],
     *[(lambda m, imgsz=imgsz: Pruner(m, imgsz), "imgsz must be a whole number") for imgsz in (0, -1, "64", (64, 64))],
     (lambda m: Pruner(m, 64, channels=0), "channels must be a whole number"),
-    (lambda m: Rules(min_channels=1.5), "whole numbers from 1 on"), (lambda m: Rules(round_to="8"), "whole numbers"),
+    (lambda m: Rules(min_channels=1.5), "whole numbers of at least 1"), (lambda m: Rules(round_to="8"), "whole numbers"),
     (lambda m: Pruner("best.pt"), "an nn.Module is needed, not str"),
     (lambda m: Pruner(nn.DataParallel(m)), "give the one inside: model.module"),
     (lambda m: Pruner(torch.compile(m)), "give the one inside: model._orig_mod"),
