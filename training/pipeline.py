@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from training.levers import Levers
 from training.loggers import Cell, duration
 from training.run import Hook, Run
 from utils.errors import UserError
@@ -40,7 +41,7 @@ class Settings:
     weights: str | None           # that it starts from; None: those that train.py takes where none are given
     cfg: str | None               # model yaml
     data: str                     # data yaml, an absolute path
-    imgsz: int                    # pixels, in whole strides
+    imgsz: int                    # pixels, in whole strides: what the model before is for
     single_cls: bool
     target: tuple[str, float]     # a name of TARGETS, and what is to be left
     epochs: int                   # of all stages
@@ -52,6 +53,7 @@ class Settings:
     export: list[str] = field(default_factory=list)         # formats to write in the end
     int8: bool = False            # write them, and measure, in 8 bits
     runtime: str = "torch"        # in which milliseconds are measured
+    smaller_images: bool = False  # may the slim model be for smaller images: with a target of speedup
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "target", tuple(self.target))  # JSON has lists only
@@ -101,8 +103,13 @@ class Pipeline:
     settings: Settings
     workers: int = 8              # of this machine: they may change when the pipeline goes on
     device: str = ""
-    flops: float | None = None    # with a target of latency: the share of the FLOPs that is to reach it
+    levers: Levers | None = None  # with a target of speedup: what is to reach it
     done: dict[str, Any] = field(default_factory=dict)  # name of a stage or measurement -> its figures
+
+    @property
+    def imgsz(self) -> int:
+        """Pixels of the images that the slim model is for."""
+        return self.levers.imgsz if self.levers else self.settings.imgsz
 
     @property
     def machine(self) -> dict[str, Any]:
@@ -145,7 +152,8 @@ def known_pipeline(resume: str | bool, project: str) -> Pipeline:
         if (folder / STATE).is_file():
             try:
                 data = read_json(folder / STATE)
-                return Pipeline(folder, **{**data, "settings": Settings(**data["settings"])})
+                levers = Levers(**data["levers"]) if data["levers"] else None
+                return Pipeline(folder, **{**data, "settings": Settings(**data["settings"]), "levers": levers})
             except (UserError, TypeError, KeyError):
                 raise UserError(f"{folder / STATE}: damaged, or of another version; start a new pipeline: "
                                 "--weights with the best of its stages") from None
