@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 import torch
 
+from tests.forks import Forks
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -105,16 +107,29 @@ Script = Callable[..., subprocess.CompletedProcess]
 
 
 @pytest.fixture(scope="session")
-def script() -> Script:
-    """script("train.py", "--epochs", 1, cwd=folder, code=0) runs a command of the repository as a user would."""
+def forks() -> Iterator[Forks]:
+    """Processes for commands that are not started but forked."""
+    yield (forks := Forks())
+    forks.close()
+
+
+@pytest.fixture(scope="session")
+def script(forks: Forks) -> Script:
+    """script("train.py", "--epochs", 1, cwd=folder, code=0) runs a command of the repository as a user would.
+
+    With an environment of its own it is started, else forked.
+    """
 
     def run(name: str, *args: object, cwd: Path, code: int | None = 0,
             env: dict[str, str] | None = None) -> subprocess.CompletedProcess:
-        command = [sys.executable, str(ROOT / name), *map(str, args)]
-        environment = {"OMP_NUM_THREADS": "2", **os.environ, **(env or {})}
-        done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=600, env=environment)
+        argv = [str(ROOT / name), *map(str, args)]
+        if env is None:
+            done = forks.run(argv, cwd, dict(os.environ), 600)
+        else:
+            done = subprocess.run([sys.executable, *argv], cwd=cwd, capture_output=True, text=True, timeout=600,
+                                  env={"OMP_NUM_THREADS": "2", **os.environ, **env})
         if code is not None:
-            assert done.returncode == code, f"{' '.join(command)}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+            assert done.returncode == code, f"{' '.join(argv)}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
         return done
 
     return run
