@@ -9,14 +9,13 @@ latencies are taken in turns, so that a busy moment of the machine hits all of t
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from export import CPU, megabytes
 from models import checkpoint, formats
@@ -48,10 +47,17 @@ class Entry:
     precision: str
     detector: Detector | None = None
     device: torch.device = CPU
+    imgsz: int = 0                     # pixels; 0: as the command says
     megabytes: float | None = None
     accuracy: float | None = None      # mAP50-95
     ms: float | None = None            # an image
     reason: str = ""                   # why there is no figure
+
+    def said(self) -> str:
+        """What is known of it before the timing, in a line."""
+        known = [f"{self.megabytes:.2f} MB"] if self.megabytes else []
+        known += [f"mAP50-95 {self.accuracy:.3f}"] if self.accuracy is not None else []
+        return f"{self.model}, {self.format} {self.precision}: {self.reason or ', '.join(known)}"
 
 
 def parse(argv: Argv = None) -> Namespace:
@@ -94,23 +100,18 @@ def main(argv: Argv = None) -> Path:
     models = {name: checkpoint.build(data, path=path)
               for name, path, data in zip(titles(opt.weights), opt.weights, read)}
     opt.imgsz = whole_strides(opt.imgsz, max(model.divisor for model in models.values()))
-    folder = new_run_folder(opt.project, opt.name, opt.exist_ok)
-    calibration = Calibration(opt)
-    entries: list[Entry] = []
-    for name, model in tqdm(models.items(), desc="exporting", leave=False, disable=None):
-        entries += export_all(name, model, opt, folder, device, calibration)
-    if not entries:
+    if not (kinds := chosen(opt, device)):
         raise UserError("--include, --precisions: none of these formats has one of these precisions here; "
                         "give others, or install what is missing (pip install -r requirements-export.txt)")
-    for entry in tqdm(entries, desc="measuring", leave=False, disable=None):
-        measure_accuracy(entry, opt)
-    time_in_turns(entries, opt, next(iter(models.values())).yaml["ch"])
-    rows = [row(entry, entries[0]) for entry in entries]
-    print(text_table(shown(rows), [key for key in rows[0] if key != "reason"] + [""]))
+    folder = new_run_folder(opt.project, opt.name, opt.exist_ok)
+    calibration = Calibration(opt)
+    rows = measured((made(name, model, *kind, opt, folder, device, calibration)
+                     for name, model in models.items() for kind in kinds), opt)
+    print(table(rows))
     print(f"{opt.imgsz} px, batch {opt.batch_size}, {device}, {torch.get_num_threads()} threads on the CPU; "
           f"medians of {opt.runs} turns")
     write_csv(folder / "benchmarks.csv", rows)
-    if not opt.noplots and any(entry.ms for entry in entries):
+    if not opt.noplots and any(row["ms"] for row in rows):
         plot_latencies(rows, folder / "benchmarks.png")
     print(f"Results in {folder}")
     return folder
@@ -142,23 +143,72 @@ class Calibration:
         return self.images
 
 
-def export_all(name: str, model: Model, opt: Namespace, folder: Path, device: torch.device,
-               calibration: Calibration) -> list[Entry]:
-    """The model in PyTorch, and in every format and precision that was asked for. What fails has a reason."""
-    entries = []
+def chosen(opt: Namespace, device: torch.device) -> list[tuple[str, str]]:
+    """Format and precision of every row of a model. PyTorch's fp32 is the measure, whatever precision is asked for."""
     wanted = opt.include or [TORCH, *formats.runtimes()]
-    if TORCH in wanted:
-        ready, size = on_device(fused(model), device), profile(model, opt.imgsz, model.yaml["ch"]).megabytes
-        entries.append(Entry(name, TORCH, "fp32", ready, device, size))
-        if "fp16" in opt.precisions and device.type == "cuda":
-            entries.append(Entry(name, TORCH, "fp16", on_device(fused(model), device).half(), device, size / 2))
-    for runtime, fmt in formats.runtimes().items():
-        for precision in fmt.precisions if runtime in wanted else ():
-            if precision in opt.precisions and (opt.include or not fmt.missing(precision)):
-                entry = Entry(name, runtime, precision)
-                attempt(entry, partial(export, entry, model, fmt, opt, folder, device, calibration), opt.hard_fail)
-                entries.append(entry)
-    return entries
+    kinds = [(TORCH, "fp32")] if TORCH in wanted else []
+    if kinds and device.type == "cuda" and "fp16" in opt.precisions:
+        kinds.append((TORCH, "fp16"))
+    return kinds + [(runtime, precision) for runtime, fmt in formats.runtimes().items() if runtime in wanted
+                    for precision in fmt.precisions
+                    if precision in opt.precisions and (opt.include or not fmt.missing(precision))]
+
+
+def made(name: str, model: Model, kind: str, precision: str, opt: Namespace, folder: Path, device: torch.device,
+         calibration: Calibration) -> Entry:
+    """The model in one format and precision. Where that fails the entry has a reason."""
+    if kind == TORCH:
+        return in_torch(name, model, opt.imgsz, device, precision)
+    entry = Entry(name, kind, precision)
+    attempt(entry, partial(export, entry, model, formats.runtimes()[kind], opt, folder, device, calibration),
+            opt.hard_fail)
+    return entry
+
+
+def in_torch(name: str, model: Model, imgsz: int, device: torch.device, precision: str = "fp32") -> Entry:
+    """The model in PyTorch, fused."""
+    ready, size = on_device(fused(model), device), profile(model, imgsz, model.yaml["ch"]).megabytes
+    half = precision == "fp16"
+    return Entry(name, TORCH, precision, ready.half() if half else ready, device, imgsz, size / 2 if half else size)
+
+
+def measured(entries: Iterable[Entry], opt: Namespace) -> list[dict[str, Any]]:
+    """Rows with accuracy and time. Says what is known of each as soon as it is: all may take minutes."""
+    ready = []
+    for entry in entries:
+        measure_accuracy(entry, opt)
+        print(entry.said(), flush=True)
+        ready.append(entry)
+    time_in_turns(ready, opt)
+    return [row(entry, ready[0]) for entry in ready]
+
+
+def measured_files(models: Mapping[str, tuple[Model, int]], files: Sequence[Path], precision: str,
+                   flags: Argv) -> list[dict[str, Any]]:
+    """Rows of models in PyTorch, and of files that export.py has made of the last one.
+
+    models: by name, each with the pixels that it is for. precision: what the files were written in. flags: main()'s.
+    """
+    opt = parse(flags)
+    device, (*_, name) = select_device(opt.device), models
+
+    def entries() -> Iterator[Entry]:
+        for title, (model, imgsz) in models.items():
+            yield in_torch(title, model, imgsz, device)
+        for path in files:
+            fmt = formats.format_of(path)
+            assert fmt is not None, path
+            stored = precision if fmt.load else "fp16"  # YOLOv5's checkpoints are
+            entry = Entry(name, fmt.runtime or fmt.name, stored, device=device, megabytes=megabytes(path))
+            attempt(entry, partial(load, entry, path), opt.hard_fail)
+            yield entry
+
+    return measured(entries(), opt)
+
+
+def load(entry: Entry, path: Path) -> None:
+    """Open a file that is there."""
+    entry.detector = formats.load(path, entry.device)[0]
 
 
 def export(entry: Entry, model: Model, fmt: Format, opt: Namespace, folder: Path, device: torch.device,
@@ -189,7 +239,8 @@ def measure_accuracy(entry: Entry, opt: Namespace) -> None:
 
     def step() -> None:
         assert entry.detector is not None
-        loader = dataset_loader(entry.detector, opt, square=True)  # the shape that files of fixed size take
+        sized = Namespace(**{**vars(opt), "imgsz": entry.imgsz or opt.imgsz})
+        loader = dataset_loader(entry.detector, sized, square=True)  # the shape that files of fixed size take
         entry.accuracy = evaluate(entry.detector, loader, entry.device, single_cls=opt.single_cls).ap.map
         if opt.hard_fail not in (False, True) and not entry.accuracy > opt.hard_fail:
             raise UserError(f"mAP50-95 is {entry.accuracy:.4g}, not above --hard-fail {opt.hard_fail:g}")
@@ -197,7 +248,7 @@ def measure_accuracy(entry: Entry, opt: Namespace) -> None:
     attempt(entry, step, opt.hard_fail)
 
 
-def time_in_turns(entries: list[Entry], opt: Namespace, channels: int) -> None:
+def time_in_turns(entries: list[Entry], opt: Namespace) -> None:
     """Median milliseconds per image of all rows, one call of each in turn."""
     def call(entry: Entry, images: torch.Tensor) -> None:
         assert entry.detector is not None
@@ -208,7 +259,8 @@ def time_in_turns(entries: list[Entry], opt: Namespace, channels: int) -> None:
     calls = []
     for entry in running:
         assert entry.detector is not None
-        images = torch.rand(opt.batch_size, channels, opt.imgsz, opt.imgsz)
+        side = entry.imgsz or opt.imgsz
+        images = torch.rand(opt.batch_size, entry.detector.input_shape[1] or 3, side, side)
         images = images.to(entry.device, entry.detector.dtype)
         if entry.format == TORCH:
             images = images.contiguous(memory_format=torch.channels_last)
@@ -226,11 +278,11 @@ def row(entry: Entry, first: Entry) -> dict[str, Any]:
             **{key: "" if value is None else value for key, value in figures.items()}, "reason": entry.reason}
 
 
-def shown(rows: list[dict[str, Any]]) -> list[list[str]]:
-    """The rows as cells of the table on the screen; a reason stands behind its row."""
-    formats_of = {"MB": "{:.2f}", "mAP50-95": "{:.3f}", "ms": "{:.1f}", "faster": "{:.2f}x"}
-    return [[formats_of.get(key, "{}").format(value) if value != "" else "" for key, value in row.items()]
-            for row in rows]
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows as text; a reason stands behind its row."""
+    forms = {"MB": "{:.2f}", "mAP50-95": "{:.3f}", "ms": "{:.1f}", "faster": "{:.2f}x"}
+    cells = [[forms.get(key, "{}").format(value) if value != "" else "" for key, value in row.items()] for row in rows]
+    return text_table(cells, [key for key in rows[0] if key != "reason"] + [""])
 
 
 run = from_python(main)

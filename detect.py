@@ -132,8 +132,8 @@ class Output:
         if self.opt.nosave and not self.opt.view_img:
             return
         captions = [self._caption(score, cls) for score, cls in found[:, 4:].tolist()]
-        drawn = draw_boxes(frame.image, found[:, :4].numpy(), captions, found[:, 5].int().tolist(),
-                           self.opt.line_thickness)
+        drawn = draw_boxes(frame.image[..., ::-1], found[:, :4].numpy(), captions, found[:, 5].int().tolist(),
+                           self.opt.line_thickness)[..., ::-1].copy()  # drawn in RGB, written in BGR
         if not self.opt.nosave:
             self._write_picture(frame, own, drawn)
         if self.opt.view_img:

@@ -11,6 +11,7 @@ requirements.txt: pip install -r requirements-export.txt
 from __future__ import annotations
 
 from argparse import Namespace
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
@@ -173,9 +174,14 @@ def compare(model: Model, written: dict[str, Path], loader: DetectionLoader, kee
     print(text_table([[name, f"{map50:.3f}", f"{mean:.3f}", f"{mean - whole:+.3f}"] for name, map50, mean in rows],
                      ["", "mAP50", "mAP50-95", "against fp32"]))
     for name, _, mean in rows[1:]:
-        if whole - mean > WARN_BEYOND:
-            more = "" if keep else "; --int8-sensitivity shows which part of the model to leave in float (--int8-keep)"
-            print(f"warning: {name} loses {whole - mean:.3f} mAP50-95{more}")
+        warn_of_loss(name, whole - mean, keep)
+
+
+def warn_of_loss(name: str, lost: float, keep: Sequence[str] = ()) -> None:
+    """Say where a file of int8 lost more mAP50-95 than is usual. keep: what was left in float already."""
+    if lost > WARN_BEYOND:
+        more = "" if keep else "; --int8-sensitivity shows which part of the model to leave in float (--int8-keep)"
+        print(f"warning: {name} loses {lost:.3f} mAP50-95{more}")
 
 
 def _accuracy(detector: Detector, loader: DetectionLoader) -> tuple[float, float]:

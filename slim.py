@@ -13,7 +13,6 @@ from __future__ import annotations
 import os
 import shlex
 from argparse import Namespace
-from collections.abc import Mapping
 from contextlib import redirect_stdout
 from dataclasses import fields
 from datetime import date
@@ -23,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
+import benchmarks
 import export
 import finetune_pruned
 import prune
@@ -37,11 +37,25 @@ from models.yolo import Model, whole_strides
 from training.distillation import refuse_other_kind
 from training.distributed import World, device_of_before
 from training.levers import Levers, Measured, candidate_sizes, choose
-from training.pipeline import PRUNE, STATE, Pipeline, Progress, Settings, Stage, known_pipeline
+from training.pipeline import (
+    PRUNE,
+    STATE,
+    Pipeline,
+    Progress,
+    Settings,
+    Stage,
+    clock,
+    goal,
+    known_pipeline,
+    largest_difference,
+    reached,
+    stage_rows,
+    tasks,
+)
 from training.settings import DEFAULTS, absolute, hyp_file, resolve
 from training.sparsity_plan import SparsityPlan, frozen_norms
 from training.start import freeze, start_model
-from utils.data.config import DataConfig, other_names, read_data
+from utils.data.config import other_names, read_data
 from utils.data.dataset import DetectionDataset
 from utils.data.loader import validation_loader
 from utils.device import select_device
@@ -58,6 +72,7 @@ from val import pictures
 OUTPUT = "slim.pt"
 TRAININGS = {"train.py": train.main, "train_sparsity.py": train_sparsity.main,
              "finetune_pruned.py": finetune_pruned.main}
+FILES = "Files: mAP on square images, which they take; faster: than the first row"
 LEAST_IMAGES = 2
 LEAST_MAP = 1e-3  # mAP50-95 below which a teacher has nothing to teach
 PROBE = "flops=0.7"  # the cut that tells what channels cost on this data
@@ -150,31 +165,9 @@ def require_possible(settings: Settings, model: Model) -> None:
         settings.runtime, settings.imgsz, torch.device("cpu"), precision=settings.precision))
 
 
-def tasks(config: DataConfig) -> list[str]:
-    """The splits that are measured on: val, and test where its images are there."""
-    return ["val", *(["test"] if config.test and all(path.exists() for path in config.test) else [])]
-
-
 def exporting(settings: Settings) -> dict[str, Any]:
-    """Settings of export.py."""
-    return {"include": settings.export, "int8": settings.int8}
-
-
-def goal(settings: Settings, stage: Stage, left: float, levers: Levers | None = None) -> dict[str, Any]:
-    """The target of a sparsity training that starts with a model of which `left`, 0..1, is left, and its --shrink."""
-    name, wanted = settings.target
-    if name == "map-drop":
-        return {"target_sparsity": 0.5, "shrink": True}
-    if name == "speedup":
-        name, wanted = "latency", levers.latency if levers else 0.9
-        if levers and not levers.cuts:
-            return {"no_st": True}
-    rounds = [s.name for s in settings.stages if s.script == "train_sparsity.py"]
-    if name == "latency":  # of the model that the round starts with
-        return {"target": f"latency={wanted ** (1 / len(rounds)):.6g}", "shrink": True, "runtime": settings.runtime,
-                "int8": settings.precision == "int8"}
-    wanted **= (rounds.index(stage.name) + 1) / len(rounds)
-    return {"target": f"{name}={min(wanted / left, 0.999):.6g}", "shrink": True}
+    """Settings of export.py. What is written is measured here."""
+    return {"include": settings.export, "int8": settings.int8, "noval": settings.int8}
 
 
 def stage_flags(pipeline: Pipeline, stage: Stage, before: str) -> list[str]:
@@ -262,24 +255,42 @@ def pruned_probe(pipeline: Pipeline) -> Path:
     return Stage("probe", PRUNE).product(pipeline.folder)
 
 
-def clock(settings: Settings, ms: Mapping[str, Any]) -> str:
-    """Which of the times in `ms` the table shows: PyTorch's where the runtime can't run one of the models."""
-    wanted = f"{measured_in(settings.runtime, settings.precision)}, batch 1"
-    return wanted if wanted in ms else next(iter(ms))
-
-
 def measure(pipeline: Pipeline, name: str, weights: str | Path, task: str, imgsz: int = 0) -> dict[str, Any]:
     """val.py on a checkpoint, once: mAP50 and mAP50-95. imgsz: pixels; 0: those of the model before."""
     if name not in pipeline.done:
         summary = val.main(as_flags({"weights": str(weights), **pipeline.settings.dataset, **pipeline.machine,
-                                     "imgsz": imgsz or pipeline.settings.imgsz, "task": task, **pipeline.run_of(name)}))
+                                     "imgsz": imgsz or pipeline.settings.imgsz, "task": task, **pipeline.run_of(name)}),
+                           timed=False)  # other than in turns, times can't be compared
         pipeline.done[name] = {"mAP50": summary["metrics/mAP_0.5"], "mAP50-95": summary["metrics/mAP_0.5:0.95"]}
         pipeline.save()
     return pipeline.done[name]
 
 
-def compare(pipeline: Pipeline) -> tuple[list[dict[str, Any]], dict[str, list[float]]]:
-    """A row for the model before and one for the slim one: accuracy, cost, speed; and all that was timed."""
+def exported(pipeline: Pipeline) -> list[dict[str, Any]]:
+    """Write the formats of --export. A row for each file, and before them one for both models, as benchmarks.py has it.
+
+    All are timed in turns, and see the same square images: the shape that files take.
+    """
+    settings = pipeline.settings
+    if not settings.export:
+        return []
+    weights = {"weights": str(pipeline.folder / OUTPUT)}
+    models = {"before": (checkpoint.load(pipeline.before), settings.imgsz),
+              "slim": (checkpoint.load(pipeline.after), pipeline.imgsz)}
+    rows = benchmarks.measured_files(
+        models, export.main(as_flags({**weights, **exporting(settings)})), "int8" if settings.int8 else "fp32",
+        as_flags({**weights, **settings.dataset, **pipeline.machine, "imgsz": pipeline.imgsz}))
+    for row in rows[2:]:
+        if row["precision"] == "int8" and row["mAP50-95"] != "":
+            export.warn_of_loss(f"{row['format']} int8", rows[1]["mAP50-95"] - row["mAP50-95"])
+    return rows
+
+
+def compare(pipeline: Pipeline, timed: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], dict[str, list[float]]]:
+    """A row for the model before and one for the slim one: accuracy, cost, speed; and all that was timed.
+
+    timed: rows of exported(), whose times of both models hold here as well.
+    """
     settings = pipeline.settings
     measured = tasks(read_data(settings.data))
     files = {"before": pipeline.before, "slim": str(pipeline.after)}
@@ -300,37 +311,12 @@ def compare(pipeline: Pipeline) -> tuple[list[dict[str, Any]], dict[str, list[fl
             Timed(models["slim"], pipeline.imgsz, file_format, settings.precision)], device)}
     else:
         ms = milliseconds(list(models.values()), settings.imgsz, device, settings.runtime, settings.precision)
+    if timed and settings.runtime == "torch":
+        ms[clock(settings, ms)] = [row["ms"] for row in timed[:2]]
     return [{**row, "ms": values} for row, values in zip(rows, ms[clock(settings, ms)])], ms
 
 
-def reached(settings: Settings, rows: list[dict[str, Any]]) -> str:
-    """What was asked and what came of it, in a line."""
-    name, wanted = settings.target
-    before, after = rows
-    if name == "map-drop":
-        drop = before["mAP50-95 val"] - after["mAP50-95 val"]
-        return f"asked {name}={wanted:g}: the slim model's mAP50-95 on val is lower by {drop:.4f}"
-    if name == "speedup":
-        return f"asked {name}={wanted:g}: {before['ms'] / after['ms']:.2f} times as fast"
-    key = {"flops": "GFLOPs", "params": "parameters", "latency": "ms"}[name]
-    share = after[key] / before[key]
-    text = f"asked {name}={wanted:g}: {share:.3f} of it is left"
-    return text if share <= wanted else f"{text}, which is more; --rounds 2 or a smaller number comes closer"
-
-
-def stage_rows(pipeline: Pipeline) -> list[dict[str, Any]]:
-    """A row per stage: what it ran, and what its model was after it."""
-    settings, rows = pipeline.settings, []
-    for stage in settings.stages:
-        saved = checkpoint.read(stage.product(pipeline.folder))
-        cost = profile(checkpoint.build(saved), settings.imgsz)
-        found = (saved.get("metrics") or {}).get("metrics/mAP_0.5:0.95", "")
-        rows.append({"stage": stage.name, "script": stage.script, "epochs": stage.epochs, "mAP50-95 val": found,
-                     "parameters": cost.parameters, "GFLOPs": cost.gflops})
-    return rows
-
-
-def write_page(pipeline: Pipeline, rows: list[dict[str, Any]], timed: str) -> None:
+def write_page(pipeline: Pipeline, rows: list[dict[str, Any]], files: list[dict[str, Any]], timed: str) -> None:
     """report.html and its pictures: the pipeline as one file."""
     settings, folder, device = pipeline.settings, pipeline.folder, select_device(pipeline.device)
     before, after = checkpoint.load(pipeline.before), checkpoint.load(pipeline.after)
@@ -341,10 +327,10 @@ def write_page(pipeline: Pipeline, rows: list[dict[str, Any]], timed: str) -> No
                  if (file := folder / stage.name / "gammas.npy").is_file()}
     kept = [{"layer": name, "original": len(mask), "remaining": int(mask.sum()), "prunable": True}
             for name, mask in after.masks.items()]
-    drawn = {
-        "Accuracy and time": plot_tradeoff([{**row, "map": row["mAP50-95 val"]} for row in rows],
-                                           folder / "tradeoff.png"),
-        "Channels kept": plot_kept(kept, folder / "channels.png")}
+    points = [{"model": f"{row['model']}, {row['format']} {row['precision']}", "ms": row["ms"], "map": row["mAP50-95"]}
+              for row in files if not row["reason"]] or [{**row, "map": row["mAP50-95 val"]} for row in rows]
+    drawn = {"Accuracy and time": plot_tradeoff(points, folder / "tradeoff.png"),
+             "Channels kept": plot_kept(kept, folder / "channels.png")}
     if histories:
         drawn["BatchNorm scales over the epochs"] = plot_gamma_history(histories, folder / "gamma_history.png")
     commands = [pipeline.command, *(pipeline.done[stage.name]["command"] for stage in settings.stages)]
@@ -354,35 +340,30 @@ def write_page(pipeline: Pipeline, rows: list[dict[str, Any]], timed: str) -> No
     threads = f"{torch.get_num_threads()} threads" if device.type == "cpu" else str(device)
     facts = [f"{Path(model).stem} on {config.file.stem}, {imgsz} px, {date.today()}", reached(settings, rows),
              f"{settings.epochs} epochs in all", f"ms: the median of an image; {timed}"]
-    tables = {"Models": rows, "Stages": stage_rows(pipeline)}
+    tables = {"Models": rows, FILES: files, "Stages": stage_rows(pipeline)}
     pairs = pictures([before, after], loader, device)
     head = headline(rows[0], rows[1], f"{timed.removesuffix(', batch 1').replace('torch', 'PyTorch')}, {threads}")
     Page(title, facts, tables, drawn, pairs, commands, head).write(folder / "report.html")
 
 
-def largest_difference(pipeline: Pipeline) -> float:
-    """What the equivalence checks of all stages have found at most."""
-    stages = [checkpoint.read(stage.product(pipeline.folder)) for stage in pipeline.settings.stages]
-    return max((saved.get(key) or {}).get("difference") or 0.0 for saved in stages for key in ("shrunk", "metrics"))
-
-
 def finish(pipeline: Pipeline) -> None:
-    """Table, slim.pt, report.json, report.html and exports."""
+    """slim.pt, exports, tables, report.json and report.html."""
     settings, saved = pipeline.settings, checkpoint.read(pipeline.after)
     metadata = {key: value for key, value in saved.items() if key not in (*MODEL, "format", "training")}
     checkpoint.save(pipeline.folder / OUTPUT, checkpoint.build(saved), **metadata)
-    rows, ms = compare(pipeline)
+    files = exported(pipeline)
+    rows, ms = compare(pipeline, files)
     timed = clock(settings, ms)
     write_json(pipeline.folder / "report.json", {
         "command": pipeline.command, "asked": dict([settings.target]), "reached": reached(settings, rows), "rows": rows,
-        "milliseconds": ms, "shown": timed, "difference": largest_difference(pipeline),
+        "files": files, "milliseconds": ms, "shown": timed, "difference": largest_difference(pipeline),
         "commands": [pipeline.done[stage.name]["command"] for stage in settings.stages]})
-    write_page(pipeline, rows, timed)
+    write_page(pipeline, rows, files, timed)
     print("\n" + report.stage_table(rows))
     print(f"\n{reached(settings, rows)}")
     print(f"milliseconds are medians, the models timed in turns: {timed}; {torch.get_num_threads()} threads on the CPU")
-    if settings.export:
-        export.main(as_flags({"weights": str(pipeline.folder / OUTPUT), **exporting(settings)}))
+    if files:
+        print(f"\n{benchmarks.table(files)}\n{FILES}\n")
     print(f"Slim model: {pipeline.folder / OUTPUT}; {pipeline.folder / 'report.html'} tells what came of it, "
           f"every stage is a run in {pipeline.folder}")
 

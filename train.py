@@ -104,7 +104,7 @@ def complete_epoch(run: Run, table: EpochTable) -> bool:
             save_epoch(run, best)
     if broadcast(stop, world.size):
         if world.main:
-            print(f"No better fitness for {opt.patience} epochs (best: epoch {run.stopper.best_epoch}); "
+            print(f"No better fitness for {opt.patience} epochs (best: epoch {run.stopper.best_epoch + 1}); "
                   "stopping. --patience 0 goes on.")
         return False
     if not final:

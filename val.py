@@ -224,8 +224,8 @@ def parse(argv: Argv = None) -> Namespace:
     return parser.parse_args(argv)
 
 
-def main(argv: Argv = None) -> dict[str, Any]:
-    """Evaluate a checkpoint as the command line says; returns what metrics.json holds."""
+def main(argv: Argv = None, timed: bool = True) -> dict[str, Any]:
+    """Evaluate a checkpoint as the command line says; returns what metrics.json holds. timed: say how fast it was."""
     opt = parse(argv)
     device, weights = select_device(opt.device), opt.weights or [weights_or_newest()]
     model, data = formats.load(weights, device, opt.half, opt.augment)
@@ -244,8 +244,9 @@ def main(argv: Argv = None) -> dict[str, Any]:
     result = evaluate(model, loader, device, opt.conf_thres, opt.iou_thres, opt.max_det, confusion=not opt.noplots,
                       on_batch=outputs.add, single_cls=opt.single_cls)
     print_table(result, names, opt.verbose or len(names) <= 20)
-    speeds = ", ".join(f"{ms:.1f} ms {stage}" for stage, ms in result.ms.items())
-    print(f"Speed: {speeds} an image ({sum(result.ms.values()):.1f} ms) at batch {opt.batch_size}, {opt.imgsz} px")
+    if timed:
+        speeds = ", ".join(f"{ms:.1f} ms {stage}" for stage, ms in result.ms.items())
+        print(f"Speed: {speeds} an image ({sum(result.ms.values()):.1f} ms) at batch {opt.batch_size}, {opt.imgsz} px")
     per_class = {names.get(int(c), str(c)): {"mAP_0.5": float(a50), "mAP_0.5:0.95": float(a)}
                  for c, a50, a in zip(result.ap.classes, result.ap.ap50, result.ap.ap.mean(1))}
     summary = {"weights": str(opt.weights), "data": opt.data, "task": opt.task, "imgsz": opt.imgsz, **result.metrics(),

@@ -185,7 +185,7 @@ TABLES: dict[str, Table] = {  # name of a mark in the pages -> table
         (("format", "格式"), "format", str), (("precision", "数值精度"), "precision", str),
         (("dense: MB", "稠密：MB"), "dense MB", TWO), ("mAP50-95", "dense mAP50-95", THREE), (MS[0], "dense ms", ONE),
         (("slim: MB", "剪枝后：MB"), "slim MB", TWO), ("mAP50-95", "slim mAP50-95", THREE), (MS[0], "slim ms", ONE),
-        (("faster", "加速比"), "faster", TIMES)], device_pairs),
+        (("faster", "相对速度"), "faster", TIMES)], device_pairs),
     "engine": Table("engine", ["model", ("by", "method", str), ("seconds", "seconds", TWO),
                                ("memory, times the weights", "memory", ONE), ("parameters left", "left", SHARE)]),
     "int8": Table("int8", [("images", "split", str), "runtime", "models", MAP,

@@ -43,6 +43,7 @@ def main() -> None:
     print(f"\n{(time.time() - started) / 60:.1f} minutes. Pictures:")
     for picture in PICTURES:
         print(f"  {folder / picture}")
+    print(f"Slim model: {folder / FILES['slim.py']}")
     print("Reports, each a page that opens in a browser:")
     for page in REPORTS:
         print(f"  {folder / page}")

@@ -70,6 +70,7 @@ def test_every_model_in_every_format(pair, tiny, tmp_path, monkeypatch, capsys):
     assert sizes["slim", "onnxruntime", "fp32"] < sizes["dense", "onnxruntime", "fp32"]
     assert sizes["dense", "onnxruntime", "int8"] < sizes["dense", "onnxruntime", "fp32"]
     assert rows[0]["mAP50-95"] == next(row for row in rows if row["format"] == "onnxruntime")["mAP50-95"]
+    assert all(f"{model}, onnxruntime int8: 0." in said for model in ("dense", "slim"))  # before the timing
     assert "no word for SiLU" in said and "1.00x" in said and (folder / "benchmarks.png").is_file()
 
 
@@ -78,6 +79,22 @@ def test_hard_fail_ends_at_the_first(pair, tiny, tmp_path, monkeypatch):
     broken(monkeypatch)
     with pytest.raises(UserError, match="dense, broken fp32: no word for SiLU"):
         run(pair, tiny, "--include", "broken", "--hard-fail", "--noval")
+
+
+def test_rows_are_said_one_by_one_and_a_bad_choice_leaves_no_folder(pair, tiny, tmp_path, monkeypatch, capsys):
+    """Before the timing, which waits for all of them."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="none of these formats has one of these precisions"):
+        run(pair, tiny, "--include", "torchscript", "--precisions", "int8")
+    assert not (tmp_path / "runs").exists()
+    broken(monkeypatch)
+    monkeypatch.setattr(benchmarks, "evaluate", lambda *_, **__: SimpleNamespace(ap=SimpleNamespace(map=0.285)))
+    monkeypatch.setattr(benchmarks, "time_in_turns", lambda entries, opt: print(len(entries), "rows are timed"))
+    run(pair, tiny, "--include", "torch", "broken", "--noplots")
+    lines = [line for line in capsys.readouterr().out.splitlines() if ": " in line or "timed" in line]
+    dense = next(i for i, line in enumerate(lines) if line.startswith("dense, torch fp32: "))
+    assert lines[dense].endswith(" MB, mAP50-95 0.285") and lines[dense + 1] == "dense, broken fp32: no word for SiLU"
+    assert lines[dense + 2].startswith("slim, torch fp32: ") and lines[dense + 4] == "4 rows are timed"
 
 
 def test_hard_fail_with_a_number_is_about_accuracy(pair, tiny, tmp_path, monkeypatch):

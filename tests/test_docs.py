@@ -4,13 +4,18 @@ from __future__ import annotations
 import importlib
 import re
 import shlex
+import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 
+from data.scripts.yolo_layout import TRAINING
 from utils.yolov5_flags import FLAGS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -137,6 +142,56 @@ def test_both_readmes_have_the_same_commands_and_link_to_each_other():
         assert f"({other.name})" in text.splitlines()[0]
     marks = [re.findall(r"<!-- table ([\w ]+) -->", text) for text in texts]
     assert marks[0] == marks[1] and "device pairs" in marks[0]
+
+
+def test_code_fits_the_width_of_github():
+    """Of a README's column: about 96 letters."""
+    for file in (README, CHINESE):
+        assert not [line for line, whole in code(file.read_text(encoding="utf-8")) if whole and len(line) > 96]
+
+
+def test_converters_name_the_next_command_of_the_readme():
+    assert f"    {TRAINING.format('../datasets/mine/data.yaml')}\n" in README.read_text(encoding="utf-8")
+
+
+def test_the_dockerfile_copies_what_is_there_and_runs_the_makefile(tmp_path):
+    lines = [line.split() for line in (ROOT / "Dockerfile").read_text(encoding="utf-8").splitlines()]
+    copied = [name for word, *names, _ in lines if word == "COPY" for name in names]
+    assert all((ROOT / name).exists() for name in copied) and "." in copied
+    for name in set(copied) - {"."}:  # before the others: what make setup needs
+        shutil.copyfile(ROOT / name, tmp_path / name)
+    assert ["RUN", "make", "setup"] in lines and ["CMD", '["make",', '"demo"]'] in lines
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert {"setup", "demo"} <= set(targets)
+    if make := shutil.which("make"):
+        done = subprocess.run([make, "-n", "setup"], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0 and "requirements-dev.txt" in done.stdout, done.stderr
+
+
+def test_hooks_that_send_figures_elsewhere(monkeypatch):
+    """The page's hooks, with stand-ins for both packages."""
+    sent: list[tuple[object, ...]] = []
+
+    class StandIn(ModuleType):
+        def __getattr__(self, name):
+            return lambda *given, **more: sent.append((name, *given, *more.values())) or self
+
+    for name in ("wandb", "mlflow", "train"):
+        monkeypatch.setitem(sys.modules, name, StandIn(name))
+    text = (ROOT / "docs/python.md").read_text(encoding="utf-8")
+    block = next(b for b in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL) if "import wandb" in b)
+    names: dict[str, Any] = {}
+    exec(block, names)
+    sent.clear()
+    for hook in (names["ToWandb"](), names["ToMlflow"]()):
+        for main in (True, False):  # the first process, and another one
+            hook.start(SimpleNamespace(world=SimpleNamespace(main=main), folder=Path("exp3"), epoch=6))
+            hook.epoch_end({"metrics/mAP_0.5:0.95": 0.5})
+            if main:
+                hook.end()
+    figures = {"metrics/mAP_0.5:0.95": 0.5}
+    assert sent == [("init", "slimming", "exp3"), ("log", figures, 7), ("finish",), ("start_run", "exp3"),
+                    ("log_metrics", {"metrics/mAP_0.5-0.95": 0.5}, 7), ("end_run",)]
 
 
 def test_the_readme_is_short():

@@ -17,7 +17,9 @@ from matplotlib import MatplotlibDeprecationWarning
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
+import detect
 import val
+from utils.data.sources import Frame
 from utils.metrics import AXIS, APResult
 from utils.plots import detections, slimming, style, training
 from utils.plots.detections import (
@@ -88,6 +90,17 @@ def test_draw_boxes_copies_and_marks_the_edges() -> None:
     assert (image == 114).all()
     assert out[60, 20].tolist() == out[60, 80].tolist() == list(class_colour(1))
     assert (out[60, 40] == 114).all() and (out[:30] == 114).all()
+
+
+def test_detect_draws_in_the_same_colours(tmp_path, monkeypatch) -> None:
+    """Its frames are BGR, and an RGB colour drawn on one is another colour."""
+    monkeypatch.chdir(tmp_path)
+    opt = detect.parse(["--weights", "x.pt", "--hide-labels"])
+    frame = Frame(np.full((100, 120, 3), 114, np.uint8), Path("a.png"))
+    output = detect.Output({i: str(i) for i in range(3)}, opt)
+    output.add(frame, torch.tensor([[20.0, 40, 80, 90, 0.5, 2]]))
+    drawn = cv2.imread(str(output.folder / "a.png"))
+    assert drawn[60, 20, ::-1].tolist() == list(class_colour(2))
 
 
 @pytest.mark.parametrize("box", [[0, 0, 5, 5], [115, 95, 119, 99], [-50, -50, 500, 500], [60, 0, 119, 20]])

@@ -13,11 +13,14 @@ import slim
 from models import checkpoint
 from models.formats.yolov5 import to_yolov5
 from models.yolo import Model
-from tests.blocks import randomised
+from tests.blocks import random_masks, randomised
 from training import start
+from training.distributed import World
 from training.settings import read_hyp
 from utils.errors import UserError
 from utils.options import training_parser
+from utils.slimming import slim as cut
+from utils.slimming import trace
 
 EARLIER = {"imgsz": 96, "optimizer": "AdamW", "hyp": {"lr0": 0.002}}
 
@@ -103,6 +106,18 @@ def test_the_recipe_of_weights_that_the_data_yaml_names(mine, tiny, here):
     assert (opt.weights, opt.imgsz, opt.optimizer) == (str(here / mine), 96, "AdamW")
     opt = settled("train", "--data", "my.yaml", "--weights", "", "--cfg", "yolov5n.yaml")
     assert (opt.imgsz, opt.optimizer) == (320, "Adam")
+
+
+def test_slim_weights_start_other_classes_in_their_own_shape(cfg, here):
+    """As docs/faq.md says: the head's last layers begin anew, nothing else does."""
+    dense = randomised(Model(str(cfg), nc=3))
+    narrow = cut(dense, random_masks(trace(dense), 6, coupled=False)).eval()
+    checkpoint.save("slim.pt", narrow, imgsz=64)
+    model = start.start_model(Namespace(weights="slim.pt", cfg=""), {0: "only"}, {}, World(1, 2, torch.device("cpu")))
+    old, new = narrow.state_dict(), model.state_dict()
+    assert model.masks.keys() == narrow.masks.keys() and model.names == {0: "only"} and old.keys() == new.keys()
+    assert {key.rpartition(".")[0] for key in old if not old[key].equal(new[key])} == {
+        f"model.24.m.{level}" for level in range(3)}
 
 
 @pytest.mark.slow

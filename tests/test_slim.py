@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -79,7 +80,15 @@ def test_rounds_to_a_share_of_the_parameters(flags, capsys):
     assert 0.5 < share_left(pipeline, "parameters") / 0.5 <= 1
     assert sum(p.numel() for p in halfway.parameters()) > sum(
         p.numel() for p in checkpoint.load(pipeline / "slim.pt").parameters())
-    assert any("slim" in path.name and path.suffix == ".pt" for path in pipeline.iterdir())
+    assert "Speed:" not in said  # val.py's times are not comparable with one another
+    told, page = json.loads((pipeline / "report.json").read_text()), (pipeline / "report.html").read_text()
+    files = told["files"]
+    assert [(row["model"], row["format"], row["precision"]) for row in files] == [
+        ("before", "torch", "fp32"), ("slim", "torch", "fp32"), ("slim", "yolov5", "fp16")]
+    assert (pipeline / "slim.yolov5.pt").stat().st_size / 1e6 == pytest.approx(files[2]["MB"], rel=1e-3)
+    assert files[0]["faster"] == 1 and [row["ms"] for row in files[:2]] == [row["ms"] for row in told["rows"]]
+    assert "mAP on square images" in page and ">yolov5</td>" in page
+    assert re.search("slim +yolov5 +fp16 +[0-9.]+ ", said)
 
 
 @pytest.mark.slow

@@ -1,16 +1,21 @@
-"""The pipeline from a model to a slim one: its stages, what is done of them, and how long the rest takes."""
+"""The pipeline from a model to a slim one: its stages, what is done of them, what came of it, and what time is left."""
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from models import checkpoint
+from models.formats.speed import measured_in
 from training.levers import Levers
 from training.loggers import Cell, duration
 from training.run import Hook, Run
+from utils.data.config import DataConfig
 from utils.errors import UserError
 from utils.files import newest, write_json
+from utils.slimming.cost import profile
 from utils.text import read_json
 
 STATE = "slim.json"
@@ -158,6 +163,67 @@ def known_pipeline(resume: str | bool, project: str) -> Pipeline:
                 raise UserError(f"{folder / STATE}: damaged, or of another version; start a new pipeline: "
                                 "--weights with the best of its stages") from None
     raise UserError(f"--resume {path}: no {STATE} there or above; give the folder of a slim.py run")
+
+
+def tasks(config: DataConfig) -> list[str]:
+    """The splits that are measured on: val, and test where its images are there."""
+    return ["val", *(["test"] if config.test and all(path.exists() for path in config.test) else [])]
+
+
+def goal(settings: Settings, stage: Stage, left: float, levers: Levers | None = None) -> dict[str, Any]:
+    """The target of a sparsity training that starts with a model of which `left`, 0..1, is left, and its --shrink."""
+    name, wanted = settings.target
+    if name == "map-drop":
+        return {"target_sparsity": 0.5, "shrink": True}
+    if name == "speedup":
+        name, wanted = "latency", levers.latency if levers else 0.9
+        if levers and not levers.cuts:
+            return {"no_st": True}
+    rounds = [s.name for s in settings.stages if s.script == "train_sparsity.py"]
+    if name == "latency":  # of the model that the round starts with
+        return {"target": f"latency={wanted ** (1 / len(rounds)):.6g}", "shrink": True, "runtime": settings.runtime,
+                "int8": settings.precision == "int8"}
+    wanted **= (rounds.index(stage.name) + 1) / len(rounds)
+    return {"target": f"{name}={min(wanted / left, 0.999):.6g}", "shrink": True}
+
+
+def clock(settings: Settings, ms: Mapping[str, Any]) -> str:
+    """Which of the times in `ms` the table shows: PyTorch's where the runtime can't run one of the models."""
+    wanted = f"{measured_in(settings.runtime, settings.precision)}, batch 1"
+    return wanted if wanted in ms else next(iter(ms))
+
+
+def reached(settings: Settings, rows: list[dict[str, Any]]) -> str:
+    """What was asked and what came of it, in a line."""
+    name, wanted = settings.target
+    before, after = rows
+    if name == "map-drop":
+        drop = before["mAP50-95 val"] - after["mAP50-95 val"]
+        return f"asked {name}={wanted:g}: the slim model's mAP50-95 on val is lower by {drop:.4f}"
+    if name == "speedup":
+        return f"asked {name}={wanted:g}: {before['ms'] / after['ms']:.2f} times as fast"
+    key = {"flops": "GFLOPs", "params": "parameters", "latency": "ms"}[name]
+    share = after[key] / before[key]
+    text = f"asked {name}={wanted:g}: {share:.3f} of it is left"
+    return text if share <= wanted else f"{text}, which is more; --rounds 2 or a smaller number comes closer"
+
+
+def stage_rows(pipeline: Pipeline) -> list[dict[str, Any]]:
+    """A row per stage: what it ran, and what its model was after it."""
+    settings, rows = pipeline.settings, []
+    for stage in settings.stages:
+        saved = checkpoint.read(stage.product(pipeline.folder))
+        cost = profile(checkpoint.build(saved), settings.imgsz if stage.script == "train.py" else pipeline.imgsz)
+        found = (saved.get("metrics") or {}).get("metrics/mAP_0.5:0.95", "")
+        rows.append({"stage": stage.name, "script": stage.script, "epochs": stage.epochs, "mAP50-95 val": found,
+                     "parameters": cost.parameters, "GFLOPs": cost.gflops})
+    return rows
+
+
+def largest_difference(pipeline: Pipeline) -> float:
+    """What the equivalence checks of all stages have found at most."""
+    stages = [checkpoint.read(stage.product(pipeline.folder)) for stage in pipeline.settings.stages]
+    return max((saved.get(key) or {}).get("difference") or 0.0 for saved in stages for key in ("shrunk", "metrics"))
 
 
 class Progress(Hook):

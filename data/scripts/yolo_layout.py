@@ -34,6 +34,7 @@ SPLIT_WORDS = {"train": "train", "training": "train", "val": "val", "valid": "va
                "trainval": "trainval", "test": "test", "testing": "test"}
 MARKER = ".converted.json"     # in the output folder: lists the files that a converter has written
 YAML_TITLE = "# Written by data/scripts/"
+TRAINING = "python train.py --data {} --weights yolov5n.pt --adam"  # what comes next; the README has it, too
 LONGEST_STEM = 250             # bytes of a file name: file systems take 255, with the suffix
 SAME_SHAPE = 0.01              # by how much the aspect of an image that was scaled may differ: rounding
 MOST_REASONS = 5               # that a message gives
@@ -239,8 +240,7 @@ def write(plan: Plan, names: Sequence[str], opt: argparse.Namespace, script: str
         raise UserError(f"{where}: can't be written ({error.strerror}); choose another --out") from None
     splits = [split for split in SPLITS if any(item.split == split for item in plan.items)]
     write_text(opt.yaml, _yaml_text(opt.out, splits, names, script))
-    return (f"{_report(plan, splits, names)}\n"
-            f"now: python train.py --data {shlex.quote(str(opt.yaml))} --weights yolov5n.pt --adam")
+    return f"{_report(plan, splits, names)}\nnow: {TRAINING.format(shlex.quote(str(opt.yaml)))}"
 
 
 def _write_files(items: Sequence[Item], names: Sequence[str], out: Path, how: str) -> None:

@@ -60,7 +60,8 @@ def _quantize(model: Any, options: ExportOptions) -> Any:
     """
     import nncf
 
-    logging.getLogger("nncf").setLevel(logging.ERROR)
+    for talkative in ("nncf", "torch.utils.cpp_extension"):  # the latter misses CUDA, which nothing here needs
+        logging.getLogger(talkative).setLevel(logging.ERROR)
     ops = model.get_ordered_ops()
     readers = {op.get_friendly_name(): [target.get_node().get_friendly_name() for output in op.outputs()
                                         for target in output.get_target_inputs()] for op in ops}

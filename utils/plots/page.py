@@ -97,13 +97,15 @@ def digits(value: float) -> str:
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows of equal keys; a column that is empty in all of them is left out."""
     def show(value: Any) -> str:
         if isinstance(value, float):
             return digits(value)
         return f"{value:,}" if isinstance(value, int) else escape(str(value))
 
-    head = "".join(f"<th>{escape(key)}</th>" for key in rows[0])
-    body = "".join("<tr>" + "".join(f"<td>{show(value)}</td>" for value in row.values()) + "</tr>" for row in rows)
+    keys = [key for key in rows[0] if any(row[key] != "" for row in rows)]
+    head = "".join(f"<th>{escape(key)}</th>" for key in keys)
+    body = "".join("<tr>" + "".join(f"<td>{show(row[key])}</td>" for key in keys) + "</tr>" for row in rows)
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
