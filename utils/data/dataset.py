@@ -129,7 +129,7 @@ class DetectionDataset(Dataset[Sample]):
         def scan_now(groups: Sequence[Sequence[str]]) -> Iterator[Scan]:
             return scan_groups(partial(one, reading=label_reading(found)), groups, f"{self.prefix} scan".strip())
 
-        scan = scan_with_cache(found, str(one.keywords), scan_now)
+        scan = scan_with_cache(found, str(one.keywords), scan_now, 1 if single_cls else nc)
         problems: Counter[str] = Counter()
         reasons: dict[int, str] = {}
         examples: dict[str, str] = {}
