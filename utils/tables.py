@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import csv
 import io
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ def read_results(path: Path) -> list[dict[str, Any]]:
     rows: dict[int, dict[str, Any]] = {}
     try:
         names = [name.strip() for name in next(lines, [])]
-        if max(map(names.count, filter(None, names)), default=0) > 1:  # empty ones are a spreadsheet's
+        if max(Counter(filter(None, names)).values(), default=0) > 1:  # empty ones are a spreadsheet's
             raise ValueError
         for line in lines:
             cells = [cell.strip() for cell in line]
