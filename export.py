@@ -16,11 +16,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
 from typing import Any
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
 from models import checkpoint, formats
+from models.detector import require_finite
 from models.formats import Detector, ExportOptions, Format, Suppression, export_options
 from models.formats.format import Decoded
 from models.yolo import Model, fused, on_device
@@ -139,7 +139,10 @@ def options_of(opt: Namespace, model: Model, trained: dict[str, Any]) -> ExportO
 
 
 def largest_difference(model: Model, detector: Detector, options: ExportOptions) -> float:
-    """Largest |file - PyTorch| over decoded outputs of random images, relative to the largest output."""
+    """Largest |file - PyTorch| over decoded outputs of random images, relative to the largest output.
+
+    NonFiniteError where one of the two computes NaN or infinity.
+    """
     batch, channels, height, width = options.image.shape
     shapes = [(batch, channels, height, width)]
     if not any(detector.input_shape):
@@ -150,7 +153,9 @@ def largest_difference(model: Model, detector: Detector, options: ExportOptions)
         with torch.no_grad():
             expected = reference(images)
             found = detector(images.to(options.device, detector.dtype))[0].float().cpu()
-        worst = float(np.maximum(worst, float((found - expected).abs().max() / expected.abs().max())))  # NaN stays NaN
+        require_finite(expected, model)
+        require_finite(found, detector)
+        worst = max(worst, float((found - expected).abs().max() / expected.abs().max()))
     return worst
 
 
@@ -211,6 +216,7 @@ def main(argv: Argv = None) -> list[Path]:
     opt.weights = opt.weights or weights_or_newest()
     trained = checkpoint.read(opt.weights)
     model = checkpoint.build(trained, path=opt.weights)
+    model.file = opt.weights
     chosen, weights = chosen_formats(opt), Path(opt.weights)
     options, stride = options_of(opt, model, trained), model.divisor
     if opt.int8_sensitivity:
@@ -228,7 +234,7 @@ def main(argv: Argv = None) -> list[Path]:
         if fmt.name == "onnx" and opt.nms:
             print(f"{fmt.name}: gives ({opt.batch_size}, {opt.max_det}, 6): x1 y1 x2 y2 in pixels, confidence, class")
         elif fmt.load is not None and not opt.int8:
-            worst = largest_difference(model, fmt.load(path, options.device), options)
+            worst = largest_difference(model, formats.load(path, options.device)[0], options)
             print(f"{fmt.name}: largest difference to torch {worst:.1e} (relative to the largest output)")
     if loader is not None:
         compare(model, written, loader, opt.int8_keep)

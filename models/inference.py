@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.detector import Detector
+from models.detector import Detector, require_finite
 from models.yolo import whole_strides
 from utils.boxes import letterbox, scale_boxes
 from utils.data.augmentations import to_tensor_layout
@@ -72,7 +72,7 @@ def detect(model: Detector, images: Sequence[np.ndarray], imgsz: int | tuple[int
            suppress: Callable[[Tensor], list[Tensor]]) -> Found:
     """Detect in uint8 (h, w, 3) BGR images, all in one batch, at what image_size() gives.
 
-    suppress: utils.boxes.nms with its options. Call it without gradients.
+    suppress: utils.boxes.nms with its options. Call it without gradients. NonFiniteError for predictions that are none.
     """
     start = time.perf_counter()
     height, width = model.input_shape[2:]
@@ -83,6 +83,7 @@ def detect(model: Detector, images: Sequence[np.ndarray], imgsz: int | tuple[int
     decoded = model(x)[0].float()
     synchronize(device)
     decided = time.perf_counter()
+    require_finite(decoded, model)
     boxes = [scale_boxes(x.shape[2:], found, image.shape[:2]).cpu() for found, image in zip(suppress(decoded), images)]
     seconds = prepared - start, decided - prepared, time.perf_counter() - decided
     return Found(boxes, x.shape, seconds)
