@@ -31,7 +31,7 @@ from utils.data.loader import DetectionLoader, validation_loader
 from utils.device import select_device
 from utils.errors import UserError, run_cli
 from utils.options import WEIGHTS_HELP, add_imgsz_flag, add_seed_flag, weights_or_newest
-from utils.parser import Argv, HelpfulParser, at_least, fraction, from_python
+from utils.parser import Argv, HelpfulParser, at_least, format_name, fraction, from_python
 from utils.tables import text_table, write_csv
 from val import evaluate, require_same_classes
 
@@ -45,7 +45,7 @@ def parse(argv: Argv = None) -> Namespace:
     parser = HelpfulParser(__doc__, like="export.py")
     add = parser.add_argument
     add("--weights", help=f"checkpoint: dense or slim, ours or an official one ({WEIGHTS_HELP})")
-    add("--include", nargs="+", choices=[*formats.formats(), "all"], default=["onnx"],
+    add("--include", nargs="+", type=format_name, choices=[*formats.formats(), "all"], default=["onnx"],
         help="formats to write, beside the checkpoint; all: those whose packages are installed")
     add_imgsz_flag(parser, "height and width, or one number for both (the checkpoint's, or 640)", nargs="+")
     add("--batch-size", type=at_least(1), default=1, help="images a batch")

@@ -464,7 +464,7 @@ CASES: dict[str, tuple[Callable[[Path], object], str, str, int]] = {
         "torchrun --nproc_per_node 2", 2),
     "layer 99 frozen": (
         nothing, f"{TRAIN} --freeze 99",
-        "--freeze", 2),
+        "--freeze 99: the model has 25 layers, 0 to 24; give fewer", 2),
     "smoothing of 2": (
         nothing, f"{TRAIN} --label-smoothing 2",
         "--label-smoothing 2: must be at least 0 and below 1", 2),
