@@ -13,6 +13,7 @@ from models.detector import Detector, require_finite
 from models.yolo import whole_strides
 from utils.boxes import letterbox, scale_boxes
 from utils.data.augmentations import to_tensor_layout
+from utils.device import require_memory
 from utils.errors import UserError
 from utils.slimming.timing import synchronize
 
@@ -59,8 +60,13 @@ def prepare(images: Sequence[np.ndarray], imgsz: int | tuple[int, int], stride: 
     """uint8 (h, w, 3) BGR each -> (B, 3, H, W) in 0..1: letterboxed to `imgsz`, or to (H, W).
 
     The shorter side is only as long as the images need it, unless they are to be `square`. Images of several shapes
-    get more grey around them, up to the longest sides of the batch, as in YOLOv5's AutoShape.
+    get more grey around them, up to the longest sides of the batch, as in YOLOv5's AutoShape. UserError where they are
+    larger than the memory.
     """
+    height, width = np.broadcast_to(imgsz, 2).tolist()
+    shares = [min(height / image.shape[0], width / image.shape[1]) for image in images]
+    require_memory(sum(image.shape[0] * image.shape[1] * share ** 2 for image, share in zip(images, shares)),
+                   device.type, "--imgsz")
     boxed = [letterbox(image, imgsz, auto=not square, stride=stride)[0] for image in images]
     shape = max(b.shape[0] for b in boxed), max(b.shape[1] for b in boxed)
     boxed = [letterbox(b, shape, scale_up=False)[0] for b in boxed]

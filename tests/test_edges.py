@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import shlex
 import shutil
 from argparse import Namespace
 from pathlib import Path
@@ -391,6 +392,20 @@ def test_a_single_gpu_becomes_the_current_one(four_gpus):
     assert str(device.select_device("1")) == "cuda:1" and four_gpus == ["cuda:1"]
     with pytest.raises(UserError, match="torchrun --nproc_per_node 2"):
         device.select_device("0,1")
+
+
+@pytest.mark.parametrize("command", [
+    "train --weights '' --cfg {cfg} --data {tiny}", "val --weights m.pt --data {tiny}", "export --weights m.pt",
+    "detect --weights m.pt --source {images}", "prune --weights m.pt --data {tiny}"])
+def test_pixels_beyond_the_memory_are_refused_before_it_is_full(command, tiny, cfg, here, monkeypatch):
+    """--imgsz 65536 ended by the system's hand, without a word."""
+    checkpoint.save(here / "m.pt", Model(str(cfg), nc=2, names={0: "square", 1: "circle"}).eval(), imgsz=64)
+    files = {"cfg": cfg, "tiny": tiny, "images": tiny.parent / "images/val/000.png"}
+    script, *flags = (word.format(**files) for word in shlex.split(command))
+    monkeypatch.setattr(device, "available_memory", lambda: 8e9)
+    with pytest.raises(UserError, match="million pixels at once take .* GB at the least, 8 GB are free; give less"):
+        importlib.import_module(script).main([*flags, "--imgsz", "65536", "--device", "cpu"])
+    assert not list(here.rglob("*.png")) and not list(here.rglob("*.onnx"))
 
 
 def test_processes_wait_for_the_main_one_longer_than_nccls_ten_minutes(monkeypatch):

@@ -405,6 +405,9 @@ CASES: dict[str, tuple[Callable[[Path], object], str, str, int]] = {
     "unknown target": (
         nothing, f"{PRUNE} --target speed=.5",
         "--target speed=.5: give params=0.5, flops=0.5", 2),
+    "cut that can't be measured": (
+        labels("", "val"), PRUNE,
+        "label files are empty, 0 are missing; or cut without measuring: --noval", 2),
     "target out of reach": (
         nothing, f"{PRUNE} --noval --target params=0.001",
         "there is no smaller cut", 0),

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from models.detector import Detector, require_finite
 from models.yolo import Model
 from utils.boxes import xyxy2xywh
+from utils.device import require_memory
 from utils.errors import UserError, first_line
 
 LARGEST_SIDE = 65_536  # pixels
@@ -52,7 +53,11 @@ class ExportOptions:
 
 
 def export_options(model: Model, shape: Sequence[int], precision: str = "fp32", **rest: Any) -> ExportOptions:
-    """Options to export a model for images of `shape` (B, C, h, w), with the metadata that every file carries."""
+    """Options to export a model for images of `shape` (B, C, h, w), with the metadata that every file carries.
+
+    UserError where they are larger than the memory.
+    """
+    require_memory(shape[0] * shape[2] * shape[3], "cpu")
     metadata = {"stride": model.divisor, "names": dict(model.names), "shape": list(shape),
                 "imgsz": list(shape[2:]), "letterbox": {"colour": 114, "centred": True, "scale_up": True},
                 "precision": precision}
