@@ -6,10 +6,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from models.formats import formats, runtimes
+from models.schema import FLAG, MAPPING, TEXT, Kind, Needed, maybe, number, one_of, require, tree, whole
 from training.loggers import Cell, duration
 from training.run import Hook, Run
-from utils.errors import UserError
+from utils.errors import UserError, first_line
 from utils.files import newest, write_json
+from utils.slimming.targets import TARGETS, is_target
 from utils.text import read_json
 
 STATE = "slim.json"
@@ -92,6 +95,21 @@ class Settings:
         return {"weights": self.weights, "cfg": self.cfg or None}
 
 
+FIGURES = {"mAP50": Needed(number()), "mAP50-95": Needed(number())}
+
+
+def form_of_state() -> dict[str, Any]:
+    """What slim.json must hold, as models.schema says it. Of `done`: what all of its entries are."""
+    one = (TEXT, number(), FLAG)
+    return {"command": Needed(TEXT), "workers": whole(), "device": TEXT, "flops": maybe(number(0, 1)),
+            "done": {...: MAPPING}, "settings": Needed({
+                "weights": maybe(TEXT), "cfg": maybe(TEXT), "data": TEXT, "imgsz": whole(32, 65_536),
+                "single_cls": FLAG, "target": Kind(f"one of {', '.join(TARGETS)}, and a number between 0 and 1", is_target),
+                "epochs": whole(1), "rounds": whole(1, 1000), "trained": FLAG, "teacher": maybe(TEXT),
+                "teacher_weight": number(0), "training": {...: (*one, [one])}, "export": [one_of(*formats(), "all")],
+                "int8": FLAG, "runtime": one_of("torch", *runtimes())})}
+
+
 @dataclass
 class Pipeline:
     """A pipeline on its way. It lies in its folder, as slim.json, written anew after each stage."""
@@ -144,11 +162,15 @@ def known_pipeline(resume: str | bool, project: str) -> Pipeline:
     for folder in (path.absolute(), *path.absolute().parents):
         if (folder / STATE).is_file():
             try:
-                data = read_json(folder / STATE)
-                return Pipeline(folder, **{**data, "settings": Settings(**data["settings"])})
-            except (UserError, TypeError, KeyError):
-                raise UserError(f"{folder / STATE}: damaged, or of another version; start a new pipeline: "
-                                "--weights with the best of its stages") from None
+                data = tree(read_json(folder / STATE))
+                require(data, form_of_state())
+                pipeline = Pipeline(folder, **{**data, "settings": Settings(**data["settings"])})
+                stages = {stage.name: {"command": Needed(TEXT)} for stage in pipeline.settings.stages}
+                require(pipeline.done, {**stages, ...: FIGURES}, "done")
+                return pipeline
+            except (UserError, TypeError, ValueError) as error:
+                raise UserError(f"{folder / STATE}: damaged, or of another version ({first_line(error)}); mend it, or "
+                                "start a new pipeline: --weights with the best of its stages") from None
     raise UserError(f"--resume {path}: no {STATE} there or above; give the folder of a slim.py run")
 
 
