@@ -223,7 +223,8 @@ def test_a_pipeline_keeps_what_it_was_started_with(tmp_path):
         slim.main(["--resume"])
 
 
-EDITED = {"settings/weights": [3, [], {}], "settings/imgsz": ["64", 0, 64.0, True, None], "settings/epochs": [0, "9", 1e9],
+EDITED = {"settings/weights": [3, [], {}], "settings/imgsz": ["64", 0, 64.0, True, None],
+          "settings/epochs": [0, "9", 1e9],
           "settings/target": ["flops", ["flops"], ["speed", 0.5], ["flops", 2], {"flops": 0.5}, [[], 0.5], None],
           "settings/rounds": [0, -1, 10**12, "1"], "settings/trained": ["yes", None], "settings/runtime": ["tpu", 1],
           "settings/export": ["onnx", ["tpu"], [1], None], "settings/training": [[], {"hyp": {}}, {"a": [[1]]}],

@@ -217,7 +217,7 @@ def named_fraction(names: Collection[str], hint: str) -> Callable[[str], tuple[s
 
 
 def format_name(text: str) -> str:
-    """A format of --include. Those that YOLOv5 has, and this repository has not, are refused with what to do instead."""
+    """A format of --include. Those that only YOLOv5 has are refused with what to do instead."""
     if text in INSTEAD:
         raise ArgumentTypeError(f"{text}: give {INSTEAD[text]} (docs/deploy.md shows how)")
     return text

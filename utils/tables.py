@@ -63,6 +63,6 @@ def read_results(path: Path) -> list[dict[str, Any]]:
             if len(cells) > len(names):
                 raise ValueError
     except (KeyError, ValueError, OverflowError, csv.Error):
-        raise UserError(f"{path}: line {max(lines.line_num, 1)} is no row of numbers with an epoch, or a title is there "
-                        "twice; mend it, or move the file away") from None
+        raise UserError(f"{path}: line {max(lines.line_num, 1)} is no row of numbers with an epoch, or a title is "
+                        "there twice; mend it, or move the file away") from None
     return [rows[epoch] for epoch in sorted(rows)]
