@@ -104,10 +104,10 @@ def form_of_state() -> dict[str, Any]:
     return {"command": Needed(TEXT), "workers": whole(), "device": TEXT, "flops": maybe(number(0, 1)),
             "done": {...: MAPPING}, "settings": Needed({
                 "weights": maybe(TEXT), "cfg": maybe(TEXT), "data": TEXT, "imgsz": whole(32, 65_536),
-                "single_cls": FLAG, "epochs": whole(1), "rounds": whole(1, 1000), "trained": FLAG, "teacher": maybe(TEXT),
+                "single_cls": FLAG, "epochs": whole(1), "rounds": whole(1, 1000), "trained": FLAG,
                 "target": Kind(f"one of {', '.join(TARGETS)}, and a number between 0 and 1", is_target),
-                "teacher_weight": number(0), "training": {...: (*one, [one])}, "export": [one_of(*formats(), "all")],
-                "int8": FLAG, "runtime": one_of("torch", *runtimes())})}
+                "teacher": maybe(TEXT), "teacher_weight": number(0), "training": {...: (*one, [one])},
+                "export": [one_of(*formats(), "all")], "int8": FLAG, "runtime": one_of("torch", *runtimes())})}
 
 
 @dataclass
