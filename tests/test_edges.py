@@ -264,10 +264,14 @@ def test_resume_across_scalers_and_with_fewer_gpus(interrupted, here, monkeypatc
     """A file without a scaler's state, and with the RNG states of more GPUs than there are now."""
     data = checkpoint.read(interrupted)
     data["training"]["rng"]["cuda"] = [torch.get_rng_state()] * 4
-    torch.save(data, here / "last.pt")
+    with pytest.raises(UserError, match="lies in no run's weights folder; put it back"):  # here would be the run
+        torch.save(data, here / "last.pt")
+        train.main(["--resume", str(here / "last.pt"), "--epochs", "2"])
+    (here / "weights").mkdir()
+    (here / "last.pt").rename(here / "weights/last.pt")
     restored = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    run = train.main(["--resume", str(here / "last.pt"), "--epochs", "2", "--amp", "fp16", "--device", "cpu"])
+    run = train.main(["--resume", str(here), "--epochs", "2", "--amp", "fp16", "--device", "cpu"])
     assert run.epoch == 1 and run.scaler.is_enabled()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
