@@ -23,6 +23,7 @@ READERS = (".read_text", ".decode", "json.load", "json.loads", "yaml.safe_load",
 # What reads none of a user's files, and how.
 OWN = {"utils/device.py": ".read_text",                  # /proc/meminfo
        "utils/data/scan.py": "json.loads",               # what a scan has written; possible() checks it
+       "utils/tables.py": "csv.reader",                   # what utils/text.py has read
        "utils/data/coco.py": "json.loads",               # its own dict, as pycocotools wants it
        "utils/plots/page.py": ".decode",                  # base64
        "utils/files.py": ".decode",                       # names of files
