@@ -98,8 +98,8 @@ def resumed_options(opt: Namespace, path: Path) -> tuple[Namespace, dict[str, An
     if not data.get("training"):
         raise UserError(f"{path}: holds weights only, nothing to resume; start from it with --weights {path}")
     if path.resolve().parent.name != "weights":  # the folder above it would become the run's
-        raise UserError(f"{path}: lies in no run's weights folder; put it back as run/weights/{path.name}, or start from "
-                        f"it with --weights {path}")
+        raise UserError(f"{path}: lies in no run's weights folder; put it back as run/weights/{path.name}, or start "
+                        f"from it with --weights {path}")
     before = Namespace(**{**vars(opt), **(data.get("opt") or {})})  # a flag that is newer than the file has its default
     if before.script != opt.script:
         raise UserError(f"{path}: was made by {before.script}; resume it with: python {before.script} --resume {path}")

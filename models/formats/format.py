@@ -160,10 +160,10 @@ class FileDetector:
                             f"{tuple(images.shape[1:])}; give this --imgsz, or export it with --dynamic")
 
     def checked(self, decoded: Any) -> Tensor:
-        """What the file computed, as (B, N, nc + 5). UserError for what other kinds of models give, NonFiniteError for
-        boxes whose class is NaN.
+        """What the file computed, as (B, N, nc + 5). UserError for what other kinds of models give.
 
         The boxes of a file with NMS inside, (B, N, 6), become predictions again: NMS leaves them as they are.
+        NonFiniteError where they are not finite: no number of a class could be made of NaN.
         """
         shape, columns = tuple(getattr(decoded, "shape", ())), 6 if self.has_nms else len(self.names) + 5
         if not isinstance(decoded, Tensor) or len(shape) != 3 or shape[2] != columns:
