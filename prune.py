@@ -34,7 +34,7 @@ from utils.device import select_device
 from utils.errors import UserError, run_cli
 from utils.files import command_line, copy_file, new_run_folder, write_json
 from utils.options import add_common
-from utils.parser import Argv, HelpfulParser, at_least, fraction, fractions, from_python, named_fraction
+from utils.parser import Argv, HelpfulParser, as_latency, at_least, fraction, fractions, from_python, named_fraction
 from utils.plots.page import Page
 from utils.plots.slimming import plot_gammas, plot_kept, plot_sensitivity, plot_sweep
 from utils.slimming import TARGETS, Pruner, PruneResult, Rules, report
@@ -57,9 +57,10 @@ def pruning_parser() -> HelpfulParser:
         help="share of the prunable channels (those that --keep and --shortcuts let go) to cut, 0..1")
     add("--cfg", help="model yaml to check the checkpoint against; never needed")
     add_common(parser, "runs/prune")
-    add("--target", type=named_fraction(TARGETS, "params=0.5, flops=0.5, latency=0.6 or map-drop=0.01"),
+    add("--target", type=named_fraction([*TARGETS, "speedup"],
+                                        "params=0.5, flops=0.5, latency=0.6, speedup=1.5 or map-drop=0.01"),
         help="cut as much as this takes, instead of --percent: params=0.5, flops=0.5, latency=0.6 (what is left), "
-             "map-drop=0.01")
+             "speedup=1.5 (times as fast), map-drop=0.01")
     add("--runtime", choices=["torch", *runtimes()], default="torch",
         help="what --target latency and --sweep measure in, and the table as well")
     add("--int8", action="store_true", help="... in 8 bits, where the runtime has it")
@@ -95,7 +96,7 @@ def pruning_parser() -> HelpfulParser:
         parser.apart(show, ["--target", "--strict", "--reconstruct", "--absorb", "--recalibrate"],
                      "only shows, {} is for a cut")
         parser.apart(show, ["--noval"], "measures, {} forbids it")
-    parser.needs(["--latency-batch"], "--target latency", "--sweep")
+    parser.needs(["--latency-batch"], "--target latency", "--target speedup", "--sweep")
     return parser
 
 
@@ -108,7 +109,8 @@ def settle(opt: Namespace, saved: dict[str, Any], model: Model) -> Namespace:
     trained = {**(saved.get("opt") or {}), **saved.get("sparsity", {})}
     opt = resolve(opt, saved)
     return Namespace(**{**vars(opt), "percent": 0.0 if nothing_left else opt.percent,
-                        "hyp": read_hyp(saved.get("hyp") or {}), "imgsz": whole_strides(opt.imgsz, model.divisor),
+                        "target": as_latency(opt.target), "hyp": read_hyp(saved.get("hyp") or {}),
+                        "imgsz": whole_strides(opt.imgsz, model.divisor),
                         "shortcuts": opt.shortcuts or trained.get("shortcuts", "skip"),
                         "round_to": opt.round_to or trained.get("round_to") or 1})
 

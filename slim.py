@@ -31,12 +31,12 @@ import train_sparsity
 import val
 from models import checkpoint
 from models.formats import formats, runtimes
-from models.formats.speed import measured_in, milliseconds, stopwatch
-from models.pruning import model_pruner
+from models.formats.speed import Timed, in_turns, measured_in, milliseconds, stopwatch
 from models.schema import MODEL
 from models.yolo import Model, whole_strides
 from training.distillation import refuse_other_kind
 from training.distributed import World, device_of_before
+from training.levers import Levers, Measured, candidate_sizes, choose
 from training.pipeline import PRUNE, STATE, Pipeline, Progress, Settings, Stage, known_pipeline
 from training.settings import DEFAULTS, absolute, hyp_file, resolve
 from training.sparsity_plan import SparsityPlan, frozen_norms
@@ -51,9 +51,8 @@ from utils.options import training_parser
 from utils.parser import Argv, HelpfulParser, as_flags, at_least, format_name, from_python, named_fraction
 from utils.plots.page import Page, headline
 from utils.plots.slimming import plot_gamma_history, plot_kept, plot_tradeoff
-from utils.slimming import TARGETS, Rules, report
+from utils.slimming import TARGETS, report
 from utils.slimming.cost import profile
-from utils.slimming.target_sparsity import TargetSparsity
 from val import pictures
 
 OUTPUT = "slim.pt"
@@ -61,18 +60,21 @@ TRAININGS = {"train.py": train.main, "train_sparsity.py": train_sparsity.main,
              "finetune_pruned.py": finetune_pruned.main}
 LEAST_IMAGES = 2
 LEAST_MAP = 1e-3  # mAP50-95 below which a teacher has nothing to teach
+PROBE = "flops=0.7"  # the cut that tells what channels cost on this data
 
 
 def pipeline_parser() -> HelpfulParser:
     """The flags: those of a training, and what the whole is to reach."""
     parser = training_parser(__doc__, "runs/slim")
     add = parser.add_argument
-    add("--target", type=named_fraction(TARGETS, "flops=0.5, params=0.5, latency=0.6 or map-drop=0.01"),
+    add("--target", type=named_fraction([*TARGETS, "speedup"],
+                                        "speedup=2, flops=0.5, params=0.5, latency=0.6 or map-drop=0.01"),
         default=("flops", 0.5),
-        help="what is to be left: flops=0.5, params=0.5, latency=0.6 (see --runtime), or map-drop=0.01, the mAP50-95 "
-             "on val that a cut may cost before fine-tuning")
+        help="speedup=2: twice as fast as the model before in fp32, by smaller images (unless --imgsz is given), fewer "
+             "channels and, with --int8, 8 bits. Or what channels are to leave: flops=0.5, params=0.5, latency=0.6. Or "
+             "map-drop=0.01, the mAP50-95 on val that a cut may cost before fine-tuning")
     add("--runtime", choices=["torch", *runtimes()], default="torch",
-        help="what --target latency and the table's milliseconds are measured in; in 8 bits with --int8")
+        help="what speedup, latency and the table's milliseconds are measured in; in 8 bits with --int8")
     add("--rounds", type=at_least(1), default=1, help="become sparse and slim in so many trainings")
     add("--export", nargs="+", type=format_name, choices=[*formats(), "all"], metavar="FORMAT",
         help="in the end write these formats of export.py, such as onnx")
@@ -119,7 +121,8 @@ def settle(opt: Namespace) -> tuple[Settings, Model]:
         single_cls=resolved.single_cls, target=opt.target,
         epochs=opt.epochs or (suited * 3 // 2 if suited else DEFAULTS["epochs"]), rounds=opt.rounds, trained=trained,
         teacher="none" if opt.teacher == "" else opt.teacher, teacher_weight=opt.teacher_weight, training=training,
-        export=opt.export or [], int8=opt.int8, runtime=opt.runtime), model
+        export=opt.export or [], int8=opt.int8, runtime=opt.runtime,
+        smaller_images=opt.target[0] == "speedup" and "imgsz" not in opt.given), model
 
 
 def require_possible(settings: Settings, model: Model) -> None:
@@ -143,7 +146,8 @@ def require_possible(settings: Settings, model: Model) -> None:
         opt = train_sparsity.parse(as_flags({**settings.start, **settings.dataset, **settings.training, "epochs": 1,
                                              **goal(settings, first, 1.0)}))
     freeze(model, opt.freeze)
-    SparsityPlan(opt, settings.imgsz, model, frozen_norms(model))
+    SparsityPlan(opt, settings.imgsz, model, frozen_norms(model), 0, stopwatch(
+        settings.runtime, settings.imgsz, torch.device("cpu"), precision=settings.precision))
 
 
 def tasks(config: DataConfig) -> list[str]:
@@ -156,17 +160,19 @@ def exporting(settings: Settings) -> dict[str, Any]:
     return {"include": settings.export, "int8": settings.int8}
 
 
-def goal(settings: Settings, stage: Stage, left: float, flops: float | None = None) -> dict[str, Any]:
-    """The target of a sparsity training that starts with a model of which `left`, 0..1, is left, and its --shrink.
-
-    flops: share of the FLOPs that reaches a target of latency.
-    """
+def goal(settings: Settings, stage: Stage, left: float, levers: Levers | None = None) -> dict[str, Any]:
+    """The target of a sparsity training that starts with a model of which `left`, 0..1, is left, and its --shrink."""
     name, wanted = settings.target
     if name == "map-drop":
         return {"target_sparsity": 0.5, "shrink": True}
-    if name == "latency":
-        name, wanted = "flops", flops or 0.5
+    if name == "speedup":
+        name, wanted = "latency", levers.latency if levers else 0.9
+        if levers and not levers.cuts:
+            return {"no_st": True}
     rounds = [s.name for s in settings.stages if s.script == "train_sparsity.py"]
+    if name == "latency":  # of the model that the round starts with
+        return {"target": f"latency={wanted ** (1 / len(rounds)):.6g}", "shrink": True, "runtime": settings.runtime,
+                "int8": settings.precision == "int8"}
     wanted **= (rounds.index(stage.name) + 1) / len(rounds)
     return {"target": f"{name}={min(wanted / left, 0.999):.6g}", "shrink": True}
 
@@ -183,7 +189,7 @@ def stage_flags(pipeline: Pipeline, stage: Stage, before: str) -> list[str]:
     if stage.script == "train_sparsity.py":
         figure = "parameters" if settings.target[0] == "params" else "flops"
         whole, here = (getattr(profile(checkpoint.load(file), 256), figure) for file in (pipeline.before, before))
-        target = goal(settings, stage, here / whole, pipeline.flops)
+        target = {"imgsz": pipeline.imgsz, **goal(settings, stage, here / whole, pipeline.levers)}
     return as_flags({**start, **settings.dataset, **run, **settings.training, "epochs": stage.epochs, **teacher,
                      **target})
 
@@ -217,38 +223,56 @@ def run_stage(pipeline: Pipeline, stage: Stage, flags: list[str], progress: Prog
 
 
 def prepare(pipeline: Pipeline) -> None:
-    """Before the model becomes sparse: look at what it finds, and make a target in milliseconds one in FLOPs."""
+    """Before the model becomes sparse: look at what it finds, and share a speed out between the levers."""
     settings, found = pipeline.settings, measure(pipeline, "val-before", pipeline.before, "val")
     if found["mAP50-95"] < LEAST_MAP and settings.trained:
         raise UserError(f"{pipeline.before}: finds nothing on the val images (mAP50-95 {found['mAP50-95']:.4f}); give "
                         "trained weights, or --weights '' --cfg models/yolov5n.yaml to train from scratch")
-    if settings.target[0] != "latency" or pipeline.flops is not None:
-        return
-    model, imgsz = checkpoint.load(pipeline.before), settings.imgsz
-    pruner = model_pruner(model, imgsz, milliseconds=stopwatch(
-        settings.runtime, imgsz, select_device(pipeline.device), precision=settings.precision))
-    result = pruner.rank(rules=Rules(min_share=TargetSparsity.FLOOR, round_to=16), per_flop=True).cut(
-        target=settings.target)
-    if result.target is None or not result.target.reached:
-        raise UserError(f"--target latency={settings.target[1]:g}: can't be reached, with all that may go "
-                        f"{result.target.value if result.target else 1:.3f} of the time is left; give more")
-    pipeline.flops = profile(result.slim, imgsz).flops / profile(model, imgsz).flops
-    print(f"latency={settings.target[1]:g} takes about flops={pipeline.flops:.3f}: measured on the model before, "
-          f"in {measured_in(settings.runtime, settings.precision)}")
-    pipeline.save()
+    if settings.target[0] == "speedup" and pipeline.levers is None:
+        pipeline.levers = choose_levers(pipeline)
+        pipeline.save()
+        print("\n" + report.stage_table(pipeline.levers.rows), flush=True)
+
+
+def choose_levers(pipeline: Pipeline) -> Levers:
+    """Precision, image size and channels for a target of speedup, by what can be measured before training."""
+    settings, before = pipeline.settings, pipeline.before
+    model, whole, file_format = checkpoint.load(before), settings.imgsz, runtimes().get(settings.runtime)
+    sizes = candidate_sizes(whole, model.divisor) if settings.smaller_images else []
+    probe = pruned_probe(pipeline)
+    fp32, full, cut, *smaller = in_turns(
+        [Timed(model, whole, file_format), *(Timed(one, size, file_format, settings.precision) for one, size in (
+            (model, whole), (checkpoint.load(probe), whole), *((model, size) for size in sizes)))],
+        select_device(pipeline.device))
+    factors = {whole: 1.0, **{size: full / ms for size, ms in zip(sizes, smaller)}}
+    accuracy = {size: measure(pipeline, f"val-{size}", before, "val", size)["mAP50-95"] for size in factors}
+    probed = measure(pipeline, "val-probe", probe, "val")["mAP50-95"]
+    return choose(settings.target[1], Measured(
+        fp32 / full if settings.precision != "fp32" else 1.0, factors,
+        {size: accuracy[whole] - value for size, value in accuracy.items()}, full / cut, accuracy[whole] - probed))
+
+
+def pruned_probe(pipeline: Pipeline) -> Path:
+    """The model before with fewer channels, repaired but not trained: what channels cost on this data."""
+    flags = {"weights": pipeline.before, **pipeline.settings.dataset, **pipeline.machine, **pipeline.run_of("probe"),
+             "target": PROBE, "reconstruct": True, "noval": True}
+    if "probe" not in pipeline.done:
+        prune.main(as_flags(flags), copy=False)
+        pipeline.done["probe"] = {}
+    return Stage("probe", PRUNE).product(pipeline.folder)
 
 
 def clock(settings: Settings, ms: Mapping[str, Any]) -> str:
     """Which of the times in `ms` the table shows: PyTorch's where the runtime can't run one of the models."""
     wanted = f"{measured_in(settings.runtime, settings.precision)}, batch 1"
-    return wanted if wanted in ms else "torch, batch 1"
+    return wanted if wanted in ms else next(iter(ms))
 
 
-def measure(pipeline: Pipeline, name: str, weights: str | Path, task: str) -> dict[str, Any]:
-    """val.py on a checkpoint, once: mAP50 and mAP50-95."""
+def measure(pipeline: Pipeline, name: str, weights: str | Path, task: str, imgsz: int = 0) -> dict[str, Any]:
+    """val.py on a checkpoint, once: mAP50 and mAP50-95. imgsz: pixels; 0: those of the model before."""
     if name not in pipeline.done:
         summary = val.main(as_flags({"weights": str(weights), **pipeline.settings.dataset, **pipeline.machine,
-                                     "task": task, **pipeline.run_of(name)}))
+                                     "imgsz": imgsz or pipeline.settings.imgsz, "task": task, **pipeline.run_of(name)}))
         pipeline.done[name] = {"mAP50": summary["metrics/mAP_0.5"], "mAP50-95": summary["metrics/mAP_0.5:0.95"]}
         pipeline.save()
     return pipeline.done[name]
@@ -262,14 +286,20 @@ def compare(pipeline: Pipeline) -> tuple[list[dict[str, Any]], dict[str, list[fl
     models = {name: checkpoint.load(file) for name, file in files.items()}
     rows = []
     for name, file in files.items():
-        found = {task: measure(pipeline, f"{task}-{'before' if name == 'before' else 'after'}", file, task)
+        imgsz = settings.imgsz if name == "before" else pipeline.imgsz
+        found = {task: measure(pipeline, f"{task}-{'before' if name == 'before' else 'after'}", file, task, imgsz)
                  for task in measured}
-        cost = profile(models[name], settings.imgsz, models[name].yaml["ch"])
-        rows.append({"model": name, **{f"{key} {task}": found[task][key] for task in measured
+        cost = profile(models[name], imgsz, models[name].yaml["ch"])
+        rows.append({"model": name, "px": imgsz, **{f"{key} {task}": found[task][key] for task in measured
                                        for key in ("mAP50", "mAP50-95")},
                      "parameters": cost.parameters, "GFLOPs": cost.gflops, "MB": cost.megabytes})
-    ms = milliseconds(list(models.values()), settings.imgsz, select_device(pipeline.device), settings.runtime,
-                      settings.precision)
+    device, file_format = select_device(pipeline.device), runtimes().get(settings.runtime)
+    if settings.target[0] == "speedup":  # of different sizes and precisions
+        ms = {measured_in(settings.runtime): in_turns([
+            Timed(models["before"], settings.imgsz, file_format),
+            Timed(models["slim"], pipeline.imgsz, file_format, settings.precision)], device)}
+    else:
+        ms = milliseconds(list(models.values()), settings.imgsz, device, settings.runtime, settings.precision)
     return [{**row, "ms": values} for row, values in zip(rows, ms[clock(settings, ms)])], ms
 
 
@@ -280,6 +310,8 @@ def reached(settings: Settings, rows: list[dict[str, Any]]) -> str:
     if name == "map-drop":
         drop = before["mAP50-95 val"] - after["mAP50-95 val"]
         return f"asked {name}={wanted:g}: the slim model's mAP50-95 on val is lower by {drop:.4f}"
+    if name == "speedup":
+        return f"asked {name}={wanted:g}: {before['ms'] / after['ms']:.2f} times as fast"
     key = {"flops": "GFLOPs", "params": "parameters", "latency": "ms"}[name]
     share = after[key] / before[key]
     text = f"asked {name}={wanted:g}: {share:.3f} of it is left"

@@ -15,22 +15,24 @@ from collections.abc import Sequence
 from copy import deepcopy
 from typing import Any
 
+from models.formats import runtimes
 from models.yolo import Model
 from train import say_next, train
 from training.loggers import Cell
 from training.narrow import RemainingChannels, narrow
 from training.run import Hook, Run
-from training.sparsity_plan import SparsityPlan, frozen_norms
+from training.sparsity_plan import SparsityPlan, frozen_norms, shared_stopwatch
 from training.sparsity_report import SparsityReport
 from training.start import start_options
 from utils.errors import UserError, run_cli
 from utils.options import training_parser
-from utils.parser import Argv, HelpfulParser, at_least, fraction, from_python, named_fraction
+from utils.parser import Argv, HelpfulParser, as_latency, at_least, fraction, from_python, named_fraction
 from utils.slimming.cost import profile
 from utils.slimming.surgery import slim
 from val import evaluate
 
-FIGURES = ("flops", "params")  # of TARGETS: those that are counted, not measured
+# Of TARGETS: those that are known without a validation.
+FIGURES = ("flops", "params", "latency", "speedup")
 ENOUGH_NEW_ZEROS = 0.1  # share of the channels: --shrink cuts when so many more are 0; a cut takes a second or two
 
 
@@ -47,7 +49,8 @@ class SparsityHook(Hook):
         if self.remaining.fewer:  # a model of the shape that the interrupted run started with
             wide = slim(Model(run.model.yaml), self.remaining.before).to(run.world.device)
         self.plan = SparsityPlan(run.opt, run.imgsz, wide, frozen_norms(run.model),
-                                 run.resumed.get("sparsity", {}).get("round_to", 0))
+                                 run.resumed.get("sparsity", {}).get("round_to", 0),
+                                 shared_stopwatch(run.opt, run.imgsz, run.world))
         self.narrowed()
         self.report = SparsityReport(run, self.plan, self.remaining, lambda model: evaluate(
             model, run.val_loader, run.world.device, processes=run.world.size).ap)
@@ -70,7 +73,7 @@ class SparsityHook(Hook):
         if target is None or skipped or self.settled:
             return
         if self.run.opt.target and target.due(progress):
-            target.aim(self.plan.reached)
+            self.plan.aim(target)
         target.shrink(progress)
 
     def epoch_end(self, log: dict[str, float]) -> None:
@@ -78,7 +81,7 @@ class SparsityHook(Hook):
         plan.look(self.run.ema.ema, self.remaining)
         self.report.epoch_end(log)
         if self.run.opt.target and plan.target and not plan.target.settled:
-            plan.target.aim(plan.reached)
+            plan.aim(plan.target, measurements=1)
         self.shrink()
 
     def shrink(self) -> None:
@@ -113,13 +116,14 @@ class SparsityHook(Hook):
 
     def state_dict(self) -> dict[str, Any]:
         target = self.plan.target.state_dict() if self.plan.target else None
-        return {"history": self.report.history, "target": target, "done": self.settled}
+        return {"history": self.report.history, "target": target, "flops": self.plan.flops, "done": self.settled}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.report.history, self.settled = list(state["history"]), state["done"]
         channels = sum(len(norm.weight) for norm in self.plan.shown.values())
         if any(len(gammas) != channels for gammas in self.report.history):
             raise ValueError(f"the sparsity training's history is not of {channels} channels")
+        self.plan.flops = state.get("flops", self.plan.flops)
         if self.plan.target:
             self.plan.target.load_state_dict(state["target"])
 
@@ -135,6 +139,7 @@ def settle(opt: Namespace) -> Namespace:
     """Fill in what follows from the flags that were given: the strength, the target and the percent of the preview."""
     if opt.sparsity == "target" and not (opt.target or opt.target_sparsity):
         opt.target_sparsity = 0.5
+    opt.target = as_latency(opt.target)
     aimed = opt.target or opt.target_sparsity
     if opt.sr is None:
         opt.sr = 0.0 if aimed or not opt.st else 0.0001
@@ -156,8 +161,11 @@ def add_sparsity_flags(parser: HelpfulParser) -> None:
     add("--target-sparsity", type=fraction(zero=False, one=False, hint=half),
         help="share of the prunable channels that are exactly 0 in the end, 0..1 "
              "(as many as fill up blocks of --round-to)")
-    add("--target", type=named_fraction(FIGURES, "flops=0.5 or params=0.5"),
-        help="instead of a share of channels: as many as leave this share of the FLOPs, or of the parameters")
+    add("--target", type=named_fraction(FIGURES, "flops=0.5, params=0.5, latency=0.6 or speedup=1.5"),
+        help="instead of a share of channels: as many as leave this share of the FLOPs, of the parameters, or of the "
+             "milliseconds of an image; speedup=2 is latency=0.5")
+    add("--runtime", choices=["torch", *runtimes()], default="torch", help="what milliseconds are measured in")
+    add("--int8", action="store_true", help="... in 8 bits, where the runtime has it")
     add("--shrink", action="store_true",
         help="with --target-sparsity or --target: cut the zeros in the run, which goes on, faster, with the slim model")
     add("--per-flop", action=BooleanOptionalAction, default=True,
@@ -180,6 +188,7 @@ def add_sparsity_flags(parser: HelpfulParser) -> None:
                  "trains without sparsity, {} asks for some")
     parser.apart("--sparsity l1", [*targets, "--shrink", "--round-to"], "knows no {}")
     parser.apart("--target", ["--target-sparsity"], "{} says it in another way")
+    parser.needs(["--runtime", "--int8"], "--target latency", "--target speedup")
     parser.needs(["--shrink", "--round-to", "--per-flop", "--no-per-flop"], *targets, "--sparsity target")
 
 

@@ -231,7 +231,7 @@ class NpzDetector:
         with np.load(path, allow_pickle=False) as file:
             content = {name: file[name] for name in file.files}
         config, metadata = json.loads(str(content.pop("description")))
-        self.names, self.stride = {int(k): v for k, v in metadata["names"].items()}, metadata["stride"]
+        self.names, self.divisor = {int(k): v for k, v in metadata["names"].items()}, metadata["stride"]
         self.model = Model(config).eval().to(device)
         self.model.load_state_dict({name: torch.from_numpy(value) for name, value in content.items()})
 

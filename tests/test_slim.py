@@ -230,8 +230,9 @@ EDITED = {"settings/weights": [3, [], {}], "settings/imgsz": ["64", 0, 64.0, Tru
           "settings/export": ["onnx", ["tpu"], [1], None], "settings/training": [[], {"hyp": {}}, {"a": [[1]]}],
           "settings/teacher_weight": ["x", -1], "settings/data": [None, 1], "settings/single_cls": [2],
           "settings/more": [1], "settings": [[], None, 1], "workers": ["8", -1, 1.5], "device": [0, None],
-          "flops": ["x", 2], "done": [[], {"sparse": 1}, {"sparse": {}}, {"val-before": {"mAP50": 1}},
-                                      {"sparse": {"mAP50": 1, "mAP50-95": 1}}, {"val-before": {"command": "x"}}],
+          "levers": ["x", 2, {}, {"imgsz": 64, "latency": 2, "rows": []}],
+          "done": [[], {"sparse": 1}, {"sparse": {}}, {"val-before": {"mAP50": 1}},
+                   {"sparse": {"mAP50": 1, "mAP50-95": 1}}, {"val-before": {"command": "x"}}],
           "more": [1], "command": [1]}
 
 

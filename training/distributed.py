@@ -99,7 +99,7 @@ def barrier(size: int) -> None:
         dist.barrier()
 
 
-def broadcast(value: object, size: int) -> object:
+def broadcast(value: T, size: int) -> T:
     """The main process's `value` (plain data), on every process."""
     if size == 1:
         return value

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from models.formats import formats, runtimes
-from models.schema import FLAG, MAPPING, TEXT, Kind, Needed, maybe, number, one_of, require, tree, whole
+from models.schema import ANY, FLAG, MAPPING, TEXT, Kind, Needed, has, maybe, number, one_of, require, tree, whole
+from training.levers import Levers
 from training.loggers import Cell, duration
 from training.run import Hook, Run
 from utils.errors import UserError, first_line
@@ -43,7 +44,7 @@ class Settings:
     weights: str | None           # that it starts from; None: those that train.py takes where none are given
     cfg: str | None               # model yaml
     data: str                     # data yaml, an absolute path
-    imgsz: int                    # pixels, in whole strides
+    imgsz: int                    # pixels, in whole strides: what the model before is for
     single_cls: bool
     target: tuple[str, float]     # a name of TARGETS, and what is to be left
     epochs: int                   # of all stages
@@ -55,6 +56,7 @@ class Settings:
     export: list[str] = field(default_factory=list)         # formats to write in the end
     int8: bool = False            # write them, and measure, in 8 bits
     runtime: str = "torch"        # in which milliseconds are measured
+    smaller_images: bool = False  # may the slim model be for smaller images: with a target of speedup
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "target", tuple(self.target))  # JSON has lists only
@@ -100,14 +102,22 @@ FIGURES = {"mAP50": Needed(number()), "mAP50-95": Needed(number())}
 
 def form_of_state() -> dict[str, Any]:
     """What slim.json must hold, as models.schema says it. Of `done`: what all of its entries are."""
-    one = (TEXT, number(), FLAG)
-    return {"command": Needed(TEXT), "workers": whole(), "device": TEXT, "flops": maybe(number(0, 1)),
-            "done": {...: MAPPING}, "settings": Needed({
-                "weights": maybe(TEXT), "cfg": maybe(TEXT), "data": TEXT, "imgsz": whole(32, 65_536),
-                "single_cls": FLAG, "epochs": whole(1), "rounds": whole(1, 1000), "trained": FLAG,
-                "target": Kind(f"one of {', '.join(TARGETS)}, and a number between 0 and 1", is_target),
+    one, side = (TEXT, number(), FLAG), whole(32, 65_536)
+    targets = f"one of {', '.join(TARGETS)}, and a number between 0 and 1; or speedup, and one above 1"
+    levers = {"imgsz": Needed(side), "latency": Needed(number(0, 1)), "rows": Needed([{...: one}])}
+    return {"command": Needed(TEXT), "workers": whole(), "device": TEXT, "done": {...: MAPPING},
+            "levers": Needed(maybe(levers)), "settings": Needed({
+                "weights": maybe(TEXT), "cfg": maybe(TEXT), "data": TEXT, "imgsz": side, "single_cls": FLAG,
+                "epochs": whole(1), "rounds": whole(1, 1000), "trained": FLAG, "target": Kind(targets, _is_target),
                 "teacher": maybe(TEXT), "teacher_weight": number(0), "training": {...: (*one, [one])},
-                "export": [one_of(*formats(), "all")], "int8": FLAG, "runtime": one_of("torch", *runtimes())})}
+                "export": [one_of(*formats(), "all")], "int8": FLAG, "runtime": one_of("torch", *runtimes()),
+                "smaller_images": FLAG})}
+
+
+def _is_target(value: Any) -> bool:
+    """Of slim.py: is_target(), or a speedup."""
+    speedup = has(value, [ANY]) and len(value) == 2 and value[0] == "speedup" and has(value[1], number(1))
+    return speedup or is_target(value)
 
 
 @dataclass
@@ -119,8 +129,13 @@ class Pipeline:
     settings: Settings
     workers: int = 8              # of this machine: they may change when the pipeline goes on
     device: str = ""
-    flops: float | None = None    # with a target of latency: the share of the FLOPs that is to reach it
+    levers: Levers | None = None  # with a target of speedup: what is to reach it
     done: dict[str, Any] = field(default_factory=dict)  # name of a stage or measurement -> its figures
+
+    @property
+    def imgsz(self) -> int:
+        """Pixels of the images that the slim model is for."""
+        return self.levers.imgsz if self.levers else self.settings.imgsz
 
     @property
     def machine(self) -> dict[str, Any]:
@@ -164,9 +179,10 @@ def known_pipeline(resume: str | bool, project: str) -> Pipeline:
             try:
                 data = tree(read_json(folder / STATE))
                 require(data, form_of_state())
-                pipeline = Pipeline(folder, **{**data, "settings": Settings(**data["settings"])})
+                levers = Levers(**data["levers"]) if data["levers"] else None
+                pipeline = Pipeline(folder, **{**data, "settings": Settings(**data["settings"]), "levers": levers})
                 stages = {stage.name: {"command": Needed(TEXT)} for stage in pipeline.settings.stages}
-                require(pipeline.done, {**stages, ...: FIGURES}, "done")
+                require(pipeline.done, {**stages, "probe": MAPPING, ...: FIGURES}, "done")
                 return pipeline
             except (UserError, TypeError, ValueError) as error:
                 raise UserError(f"{folder / STATE}: damaged, or of another version ({first_line(error)}); mend it, or "

@@ -3,14 +3,16 @@ from __future__ import annotations
 
 import math
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from models.formats.speed import stopwatch
 from models.pruning import model_pruner
 from models.yolo import Model
+from training.distributed import World, broadcast
 from training.narrow import RemainingChannels
 from utils.errors import UserError
 from utils.slimming.gamma_l1 import GammaL1
@@ -20,6 +22,8 @@ from utils.slimming.targets import TARGETS
 
 # AVX-512 kernels compute 16 channels at a time, AVX2 and GPUs 8; a multiple of 16 suits them all.
 BLOCK_SIZES = (16, 8, 4, 2, 1)
+MEASUREMENTS = 4      # at most, whenever a target of latency chooses a share of the channels
+CLOSE_ENOUGH = 0.01   # relative, of a latency
 NO_NORMS = ("sparsity: no BatchNorm is left to act on; give fewer --keep, --only or --freeze, "
             "or a model with BatchNorms")
 
@@ -32,14 +36,17 @@ class SparsityPlan:
 
     opt: of train_sparsity.py. imgsz: of the images, in pixels. start: a model of the shape that the run starts with, on
     its device; it is the plan's own. frozen: names of BatchNorms that do not train. round_to: size of the blocks of a
-    run that goes on, or 0.
+    run that goes on, or 0. milliseconds: of models, for a target of latency.
     UserError where there is none to act on, or the target can't be reached.
+
+    .flops: a target of latency is this share of the FLOPs, as far as has been measured: see aim().
     """
 
-    def __init__(self, opt: Namespace, imgsz: int, start: Model, frozen: set[str], round_to: int = 0):
-        self.opt, self.frozen = opt, frozen
+    def __init__(self, opt: Namespace, imgsz: int, start: Model, frozen: set[str], round_to: int = 0,
+                 milliseconds: Callable[[Sequence[Model]], Sequence[float]] | None = None):
+        self.opt, self.frozen, self.flops = opt, frozen, opt.target[1] if opt.target else 1.0
         try:
-            self.pruner = model_pruner(start, imgsz)
+            self.pruner = model_pruner(start, imgsz, milliseconds=milliseconds)
         except ValueError as error:
             raise UserError(f"sparsity: {error}") from None
         # Their scales and shifts are those of the average, over the channels of the start: see look().
@@ -103,9 +110,9 @@ class SparsityPlan:
             raise UserError(f"{asked}: at most {math.floor(1000 * most) / 1000} of the {of_what} can go{end}")
         return target
 
-    def figure_without(self, gone: Sequence[np.ndarray]) -> float:
-        """The figure of --target, 0..1 of the start's, without these channels: bool (channels,) per BatchNorm."""
-        return TARGETS[self.opt.target[0]].value(self.pruner, self.kept_without(gone))
+    def figure_without(self, gone: Sequence[np.ndarray], name: str = "") -> float:
+        """A figure, that of --target, 0..1 of the start's, without these channels: bool (channels,) per BatchNorm."""
+        return TARGETS[name or self.opt.target[0]].value(self.pruner, self.kept_without(gone))
 
     def kept_without(self, gone: Sequence[np.ndarray]) -> np.ndarray:
         """Channels that go -> what is kept, bool (ids,); a convolution that would be left without any keeps all."""
@@ -118,9 +125,29 @@ class SparsityPlan:
                 keep[graph.group[ids]] = True
         return keep[graph.group]
 
-    def reached(self, gone: list[np.ndarray]) -> bool:
-        """Is --target reached without these channels?"""
-        return self.figure_without(gone) <= self.opt.target[1]
+    def aim(self, target: TargetSparsity, measurements: int = MEASUREMENTS) -> None:
+        """Choose how many channels of `target` go, so that --target is reached.
+
+        FLOPs and parameters are counted. Milliseconds are measured, so many times at most: a share of the FLOPs stands
+        for the latency, and each measurement says on the line through the whole model which share is the right one.
+        """
+        name, wanted = self.opt.target
+        if name != "latency":
+            target.aim(lambda gone: self.figure_without(gone) <= wanted)
+            return
+        for _ in range(measurements):
+            gone = target.aim(lambda gone: self.figure_without(gone, "flops") <= self.flops)
+            flops, left = self.figure_without(gone, "flops"), self.figure_without(gone)
+            if abs(left / wanted - 1) < CLOSE_ENOUGH:
+                return
+            self.flops = min(1 - (1 - flops) * (1 - wanted) / max(1 - left, 0.01), 0.999)
+        target.aim(lambda gone: self.figure_without(gone, "flops") <= self.flops)
+
+
+def shared_stopwatch(opt: Namespace, imgsz: int, world: World) -> Callable[[Sequence[Model]], Sequence[float]]:
+    """Milliseconds of models as --runtime and --int8 ask; the main process measures for all, which choose alike."""
+    clock = stopwatch(opt.runtime, imgsz, world.device, precision="int8" if opt.int8 else "fp32")
+    return lambda models: broadcast(clock(models) if world.main else [], world.size)
 
 
 def frozen_norms(model: Model) -> set[str]:

@@ -202,14 +202,16 @@ def fractions(text: str) -> list[float]:
 
 
 def named_fraction(names: Collection[str], hint: str) -> Callable[[str], tuple[str, float]]:
-    """'flops=0.5' -> ("flops", 0.5), for these names and numbers between 0 and 1."""
+    """'flops=0.5' -> ("flops", 0.5), for these names and numbers between 0 and 1; of a speedup, above 1."""
     def parse(text: str) -> tuple[str, float]:
         name, _, number = text.partition("=")
         try:
             value = float(number)
         except ValueError:
             value = -1.0
-        if name not in names or not 0 < value < 1:
+        if name == "speedup" and name in names and not 1 < value < math.inf:
+            raise ArgumentTypeError(f"{text}: give speedup=2 for twice as fast, a number above 1")
+        if name not in names or (name != "speedup" and not 0 < value < 1):
             raise ArgumentTypeError(f"{text}: give {hint}, a number between 0 and 1")
         return name, value
 
@@ -221,6 +223,11 @@ def format_name(text: str) -> str:
     if text in INSTEAD:
         raise ArgumentTypeError(f"{text}: give {INSTEAD[text]} (docs/deploy.md shows how)")
     return text
+
+
+def as_latency(target: tuple[str, float] | None) -> tuple[str, float] | None:
+    """A target of speedup as one of latency: twice as fast is half of the milliseconds. Others stay what they are."""
+    return ("latency", 1 / target[1]) if target and target[0] == "speedup" else target
 
 
 def path_or_none(text: str) -> str:

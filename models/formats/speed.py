@@ -5,14 +5,15 @@ import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
-from models.formats import export_options, formats, runtimes
+from models.formats import Format, export_options, formats, runtimes
 from models.pruning import torch_latency
-from models.yolo import Model
+from models.yolo import Model, fused, on_device
 from utils.errors import UserError, first_line
-from utils.slimming.timing import medians
+from utils.slimming.timing import medians, prepared
 
 BATCHES = (1, 16)
 
@@ -76,23 +77,48 @@ def runtime_latency(models: Sequence[Model], name: str, imgsz: int, batch: int =
                     precision: str = "fp32") -> list[float] | None:
     """Median milliseconds per image of the models in another format (a name of formats()), on the CPU.
 
-    The runtime has as many threads as PyTorch; the models are measured in turns. What int8 is calibrated on is random,
-    for speed does not depend on it. None, with a note where it is not for want of a package, if a model can't be
-    written or run.
+    The runtime has as many threads as PyTorch; the models are measured in turns. None, with a note where it is not for
+    want of a package, if a model can't be written or run.
     """
     wanted = formats()[name]
     if wanted.missing(precision):
         return None
-    calls: list[Callable[[], object]] = []
     with tempfile.TemporaryDirectory() as folder:
-        for i, model in enumerate(models):
-            image = torch.rand(batch, model.yaml["ch"], imgsz, imgsz)
-            options = export_options(model, image.shape, precision, calibration=[image[:1].numpy()] * 2)
-            try:
-                detector = wanted.there_and_back(model, Path(folder) / f"{i}.pt", options, torch.device("cpu"))[1]
-                calls.append(partial(detector, image.to(detector.dtype)))
-                calls[-1]()
-            except Exception as error:  # a user's own block may have no counterpart in a format
-                print(f"note: not measured in {name} ({first_line(error, 100)})")
-                return None
+        try:
+            calls = [_call(Timed(model, imgsz, wanted, precision), Path(folder) / f"{i}.pt", torch.device("cpu"), batch)
+                     for i, model in enumerate(models)]
+        except Exception as error:  # a user's own block may have no counterpart in a format
+            print(f"note: not measured in {name} ({first_line(error, 100)})")
+            return None
         return [ms / batch for ms in medians(calls, runs)]
+
+
+class Timed(NamedTuple):
+    """What is timed: a model, on square images of imgsz pixels, in a format's runtime, or in PyTorch."""
+
+    model: Model
+    imgsz: int
+    format: Format | None = None
+    precision: str = "fp32"
+
+
+def in_turns(timed: Sequence[Timed], device: torch.device, runs: int = 20) -> list[float]:
+    """Median milliseconds of an image, of one after the other in turns; on `device` in PyTorch, else on the CPU."""
+    with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
+        return medians([_call(one, Path(folder) / f"{i}.pt", device) for i, one in enumerate(timed)], runs)
+
+
+def _call(timed: Timed, path: Path, device: torch.device, batch: int = 1) -> Callable[[], object]:
+    """A call that computes a random batch, and has done so once. path: where a file may be written.
+
+    What int8 is calibrated on is random, for speed does not depend on it.
+    """
+    model, imgsz, wanted, precision = timed
+    image = torch.rand(batch, model.yaml["ch"], imgsz, imgsz)
+    if wanted is None:
+        return prepared(on_device(fused(model), device), image.to(device))
+    options = export_options(model, image.shape, precision, calibration=[image[:1].numpy()] * 2)
+    detector = wanted.there_and_back(model, path, options, torch.device("cpu"))[1]
+    call = partial(detector, image.to(detector.dtype))
+    call()
+    return call

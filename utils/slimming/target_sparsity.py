@@ -91,22 +91,27 @@ class TargetSparsity:
             left = np.flatnonzero(np.concatenate([kept[i] for i in self.trained]))
             self.present = torch.as_tensor(left, device=self.gammas[0].device)
 
-    def aim(self, reached: Callable[[list[np.ndarray]], bool]) -> None:
-        """Choose the smallest share with which `reached` is true, by the present ranking.
+    def aim(self, reached: Callable[[list[np.ndarray]], bool]) -> list[np.ndarray]:
+        """Choose the smallest share with which `reached` is true, by the present ranking. Returns what goes with it.
 
         reached: of what goes, bool (channels,) per BatchNorm. Taken to stay true where more goes.
         """
         blocks, order, channels, protected = self._arranged()
         low, high = 0, int((~protected).sum())
+
+        def gone(number: int) -> list[np.ndarray]:
+            flags = torch.zeros_like(protected)
+            flags[order[:number]] = True
+            return self._per_norm(self._groups_of(flags, blocks))
+
         while low < high:
             middle = (low + high) // 2
-            flags = torch.zeros_like(protected)
-            flags[order[:middle]] = True
-            if reached(self._per_norm(self._groups_of(flags, blocks))):
+            if reached(gone(middle)):
                 high = middle
             else:
                 low = middle + 1
         self.share = int(channels[order[:high]].sum()) / self.total
+        return gone(high)
 
     @property
     def most_gone(self) -> list[np.ndarray]:

@@ -19,19 +19,27 @@ def latency(models: Sequence[nn.Module], imgsz: int = 640, batch: int = 1, runs:
 
     Pass models that are ready to run: eval mode, on their device.
     """
-    def prepared(model: nn.Module) -> Callable[[], object]:
-        parameter = next(model.parameters())
-        x = torch.rand(batch, channels, imgsz, imgsz, device=parameter.device, dtype=parameter.dtype)
-        args, kwargs = as_call(x.to(memory_format=torch.channels_last) if inputs is None else inputs)
-
-        def call() -> None:
-            model(*args, **kwargs)
-            synchronize(parameter.device)
-
-        return call
-
     with torch.inference_mode():
-        return [ms / batch for ms in medians([prepared(model) for model in models], runs)]
+        calls = []
+        for model in models:
+            parameter = next(model.parameters())
+            x = torch.rand(batch, channels, imgsz, imgsz, device=parameter.device, dtype=parameter.dtype)
+            calls.append(prepared(model, x if inputs is None else inputs))
+        return [ms / batch for ms in medians(calls, runs)]
+
+
+def prepared(model: nn.Module, inputs: Inputs) -> Callable[[], object]:
+    """A call of the model with these inputs that ends when the device is done. Images are laid out as the fast way."""
+    device = next(model.parameters()).device
+    if isinstance(inputs, torch.Tensor) and inputs.dim() == 4:
+        inputs = inputs.to(memory_format=torch.channels_last)
+    args, kwargs = as_call(inputs)
+
+    def call() -> None:
+        model(*args, **kwargs)
+        synchronize(device)
+
+    return call
 
 
 def medians(calls: Sequence[Callable[[], object]], runs: int = 20, seconds: float = 20.0) -> list[float]:
