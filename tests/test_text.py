@@ -195,6 +195,16 @@ def test_every_letter_can_be_printed(encoding, end, code):
     assert code == 0 or done.stderr.count(b"\n") == 1
 
 
+def test_letters_that_the_system_lacks_in_names_of_files(tmp_path):
+    """A class becomes _ in the name of its folder; a path that was given is one line."""
+    program = ("from pathlib import Path\nfrom utils.errors import run_cli\nfrom utils.files import safe_name\n"
+               "print(safe_name('a\\u9c7c'))\nrun_cli(lambda: Path('\\u9c7c.txt').read_text())")
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, timeout=60,
+                          env={**os.environ, "PYTHONUTF8": "0", "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0"})
+    assert done.returncode == 2 and done.stdout.strip() == b"a_" and done.stderr.count(b"\n") == 1
+    assert b"error: \\u9c7c.txt: has letters that this system's encoding lacks" in done.stderr
+
+
 def test_opencvs_want_of_memory_is_one_line(capsys):
     def main() -> None:
         raise cv2.error("OpenCV(5.0.0) alloc.cpp:73: error: (-4:Insufficient memory) Failed to allocate 8 bytes")
