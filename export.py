@@ -17,11 +17,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
 from typing import Any
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
 from models import checkpoint, formats
+from models.detector import require_finite
 from models.formats import Detector, ExportOptions, Format, Suppression, export_options
 from models.formats.format import Decoded
 from models.yolo import Model, fused, on_device
@@ -32,7 +32,7 @@ from utils.data.loader import DetectionLoader, validation_loader
 from utils.device import select_device
 from utils.errors import UserError, run_cli
 from utils.options import WEIGHTS_HELP, add_imgsz_flag, add_seed_flag, weights_or_newest
-from utils.parser import Argv, HelpfulParser, at_least, fraction, from_python
+from utils.parser import Argv, HelpfulParser, at_least, format_name, fraction, from_python
 from utils.tables import text_table, write_csv
 from val import evaluate, require_same_classes
 
@@ -46,7 +46,7 @@ def parse(argv: Argv = None) -> Namespace:
     parser = HelpfulParser(__doc__, like="export.py")
     add = parser.add_argument
     add("--weights", help=f"checkpoint: dense or slim, ours or an official one ({WEIGHTS_HELP})")
-    add("--include", nargs="+", choices=[*formats.formats(), "all"], default=["onnx"],
+    add("--include", nargs="+", type=format_name, choices=[*formats.formats(), "all"], default=["onnx"],
         help="formats to write, beside the checkpoint; all: those whose packages are installed")
     add_imgsz_flag(parser, "height and width, or one number for both (the checkpoint's, or 640)", nargs="+")
     add("--batch-size", type=at_least(1), default=1, help="images a batch")
@@ -140,7 +140,10 @@ def options_of(opt: Namespace, model: Model, trained: dict[str, Any]) -> ExportO
 
 
 def largest_difference(model: Model, detector: Detector, options: ExportOptions) -> float:
-    """Largest |file - PyTorch| over decoded outputs of random images, relative to the largest output."""
+    """Largest |file - PyTorch| over decoded outputs of random images, relative to the largest output.
+
+    NonFiniteError where the file computes NaN or infinity.
+    """
     batch, channels, height, width = options.image.shape
     shapes = [(batch, channels, height, width)]
     if not any(detector.input_shape):
@@ -151,7 +154,8 @@ def largest_difference(model: Model, detector: Detector, options: ExportOptions)
         with torch.no_grad():
             expected = reference(images)
             found = detector(images.to(options.device, detector.dtype))[0].float().cpu()
-        worst = float(np.maximum(worst, float((found - expected).abs().max() / expected.abs().max())))  # NaN stays NaN
+        require_finite(found, detector)
+        worst = max(worst, float((found - expected).abs().max() / expected.abs().max()))
     return worst
 
 
@@ -217,8 +221,11 @@ def main(argv: Argv = None) -> list[Path]:
     opt.weights = opt.weights or weights_or_newest()
     trained = checkpoint.read(opt.weights)
     model = checkpoint.build(trained, path=opt.weights)
+    model.file = opt.weights
     chosen, weights = chosen_formats(opt), Path(opt.weights)
     options, stride = options_of(opt, model, trained), model.divisor
+    with torch.inference_mode():
+        require_finite(fused(model)(options.image)[0], model)
     if opt.int8_sensitivity:
         return sensitivity(model, chosen, options, validation(opt, options, stride), weights)
     loader = validation(opt, options, stride) if opt.int8 and not opt.noval and not opt.nms else None
@@ -234,7 +241,7 @@ def main(argv: Argv = None) -> list[Path]:
         if fmt.name == "onnx" and opt.nms:
             print(f"{fmt.name}: gives ({opt.batch_size}, {opt.max_det}, 6): x1 y1 x2 y2 in pixels, confidence, class")
         elif fmt.load is not None and not opt.int8:
-            worst = largest_difference(model, fmt.load(path, options.device), options)
+            worst = largest_difference(model, formats.load(path, options.device)[0], options)
             print(f"{fmt.name}: largest difference to torch {worst:.1e} (relative to the largest output)")
     if loader is not None:
         compare(model, written, loader, opt.int8_keep)

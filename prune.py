@@ -249,6 +249,11 @@ def main(argv: Argv = None, copy: bool = True) -> Path:
         check_cfg(model.yaml, opt.cfg)
     opt = settle(opt, saved, model)
     device, loader = select_device(opt.device), cache(lambda: dataset_loader(model, opt))
+    if not opt.noval:
+        try:
+            loader()
+        except UserError as error:  # before anything is written
+            raise UserError(f"{error}; or cut without measuring: --noval") from None
     pruner = rank(model, opt, device, loader)
     if opt.sweep or opt.sensitivity:
         return explore(pruner, opt)

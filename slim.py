@@ -62,7 +62,7 @@ from utils.device import select_device
 from utils.errors import UserError, run_cli
 from utils.files import command_line, in_use, new_run_folder, write_json
 from utils.options import training_parser
-from utils.parser import Argv, HelpfulParser, as_flags, at_least, from_python, named_fraction
+from utils.parser import Argv, HelpfulParser, as_flags, at_least, format_name, from_python, named_fraction
 from utils.plots.page import Page, headline
 from utils.plots.slimming import plot_gamma_history, plot_kept, plot_tradeoff
 from utils.slimming import TARGETS, report
@@ -91,7 +91,7 @@ def pipeline_parser() -> HelpfulParser:
     add("--runtime", choices=["torch", *runtimes()], default="torch",
         help="what speedup, latency and the table's milliseconds are measured in; in 8 bits with --int8")
     add("--rounds", type=at_least(1), default=1, help="become sparse and slim in so many trainings")
-    add("--export", nargs="+", choices=[*formats(), "all"], metavar="FORMAT",
+    add("--export", nargs="+", type=format_name, choices=[*formats(), "all"], metavar="FORMAT",
         help="in the end write these formats of export.py, such as onnx")
     add("--int8", action="store_true", help="with --export and --runtime: in 8 bits")
     parser.set_defaults(epochs=None)

@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from models import formats
-from models.detector import Detector
+from models.detector import Detector, require_finite
 from models.inference import image_size, require_rgb
 from models.yolo import Model, fused, on_device
 from training.distributed import gather, main_process
@@ -70,6 +70,7 @@ def evaluate(model: Detector, loader: DetectionLoader, device: torch.device, con
     with its detections in the batch's pixels (list of (n, 6)). single_cls: all detections count as class 0.
     amp: type of autocast. processes: more than 1 where every process of a training calls this with its own share of
     the images; all of them get the result for all images, but for the confusion matrix, which is of their own.
+    NonFiniteError at the first batch whose predictions are not finite.
     """
     nc = 1 if single_cls else len(model.names)
     matrix = ConfusionMatrix(nc) if confusion else None
@@ -83,10 +84,12 @@ def evaluate(model: Detector, loader: DetectionLoader, device: torch.device, con
         with torch.autocast(device.type, amp, enabled=amp is not None):
             decoded, raw = model(x)
         t2 = _now(device)
+        decoded = decoded.float()
+        require_finite(decoded, model)
         if loss is not None:
             losses += loss(raw, batch.targets.to(device))[1]
         t3 = _now(device)
-        detections = nms(decoded.float(), conf, iou, agnostic=single_cls, multi_label=nc > 1, max_det=max_det)
+        detections = nms(decoded, conf, iou, agnostic=single_cls, multi_label=nc > 1, max_det=max_det)
         if single_cls:
             for found in detections:
                 found[:, 5] = 0

@@ -17,7 +17,7 @@ class TestTimeAugmentation:
 
     def __init__(self, model: Model):
         self.model, self.names, self.divisor = model, model.names, model.divisor
-        self.dtype, self.input_shape = model.dtype, model.input_shape
+        self.dtype, self.input_shape, self.file = model.dtype, model.input_shape, model.file
 
     def __call__(self, images: Tensor) -> tuple[Tensor, None]:
         """(B, 3, h, w) -> (decoded (B, N, nc + 5), None)."""

@@ -19,6 +19,7 @@ class Ensemble:
         """titles: the models' files, for the UserError where they do not go together."""
         first = models[0]
         self.models, self.names, self.dtype = models, first.names, first.dtype
+        self.file = " ".join(map(str, titles))
         self.divisor = self.stride = math.lcm(*(model.divisor for model in models))
         # How many images at once is each model's own affair.
         self.input_shape = (0, *(max(sides) for sides in list(zip(*(model.input_shape for model in models)))[1:]))

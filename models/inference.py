@@ -9,10 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.detector import Detector
+from models.detector import Detector, require_finite
 from models.yolo import whole_strides
 from utils.boxes import letterbox, scale_boxes
 from utils.data.augmentations import to_tensor_layout
+from utils.device import require_memory
 from utils.errors import UserError
 from utils.slimming.timing import synchronize
 
@@ -59,8 +60,13 @@ def prepare(images: Sequence[np.ndarray], imgsz: int | tuple[int, int], stride: 
     """uint8 (h, w, 3) BGR each -> (B, 3, H, W) in 0..1: letterboxed to `imgsz`, or to (H, W).
 
     The shorter side is only as long as the images need it, unless they are to be `square`. Images of several shapes
-    get more grey around them, up to the longest sides of the batch, as in YOLOv5's AutoShape.
+    get more grey around them, up to the longest sides of the batch, as in YOLOv5's AutoShape. UserError where they are
+    larger than the memory.
     """
+    height, width = np.broadcast_to(imgsz, 2).tolist()
+    shares = [min(height / image.shape[0], width / image.shape[1]) for image in images]
+    require_memory(sum(image.shape[0] * image.shape[1] * share ** 2 for image, share in zip(images, shares)),
+                   device.type, "--imgsz")
     boxed = [letterbox(image, imgsz, auto=not square, stride=stride)[0] for image in images]
     shape = max(b.shape[0] for b in boxed), max(b.shape[1] for b in boxed)
     boxed = [letterbox(b, shape, scale_up=False)[0] for b in boxed]
@@ -72,7 +78,7 @@ def detect(model: Detector, images: Sequence[np.ndarray], imgsz: int | tuple[int
            suppress: Callable[[Tensor], list[Tensor]]) -> Found:
     """Detect in uint8 (h, w, 3) BGR images, all in one batch, at what image_size() gives.
 
-    suppress: utils.boxes.nms with its options. Call it without gradients.
+    suppress: utils.boxes.nms with its options. Call it without gradients. NonFiniteError for predictions that are none.
     """
     start = time.perf_counter()
     height, width = model.input_shape[2:]
@@ -83,6 +89,7 @@ def detect(model: Detector, images: Sequence[np.ndarray], imgsz: int | tuple[int
     decoded = model(x)[0].float()
     synchronize(device)
     decided = time.perf_counter()
+    require_finite(decoded, model)
     boxes = [scale_boxes(x.shape[2:], found, image.shape[:2]).cpu() for found, image in zip(suppress(decoded), images)]
     seconds = prepared - start, decided - prepared, time.perf_counter() - decided
     return Found(boxes, x.shape, seconds)

@@ -214,7 +214,10 @@ class Model(nn.Module):
     .stride  (nl,) pixels a grid cell
     .divisor sides of images are multiples of it: the whole network divides by it, not only the levels of the head
     .masks   dict BN name -> bool mask over the channels of the first, dense model; empty when nothing was cut
+    .file    for messages: formats.load() puts the checkpoint's name there
     """
+
+    file = "the model"
 
     def __init__(self, cfg: str | Path | dict = "yolov5s.yaml", ch: int = 3, nc: int | None = None,
                  anchors: int | list | None = None, names: dict[int, str] | None = None):

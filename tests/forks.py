@@ -18,7 +18,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 IMPORTED = ("train", "train_sparsity", "prune", "finetune_pruned", "val", "detect", "export", "slim", "benchmarks",
-            "torch._dynamo", "torch.utils.flop_counter", "torch.utils.tensorboard", "matplotlib.pyplot", "pycocotools.cocoeval")
+            "torch._dynamo", "torch.utils.flop_counter", "torch.utils.tensorboard", "matplotlib.pyplot",
+            "pycocotools.cocoeval")
 
 
 class Forks:
@@ -29,7 +30,7 @@ class Forks:
         self.process = subprocess.Popen([sys.executable, "-m", "tests.forks", str(writing)], cwd=ROOT, text=True,
                                         stdin=subprocess.PIPE, pass_fds=[writing])
         os.close(writing)
-        self.answers = open(reading)
+        self.answers = open(reading)  # noqa: SIM115  # as long as the process
 
     def run(self, argv: list[str], cwd: Path, environment: dict[str, str],
             timeout: float) -> subprocess.CompletedProcess:
@@ -53,7 +54,7 @@ class Forks:
 
 
 def serve(answers: int) -> None:
-    """Fork for each request of the standard input: {argv, cwd, environment, files of its output}, a line of JSON each."""
+    """Fork for each line of the standard input, a request in JSON."""
     for name in IMPORTED:
         importlib.import_module(name)
     for line in sys.stdin:

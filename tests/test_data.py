@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import shutil
 from collections import Counter
@@ -601,15 +602,45 @@ def test_label_cache_is_used_and_notices_changes(images: Path, tmp_path: Path, m
         DetectionDataset([images], 64, nc=1)
 
 
-@pytest.mark.parametrize("content", [b"", b"nothing", b"\x93NUMPY\x01\x00", b"[1]", b'[["a", [1], 1, [], {}, ""]]'])
+def text_of(*notes: object) -> np.ndarray:
+    return np.frombuffer(json.dumps(notes).encode(), np.uint8)
+
+
+# Column -> values for the whole of it, or for its first row, that no scan gives.
+FORGED: dict[str, list[Any]] = {
+    "stamps": [np.zeros(3, np.int64)], "sizes": [0, -5, np.zeros((6, 2))], "orientations": [0, 9],
+    "boxes": [-1, 2**62, 10**9, np.ones(6)], "lengths": [-1, 2**62],
+    "labels": [np.nan, np.inf, -1, 1.5, [99, 0.5, 0.5, 0.1, 0.1], [0.5, 0.5, 0.5, 0.1, 0.1], [0, 0.5, 0.5, 0, 0.1],
+               np.zeros((0, 5), np.float32), np.array([["a"] * 5])],
+    "notes": [text_of(1), text_of({}, 1), text_of({}, ["x"]), text_of({"x": "y"}, ""), text_of({"x": [1]}, ""),
+              np.frombuffer(b"[" * 5000, np.uint8), np.frombuffer(b"\xff", np.uint8)]}
+
+
+@pytest.mark.parametrize("content", [b"", b"nothing", b"\x93NUMPY\x01\x00", *(
+    (column, value) for column, values in FORGED.items() for value in values)])
 def test_a_damaged_label_cache_is_made_anew(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                            content: bytes) -> None:
+                                            capsys: pytest.CaptureFixture, content: bytes | tuple[str, Any]) -> None:
     monkeypatch.setenv("YOLO_CACHE", str(tmp_path / "cache"))
-    first = DetectionDataset([images], 64)
+    first = DetectionDataset([images], 64, nc=3)
     file, = (tmp_path / "cache" / "labels").iterdir()
-    file.write_bytes(content)
-    again = DetectionDataset([images], 64)
-    assert all(map(np.array_equal, first.labels, again.labels)) and len(file.read_bytes()) > 100
+    if isinstance(content, bytes):
+        file.write_bytes(content)
+    else:
+        with np.load(file) as known:
+            columns = dict(known)
+        column, value = content
+        if column == "notes":
+            columns["lengths"][0] = len(value)
+        if isinstance(value, np.ndarray):
+            columns[column] = value
+        else:
+            columns[column][0] = value
+        np.savez(file, **columns)
+    again = DetectionDataset([images], 64, nc=3)
+    assert all(map(np.array_equal, first.labels, again.labels)) and np.array_equal(first.shapes, again.shapes)
+    assert capsys.readouterr().err.count("the labels are read again") == 1 and first.problems == again.problems
+    DetectionDataset([images], 64, nc=3)
+    assert not capsys.readouterr().err
 
 
 @pytest.mark.parametrize("content", [b"", b"nothing", b"PK\x03\x04 no zip", b"\x93NUMPY\x01\x00 \x00" + b"[" * 32,

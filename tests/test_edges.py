@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import shlex
 import shutil
 from argparse import Namespace
 from pathlib import Path
@@ -263,10 +264,14 @@ def test_resume_across_scalers_and_with_fewer_gpus(interrupted, here, monkeypatc
     """A file without a scaler's state, and with the RNG states of more GPUs than there are now."""
     data = checkpoint.read(interrupted)
     data["training"]["rng"]["cuda"] = [torch.get_rng_state()] * 4
-    torch.save(data, here / "last.pt")
+    with pytest.raises(UserError, match="lies in no run's weights folder; put it back"):  # here would be the run
+        torch.save(data, here / "last.pt")
+        train.main(["--resume", str(here / "last.pt"), "--epochs", "2"])
+    (here / "weights").mkdir()
+    (here / "last.pt").rename(here / "weights/last.pt")
     restored = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    run = train.main(["--resume", str(here / "last.pt"), "--epochs", "2", "--amp", "fp16", "--device", "cpu"])
+    run = train.main(["--resume", str(here), "--epochs", "2", "--amp", "fp16", "--device", "cpu"])
     assert run.epoch == 1 and run.scaler.is_enabled()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
@@ -391,6 +396,20 @@ def test_a_single_gpu_becomes_the_current_one(four_gpus):
     assert str(device.select_device("1")) == "cuda:1" and four_gpus == ["cuda:1"]
     with pytest.raises(UserError, match="torchrun --nproc_per_node 2"):
         device.select_device("0,1")
+
+
+@pytest.mark.parametrize("command", [
+    "train --weights '' --cfg {cfg} --data {tiny}", "val --weights m.pt --data {tiny}", "export --weights m.pt",
+    "detect --weights m.pt --source {images}", "prune --weights m.pt --data {tiny}"])
+def test_pixels_beyond_the_memory_are_refused_before_it_is_full(command, tiny, cfg, here, monkeypatch):
+    """--imgsz 65536 ended by the system's hand, without a word."""
+    checkpoint.save(here / "m.pt", Model(str(cfg), nc=2, names={0: "square", 1: "circle"}).eval(), imgsz=64)
+    files = {"cfg": cfg, "tiny": tiny, "images": tiny.parent / "images/val/000.png"}
+    script, *flags = (word.format(**files) for word in shlex.split(command))
+    monkeypatch.setattr(device, "available_memory", lambda: 8e9)
+    with pytest.raises(UserError, match="million pixels at once take .* GB at the least, 8 GB are free; give less"):
+        importlib.import_module(script).main([*flags, "--imgsz", "65536", "--device", "cpu"])
+    assert not list(here.rglob("*.png")) and not list(here.rglob("*.onnx"))
 
 
 def test_processes_wait_for_the_main_one_longer_than_nccls_ten_minutes(monkeypatch):

@@ -226,6 +226,14 @@ def test_what_is_left_out_is_a_flag_of_yolov5s():
         assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize("script, flag", [(export, "--include"), (slim, "--export")])
+@pytest.mark.parametrize("name, words", [("engine", "give onnx, and the file to trtexec"), ("pb", "give yolov5, and"),
+                                         ("coreml", "give torchscript, and"), ("nonsense", "")])
+def test_a_format_of_yolov5s_names_what_is_here(script, flag, name, words):
+    with pytest.raises(UserError, match=f"{flag}.*{name}.*{words}"):
+        parser_of(script.main).parse_args([flag, name])
+
+
 # From Python ----------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("flags, words", [

@@ -21,6 +21,7 @@ import export
 import val
 from models import checkpoint, formats
 from models.autoshape import AutoShape
+from models.detector import require_finite
 from models.formats import onnx, quantized, torchscript
 from models.formats.format import FileDetector
 from models.inference import detect as detect_images
@@ -30,7 +31,7 @@ from tests.test_result_files import full_disk
 from utils.boxes import nms
 from utils.data.calibration import CalibrationImages
 from utils.data.config import read_data
-from utils.data.loader import validation_loader
+from utils.data.loader import Batch, validation_loader
 from utils.errors import NonFiniteError, UserError
 from utils.files import atomic_folder
 from utils.slimming import slim, trace
@@ -384,7 +385,8 @@ def test_a_file_that_computes_nan_is_not_equal(weights):
         def __call__(self, images):
             return decoded(model, images) * float("nan"), None
 
-    assert np.isnan(export.largest_difference(model, Broken(), formats.export_options(model, [1, 3, 64, 64])))
+    with pytest.raises(NonFiniteError, match="the model: its predictions"):
+        export.largest_difference(model, Broken(), formats.export_options(model, [1, 3, 64, 64]))
 
 
 def test_calibration_images_are_those_of_val_py(tiny):
@@ -624,11 +626,41 @@ def missing_input(images: np.ndarray) -> np.ndarray:
     (lambda images: np.array([["a"]], object), "other.onnx: can't be run on images alone"),
     (lambda images: ["a"], "other.onnx: can't be run on images alone"),
     (lambda images: np.zeros((1, 6), np.float32), "other.onnx: is no YOLOv5 detector of 2 classes"),
-    (lambda images: np.full((1, 9, 7), np.nan, np.float32), "other.onnx: every confidence is NaN")])
+])
 def test_what_other_programs_give_is_one_line_that_names_the_file(give, words):
-    """NaN found nothing, exit code 0."""
-    with pytest.raises((UserError, NonFiniteError), match=words):
+    with pytest.raises(UserError, match=words):
         Others(give)(torch.rand(1, 3, 64, 64))
+
+
+@pytest.mark.parametrize("value, column, inside", [(np.nan, 4, False), (np.inf, 0, False), (-np.inf, 6, False),
+                                                (np.nan, 5, True), (np.nan, 0, True)])
+def test_predictions_that_are_not_finite_end_with_the_files_name(value, column, inside):
+    """They found nothing, exit code 0."""
+    given = np.full((1, 9, 6 if inside else 7), 0.5, np.float32)
+    given[0, 3, column] = value
+    detector = Others(lambda images: given)
+    detector.has_nms = inside
+    with pytest.raises(NonFiniteError, match="other.onnx: its predictions are NaN or infinite"):
+        detect_images(detector, [np.zeros((64, 64, 3), np.uint8)], 64, CPU, nms)
+    given[0, 3, column] = -1 if inside else 3e38  # is finite, but the sum of two of them is not
+    given[0, 4, column] = given[0, 3, column]
+    if column < 5:
+        require_finite(detector(torch.rand(1, 3, 64, 64))[0], detector)
+    elif inside:
+        with pytest.raises(UserError, match="other.onnx: gives classes that are not 0 to 1"):
+            detector(torch.rand(1, 3, 64, 64))
+
+
+def test_weights_that_overflow_end_with_the_files_name(cfg, tmp_path):
+    """All of them are finite."""
+    model = Model(str(cfg), nc=2).eval()
+    for parameter in model.model[:3].parameters():
+        parameter.data *= 1e30
+    checkpoint.save(tmp_path / "a.pt", model, imgsz=64)
+    detector = formats.load(tmp_path / "a.pt", CPU, augment=True)[0]
+    loader = [Batch(torch.full((1, 3, 64, 64), 99, dtype=torch.uint8), torch.zeros(0, 6), ["a.jpg"], [])]
+    with pytest.raises(NonFiniteError, match=r"a\.pt: its predictions are NaN or infinite"):
+        val.evaluate(detector, loader, CPU)
 
 
 def test_torchscript_that_gives_nothing_is_refused(cfg, tmp_path):

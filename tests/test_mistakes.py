@@ -405,6 +405,9 @@ CASES: dict[str, tuple[Callable[[Path], object], str, str, int]] = {
     "unknown target": (
         nothing, f"{PRUNE} --target speed=.5",
         "--target speed=.5: give params=0.5, flops=0.5", 2),
+    "cut that can't be measured": (
+        labels("", "val"), PRUNE,
+        "label files are empty, 0 are missing; or cut without measuring: --noval", 2),
     "target out of reach": (
         nothing, f"{PRUNE} --noval --target params=0.001",
         "there is no smaller cut", 0),
@@ -464,7 +467,7 @@ CASES: dict[str, tuple[Callable[[Path], object], str, str, int]] = {
         "torchrun --nproc_per_node 2", 2),
     "layer 99 frozen": (
         nothing, f"{TRAIN} --freeze 99",
-        "--freeze", 2),
+        "--freeze 99: the model has 25 layers, 0 to 24; give fewer", 2),
     "smoothing of 2": (
         nothing, f"{TRAIN} --label-smoothing 2",
         "--label-smoothing 2: must be at least 0 and below 1", 2),

@@ -232,6 +232,32 @@ def test_a_pipeline_keeps_what_it_was_started_with(tmp_path):
         slim.main(["--resume"])
 
 
+EDITED = {"settings/weights": [3, [], {}], "settings/imgsz": ["64", 0, 64.0, True, None],
+          "settings/epochs": [0, "9", 1e9],
+          "settings/target": ["flops", ["flops"], ["speed", 0.5], ["flops", 2], {"flops": 0.5}, [[], 0.5], None],
+          "settings/rounds": [0, -1, 10**12, "1"], "settings/trained": ["yes", None], "settings/runtime": ["tpu", 1],
+          "settings/export": ["onnx", ["tpu"], [1], None], "settings/training": [[], {"hyp": {}}, {"a": [[1]]}],
+          "settings/teacher_weight": ["x", -1], "settings/data": [None, 1], "settings/single_cls": [2],
+          "settings/more": [1], "settings": [[], None, 1], "workers": ["8", -1, 1.5], "device": [0, None],
+          "levers": ["x", 2, {}, {"imgsz": 64, "latency": 2, "rows": []}],
+          "done": [[], {"sparse": 1}, {"sparse": {}}, {"val-before": {"mAP50": 1}},
+                   {"sparse": {"mAP50": 1, "mAP50-95": 1}}, {"val-before": {"command": "x"}}],
+          "more": [1], "command": [1]}
+
+
+@pytest.mark.parametrize("key", EDITED)
+def test_a_state_that_was_edited_is_one_line(key, tmp_path):
+    pipeline = Pipeline(tmp_path, "x", Settings(None, None, "", 64, False, ("flops", 0.5), 9, 1, True))
+    pipeline.save()
+    whole = (tmp_path / "slim.json").read_text()
+    for value in EDITED[key]:
+        data = json.loads(whole)
+        (data["settings"] if "/" in key else data)[key.removeprefix("settings/")] = value
+        (tmp_path / "slim.json").write_text(json.dumps(data))
+        with pytest.raises(UserError, match="slim.json: damaged, or of another version"):
+            known_pipeline(str(tmp_path), "")
+
+
 @pytest.mark.usefixtures("quick")
 def test_several_processes_are_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")

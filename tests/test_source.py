@@ -21,8 +21,9 @@ SUBPROCESS = {"subprocess.run", "subprocess.Popen", "subprocess.call", "subproce
 READERS = (".read_text", ".decode", "json.load", "json.loads", "yaml.safe_load", "csv.reader", "csv.DictReader",
            "ElementTree.parse", "np.loadtxt", "np.genfromtxt")
 # What reads none of a user's files, and how.
-OWN = {"utils/data/dataset.py": ".read_text",            # /proc/meminfo
-       "utils/data/scan.py": "json.loads",               # what this process has written
+OWN = {"utils/device.py": ".read_text",                  # /proc/meminfo
+       "utils/data/scan.py": "json.loads",               # what a scan has written; possible() checks it
+       "utils/tables.py": "csv.reader",                   # what utils/text.py has read
        "utils/data/coco.py": "json.loads",               # its own dict, as pycocotools wants it
        "utils/plots/page.py": ".decode",                  # base64
        "utils/files.py": ".decode",                       # names of files

@@ -130,7 +130,9 @@ TABLE = "epoch,train/box,metrics/mAP\n0,0.5,\n1,1.25e-05,0.125\n"
 @pytest.mark.parametrize("text, encoding", [
     (TABLE, "utf-8"), (TABLE, "utf-8-sig"), (TABLE.replace(",", ";").replace(".", ","), "utf-8-sig"),
     (TABLE.replace(",", "\t"), "utf-16"), (TABLE.replace("\n", "\r\n").replace("1,1", '"1","1').replace("05,", '05",'),
-                                          "cp1252"), (TABLE.replace("0.5,\n", "0.5\n"), "utf-8")])
+                                          "cp1252"), (TABLE.replace("0.5,\n", "0.5\n"), "utf-8"),
+    ("epoch,train/box,metrics/mAP\n1,1.25e-05,0.125\n\n0,9,9\n0,0.5,\n , ,\n", "utf-8"),
+    ('"epoch","train/box\n","metrics/mAP"\n0,"0.5\n",\n1,1.25e-05,"\n0.125"\n', "utf-8")])
 def test_results_are_read_as_spreadsheets_save_them(tmp_path, text, encoding):
     """A byte order mark or semicolons used to end --resume in a KeyError."""
     (tmp_path / "results.csv").write_bytes(text.encode(encoding))
@@ -139,12 +141,19 @@ def test_results_are_read_as_spreadsheets_save_them(tmp_path, text, encoding):
         {"epoch": 1, "train/box": "1.25e-05", "metrics/mAP": "0.125"}]
 
 
-def test_a_run_goes_on_with_results_that_excel_has_saved(tmp_path):
-    (tmp_path / "results.csv").write_text("\ufeff" + TABLE.replace(",", ";").replace(".", ","), encoding="utf-8")
+@pytest.mark.parametrize("text, found", [
+    ("\ufeff" + TABLE.replace(",", ";").replace(".", ","), "epoch,train/box,metrics/mAP\n0,0.5,\n1,0.25,\n"),
+    ("train/box,epoch\n7,0\n0.5,0\n8,1\n", "train/box,epoch\n0.5,0\n0.25,1\n"),
+    ('epoch,"a, b",train/box\n0,3,4\n', 'epoch,"a, b",train/box\n0,3,4\n1,,0.25\n')])
+def test_a_run_goes_on_with_results_that_others_have_saved(tmp_path, text, found):
+    (tmp_path / "results.csv").write_text(text, encoding="utf-8")
     log = RunLogger(tmp_path, start_epoch=1)
     log.epoch(1, {"train/box": 0.25})
     log.close()
-    assert (tmp_path / "results.csv").read_text() == "epoch,train/box,metrics/mAP\n0,0.5,\n1,0.25,\n"
+    assert (tmp_path / "results.csv").read_text() == found
+
+
+def test_tensorboard_needs_a_name_in_utf8(tmp_path):
     (folder := tmp_path / os.fsdecode(b"a\xff")).mkdir()
     with pytest.raises(UserError, match="not UTF-8"):
         RunLogger(folder)
@@ -153,7 +162,8 @@ def test_a_run_goes_on_with_results_that_excel_has_saved(tmp_path):
 @pytest.mark.parametrize("text, words", [
     ("a,b\n1,2\n", "line 2 is no row"), ("epoch,b\n,2\n", "line 2"), ("epoch,b\n0,1\n1,x\n", "line 3"),
     ("epoch,b\n0,1,2\n", "line 2"), ("epoch\ninf\n", "line 2"), ("epoch\n" + "1" * 5000, "line 2"),
-    ("epoch,b\n0,é\n", "line 2")])
+    ("epoch,b\n0,é\n", "line 2"), ("epoch,b,b\n0,1,2\n", "a title is there twice"), ("epoch,b\n0,1,\n", "line 2"),
+    ('epoch,b\n0,"1\n\n2"\n', "line 4"), ('epoch,b\n0,"' + "1" * 200_000, "line 2")])
 def test_results_that_are_none_are_one_line(tmp_path, text, words):
     (tmp_path / "results.csv").write_text(text)
     with pytest.raises(UserError, match=words):
@@ -183,6 +193,16 @@ def test_every_letter_can_be_printed(encoding, end, code):
     assert done.returncode == code and b"Traceback" not in done.stderr
     assert "鱼".encode(encoding, "backslashreplace") in done.stdout + done.stderr
     assert code == 0 or done.stderr.count(b"\n") == 1
+
+
+def test_letters_that_the_system_lacks_in_names_of_files(tmp_path):
+    """A class becomes _ in the name of its folder; a path that was given is one line."""
+    program = ("from pathlib import Path\nfrom utils.errors import run_cli\nfrom utils.files import safe_name\n"
+               "print(safe_name('a\\u9c7c'))\nrun_cli(lambda: Path('\\u9c7c.txt').read_text())")
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, timeout=60,
+                          env={**os.environ, "PYTHONUTF8": "0", "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0"})
+    assert done.returncode == 2 and done.stdout.strip() == b"a_" and done.stderr.count(b"\n") == 1
+    assert b"error: \\u9c7c.txt: has letters that this system's encoding lacks" in done.stderr
 
 
 def test_opencvs_want_of_memory_is_one_line(capsys):

@@ -6,6 +6,7 @@ import shutil
 import socket
 import struct
 import zlib
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -279,6 +280,24 @@ def test_a_pipe_that_is_called_a_video_is_not_waited_for(tmp_path: Path, capsys:
     for source, skipped in (("a.txt", 2), ("a.streams", 1)):
         assert not list(frames(str(tmp_path / source)))
         assert capsys.readouterr().out.count("skipped: ") == skipped
+
+
+def test_each_line_of_a_list_is_an_image_or_is_told_about(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    good = ["a b.jpg", "c.jpg", "#d.jpg", "e'.jpg", "f.jpg"]
+    for name in good:
+        cv2.imwrite(str(tmp_path / name), NOISE)
+    (tmp_path / "notes.pdf").write_text("x")
+    bad = ["c.jpg 0 .5 .5 .1 .1", "f.jpg 10,20,30,40,0", "http://localhost:9/c.jpg", "notes.pdf", "gone", '"', "."]
+    lines = ['"a b.jpg"', "'c.jpg'", "#d.jpg", "# c.jpg", "#", "e'.jpg", "", f"'{tmp_path / 'f.jpg'}'", '""', *bad]
+    (tmp_path / "list.txt").write_text("\n".join(lines))
+    dataset = DetectionDataset([tmp_path / "list.txt"], 64)
+    assert sorted(path.name for path in dataset.images) == sorted(good)
+    skipped: Counter[str] = Counter()
+    found = [frame.path.name for frame in frames(str(tmp_path / "list.txt"), skipped=skipped)]
+    said = capsys.readouterr().out
+    assert sorted(found) == sorted(good) and skipped.total() == said.count("skipped: ") == len(bad) + 1
+    assert dataset.problems == {"unreadable images skipped": len(bad) + 1}
+    assert skipped["an address, not a file: fetch it first"] == 1 == said.count("f.jpg 10,20,30,40,0 (No such file")
 
 
 def test_an_address_that_is_none_is_one_line() -> None:

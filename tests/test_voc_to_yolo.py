@@ -31,7 +31,7 @@ def thing(box: tuple[object, ...] = BOX, name: str = "cat", extra: str = "") -> 
 def add(root: Path, stem: str, objects: str = thing(), size: str = "<size><width>100</width><height>80</height></size>",
         filename: str | None = None, suffix: str = ".jpg", exif: int = 0, xml: str | bytes | None = None) -> None:
     for folder in ("JPEGImages", "Annotations"):
-        (root / folder).mkdir(parents=True, exist_ok=True)
+        (root / folder / stem).parent.mkdir(parents=True, exist_ok=True)
     image = Image.new("RGB", (80, 100) if exif in (6, 8) else (100, 80), (90, 120, 30))
     tags = Image.Exif()
     if exif:
@@ -575,8 +575,23 @@ def test_bccd(assets: Path, tmp_path: Path) -> None:
 def test_two_annotations_of_one_image_and_numbers_in_parts_of_it_are_counted(folder: Path, tmp_path: Path) -> None:
     for stem in ("a", "b", "z"):
         add(folder, stem, thing((.1, .1, .3, .4)) if stem == "z" else thing())
-    add(folder, "c", filename="a.jpg")
-    (folder / "JPEGImages/c.jpg").unlink()
+    for stem in ("c", "d"):
+        add(folder, stem, filename="e.jpg")
+        (folder / f"JPEGImages/{stem}.jpg").rename(folder / "JPEGImages/e.jpg")
     report = run(folder, tmp_path / "out")
     assert "1 x XML of an image that has another" in report and "1 x box within the first pixel" in report
-    assert len(list((tmp_path / "out").rglob("*.jpg"))) == 3
+    assert len(list((tmp_path / "out").rglob("*.jpg"))) == 4
+
+
+@pytest.mark.parametrize(("stem", "filename"), [("a", "b.jpg"), ("a", "../../b.jpg"), ("c", "C:\\x\\b.jpg"),
+                                                ("c", "b"), ("x/b", "b.jpg"), ("x/a", "b.jpg")])
+def test_the_image_of_another_xml_is_not_taken(folder: Path, tmp_path: Path, stem: str, filename: str) -> None:
+    """In the order of their names, the first XML used to get the other's image."""
+    add(folder, "b", thing(name="dog"))
+    add(folder, "z", thing(name="dog"))
+    add(folder, stem, thing(name="cat"), filename=filename)
+    (folder / f"JPEGImages/{stem}.jpg").unlink()
+    report = run(folder, tmp_path / "out")
+    assert "1 x XML without image (the one that fits belongs to another)" in report
+    assert "cat" not in read_data(tmp_path / "out/data.yaml").names.values()
+    assert sorted(p.name for p in (tmp_path / "out").rglob("*.jpg")) == ["b.jpg", "z.jpg"]

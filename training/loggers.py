@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.errors import UserError
-from utils.files import write_text
-from utils.tables import read_results
+from utils.tables import read_results, write_csv
 
 LOSSES = ("box_loss", "obj_loss", "cls_loss")
 Cell = Callable[[Mapping[str, float]], str]  # an epoch's log -> what its line shows of it
@@ -74,9 +73,8 @@ class RunLogger:
     def epoch(self, epoch: int, values: dict[str, float]) -> None:
         """Write one epoch. Columns that are new get empty cells in the rows before."""
         self.rows.append({"epoch": epoch, **{k: f"{v:.6g}" for k, v in values.items()}})
-        columns = list(dict.fromkeys(k for row in self.rows for k in row))
-        lines = [",".join(columns)] + [",".join(str(row.get(c, "")) for c in columns) for row in self.rows]
-        write_text(self.path, "\n".join(lines) + "\n")
+        columns = dict.fromkeys((k for row in self.rows for k in row), "")
+        write_csv(self.path, [{**columns, **row} for row in self.rows])
         for key, value in values.items():
             self.tb.add_scalar(key, value, epoch)
         self.tb.flush()

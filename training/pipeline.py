@@ -8,14 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from models import checkpoint
+from models.formats import formats, runtimes
 from models.formats.speed import measured_in
+from models.schema import ANY, FLAG, MAPPING, TEXT, Kind, Needed, has, maybe, number, one_of, require, tree, whole
 from training.levers import Levers
 from training.loggers import Cell, duration
 from training.run import Hook, Run
 from utils.data.config import DataConfig
-from utils.errors import UserError
+from utils.errors import UserError, first_line
 from utils.files import newest, write_json
 from utils.slimming.cost import profile
+from utils.slimming.targets import TARGETS, is_target
 from utils.text import read_json
 
 STATE = "slim.json"
@@ -99,6 +102,29 @@ class Settings:
         return {"weights": self.weights, "cfg": self.cfg or None}
 
 
+FIGURES = {"mAP50": Needed(number()), "mAP50-95": Needed(number())}
+
+
+def form_of_state() -> dict[str, Any]:
+    """What slim.json must hold, as models.schema says it. Of `done`: what all of its entries are."""
+    one, side = (TEXT, number(), FLAG), whole(32, 65_536)
+    targets = f"one of {', '.join(TARGETS)}, and a number between 0 and 1; or speedup, and one above 1"
+    levers = {"imgsz": Needed(side), "latency": Needed(number(0, 1)), "rows": Needed([{...: one}])}
+    return {"command": Needed(TEXT), "workers": whole(), "device": TEXT, "done": {...: MAPPING},
+            "levers": Needed(maybe(levers)), "settings": Needed({
+                "weights": maybe(TEXT), "cfg": maybe(TEXT), "data": TEXT, "imgsz": side, "single_cls": FLAG,
+                "epochs": whole(1), "rounds": whole(1, 1000), "trained": FLAG, "target": Kind(targets, _is_target),
+                "teacher": maybe(TEXT), "teacher_weight": number(0), "training": {...: (*one, [one])},
+                "export": [one_of(*formats(), "all")], "int8": FLAG, "runtime": one_of("torch", *runtimes()),
+                "smaller_images": FLAG})}
+
+
+def _is_target(value: Any) -> bool:
+    """Of slim.py: is_target(), or a speedup."""
+    speedup = has(value, [ANY]) and len(value) == 2 and value[0] == "speedup" and has(value[1], number(1))
+    return speedup or is_target(value)
+
+
 @dataclass
 class Pipeline:
     """A pipeline on its way. It lies in its folder, as slim.json, written anew after each stage."""
@@ -156,12 +182,16 @@ def known_pipeline(resume: str | bool, project: str) -> Pipeline:
     for folder in (path.absolute(), *path.absolute().parents):
         if (folder / STATE).is_file():
             try:
-                data = read_json(folder / STATE)
+                data = tree(read_json(folder / STATE))
+                require(data, form_of_state())
                 levers = Levers(**data["levers"]) if data["levers"] else None
-                return Pipeline(folder, **{**data, "settings": Settings(**data["settings"]), "levers": levers})
-            except (UserError, TypeError, KeyError):
-                raise UserError(f"{folder / STATE}: damaged, or of another version; start a new pipeline: "
-                                "--weights with the best of its stages") from None
+                pipeline = Pipeline(folder, **{**data, "settings": Settings(**data["settings"]), "levers": levers})
+                stages = {stage.name: {"command": Needed(TEXT)} for stage in pipeline.settings.stages}
+                require(pipeline.done, {**stages, "probe": MAPPING, ...: FIGURES}, "done")
+                return pipeline
+            except (UserError, TypeError, ValueError) as error:
+                raise UserError(f"{folder / STATE}: damaged, or of another version ({first_line(error)}); mend it, or "
+                                "start a new pipeline: --weights with the best of its stages") from None
     raise UserError(f"--resume {path}: no {STATE} there or above; give the folder of a slim.py run")
 
 

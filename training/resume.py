@@ -92,11 +92,14 @@ def go_on(opt: Namespace, locks: ExitStack) -> tuple[Namespace, dict[str, Any]]:
 def resumed_options(opt: Namespace, path: Path) -> tuple[Namespace, dict[str, Any]]:
     """The options of the interrupted run of a last.pt, but for those that this command gives and a run can change.
 
-    Also returns the checkpoint. Raises UserError for a flag that can't change.
+    Also returns the checkpoint. Raises UserError for a flag that can't change, and a file that is not in a run.
     """
     data = checkpoint.read(path)
     if not data.get("training"):
         raise UserError(f"{path}: holds weights only, nothing to resume; start from it with --weights {path}")
+    if path.resolve().parent.name != "weights":  # the folder above it would become the run's
+        raise UserError(f"{path}: lies in no run's weights folder; put it back as run/weights/{path.name}, or start "
+                        f"from it with --weights {path}")
     before = Namespace(**{**vars(opt), **(data.get("opt") or {})})  # a flag that is newer than the file has its default
     if before.script != opt.script:
         raise UserError(f"{path}: was made by {before.script}; resume it with: python {before.script} --resume {path}")

@@ -131,10 +131,11 @@ def seed_and_kernels(opt: Namespace) -> None:
 
 def freeze(model: Model, layers: Sequence[int]) -> None:
     """--freeze 10 freezes layers 0 to 9, --freeze 0 3 5 those three."""
-    wanted = range(layers[0]) if len(layers) == 1 else layers
+    wanted: Sequence[int] = range(layers[0]) if len(layers) == 1 else sorted(layers)
+    if wanted and wanted[-1] >= len(model.model):
+        raise UserError(f"--freeze {' '.join(map(str, layers))}: the model has {len(model.model)} layers, "
+                        f"0 to {len(model.model) - 1}; give fewer")
     for i in wanted:
-        if not 0 <= i < len(model.model):
-            raise UserError(f"--freeze {i}: the model has layers 0 to {len(model.model) - 1}")
         model.model[i].requires_grad_(False)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UserError("--freeze: nothing is left to train; freeze fewer layers")

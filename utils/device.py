@@ -1,12 +1,18 @@
-"""The device that a script computes on."""
+"""The device that a script computes on, and the memory beside it."""
 from __future__ import annotations
 
 import ctypes
 import os
+from pathlib import Path
 
 import torch
 
 from utils.errors import UserError
+
+# Bytes a pixel of RGB images: of themselves, and of them in fp32 with the first layer's output in the smallest of
+# YOLOv5's models, 16 channels at half the size, before and after its activation. Larger models take more.
+IMAGE, LEAST_MODEL = 3, 12 + 2 * 16
+FEW = 1e9  # bytes that nobody asks about
 
 
 def select_device(name: str) -> torch.device:
@@ -57,3 +63,25 @@ def gpu(number: str) -> torch.device:
     device = torch.device(f"cuda:{number}")
     torch.cuda.set_device(device)
     return device
+
+
+def available_memory() -> int | None:
+    """Bytes that can be allocated without swapping, or None where the system does not tell."""
+    try:
+        fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return None
+
+
+def require_memory(pixels: float, device: str, flags: str = "--imgsz, --batch-size") -> None:
+    """UserError where a batch of so many pixels certainly does not fit into the machine's memory.
+
+    device: the kind that computes; a GPU tells by itself what does not fit into its own. Systems rather end the process
+    than refuse memory, so this is asked before.
+    """
+    need = pixels * (LEAST_MODEL if device == "cpu" else IMAGE)
+    free = available_memory() if need > FEW else None
+    if free is not None and need > free:
+        raise UserError(f"{flags}: {pixels / 1e6:,.0f} million pixels at once take {need / 1e9:,.0f} GB at the least, "
+                        f"{free / 1e9:,.0f} GB are free; give less")

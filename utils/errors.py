@@ -100,6 +100,8 @@ def _environment(error: Exception) -> str:
     shared_memory = r"unable to (open|allocate|write|resize|mmap).*(shm|shared memory|/torch_)"
     if re.search(rf"{shared_memory}|No space left on device", str(error)):
         return f"no space left, on the disk or in /dev/shm ({first}); free some, or give --workers 0{going_on}"
+    if isinstance(error, UnicodeEncodeError):  # of a path
+        return f"{error.object[:200]}: has letters that this system's encoding lacks; start with PYTHONUTF8=1"
     if isinstance(error, OSError) and error.errno is not None:
         return f"{error.filename or 'the system'}: {error.strerror}{going_on}"
     return ""

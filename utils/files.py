@@ -77,9 +77,12 @@ def printable(text: str) -> str:
 def safe_name(text: str) -> str:
     """A text that comes from data, such as a class name, as the name of one file or folder on any system.
 
-    What would lead elsewhere or can't be in a name becomes _. Two texts may get the same name: see UniqueNames.
+    What would lead elsewhere, can't be in a name, or has no form in this system's encoding becomes _. Two texts may get
+    the same name: see UniqueNames.
     """
-    name = clipped(re.sub(r'[\x00-\x1f\x7f/\\<>:"|?*]', "_", printable(text)), MOST_BYTES).strip().rstrip(". ")
+    encoding = sys.getfilesystemencoding()
+    text = text.encode(encoding, "replace").decode(encoding)
+    name = clipped(re.sub(r'[\x00-\x1f\x7f/\\<>:"|?*]', "_", text), MOST_BYTES).strip().rstrip(". ")
     return f"_{name}" if not name or RESERVED.fullmatch(name) else name
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from utils.errors import OneLineParser, UserError
-from utils.yolov5_flags import FLAGS, LEFT_OUT
+from utils.yolov5_flags import FLAGS, INSTEAD, LEFT_OUT
 
 MOST_FRACTIONS = 1000
 MAY_BE_EMPTY = ("--weights", "--cfg", "--device")  # as in YOLOv5: from scratch, by the weights, the first GPU
@@ -216,6 +216,13 @@ def named_fraction(names: Collection[str], hint: str) -> Callable[[str], tuple[s
         return name, value
 
     return parse
+
+
+def format_name(text: str) -> str:
+    """A format of --include. Those that only YOLOv5 has are refused with what to do instead."""
+    if text in INSTEAD:
+        raise ArgumentTypeError(f"{text}: give {INSTEAD[text]} (docs/deploy.md shows how)")
+    return text
 
 
 def as_latency(target: tuple[str, float] | None) -> tuple[str, float] | None:

@@ -3,13 +3,14 @@ from __future__ import annotations
 
 import csv
 import io
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from utils.errors import UserError
 from utils.files import write_text
-from utils.text import read_lines
+from utils.text import read_text
 
 
 def text_table(rows: Sequence[Sequence[Any]], header: Sequence[str]) -> str:
@@ -39,25 +40,29 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]], digits: str = ".6g"
 def read_results(path: Path) -> list[dict[str, Any]]:
     """The rows of a results.csv, also as a spreadsheet saves it: "epoch" -> int, each other column -> text of a number.
 
-    An empty cell is "". UserError, with the line, where it is no such table.
+    An empty cell is "". Rows are in the order of their epochs; of an epoch that is there twice the last one counts.
+    UserError, with the line, where it is no such table.
     """
-    lines = read_lines(path)
-    separator = max(",;\t", key=(lines or [""])[0].count)
-    if separator == ";":  # where Excel writes these, it writes decimal commas
-        lines[1:] = [line.replace(",", ".") for line in lines[1:]]
-    rows = []
-    for number, line in enumerate(lines, 1):
-        cells = [cell.strip().strip('"') for cell in line.split(separator)]
-        if number == 1:
-            names = cells
-            continue
-        row: dict[str, Any] = {**dict.fromkeys(names, ""), **dict(zip(names, cells))}
-        try:
-            row["epoch"] = int(float(row["epoch"]))
-            fits = len(cells) <= len(names) and all(float(cell or 0) is not None for cell in cells)
-        except (KeyError, ValueError, OverflowError):
-            fits = False
-        if not fits:
-            raise UserError(f"{path}: line {number} is no row of numbers with an epoch; mend it, or move the file away")
-        rows.append(row)
-    return rows
+    text = read_text(path)
+    separator = max(",;\t", key=text.partition("\n")[0].count)
+    lines = csv.reader(io.StringIO(text), delimiter=separator)
+    rows: dict[int, dict[str, Any]] = {}
+    try:
+        names = [name.strip() for name in next(lines, [])]
+        if max(Counter(filter(None, names)).values(), default=0) > 1:  # empty ones are a spreadsheet's
+            raise ValueError
+        for line in lines:
+            cells = [cell.strip() for cell in line]
+            if separator == ";":  # where Excel writes these, it writes decimal commas
+                cells = [cell.replace(",", ".") for cell in cells]
+            row: dict[str, Any] = {**dict.fromkeys(names, ""), **dict(zip(names, cells))}
+            if any(cells):
+                list(map(float, filter(None, cells)))
+                row["epoch"] = int(float(row["epoch"]))
+                rows[row["epoch"]] = row
+            if len(cells) > len(names):
+                raise ValueError
+    except (KeyError, ValueError, OverflowError, csv.Error):
+        raise UserError(f"{path}: line {max(lines.line_num, 1)} is no row of numbers with an epoch, or a title is "
+                        "there twice; mend it, or move the file away") from None
+    return [rows[epoch] for epoch in sorted(rows)]

@@ -78,8 +78,17 @@ def read_text(path: Path, what: str = "") -> str:
 
 
 def read_lines(path: Path, what: str = "") -> list[str]:
-    """The lines of a list that hold something, without the spaces around them. UserError as read_text()."""
-    return [line.strip() for line in read_text(path, what).split("\n") if line.strip()]
+    """The lines of a list that hold something, without the spaces and quotes around them, and without # comments.
+
+    A file beside the list may be called like a comment or with quotes. UserError as read_text().
+    """
+    found = []
+    for line in map(str.strip, read_text(path, what).split("\n")):
+        if line.startswith(("#", "'", '"')) and not os.path.exists(path.parent / line):
+            quoted = len(line) > 2 and line[0] == line[-1] != "#"
+            line = line[1:-1].strip() if quoted else "" if line[0] == "#" else line
+        found += [line] if line else []
+    return found
 
 
 def read_json(path: Path, what: str = "") -> Any:

@@ -24,6 +24,11 @@ FLAGS = {script: tuple(flags.split()) for script, flags in {
     "benchmarks.py":
         "--weights --imgsz --img --img-size --batch-size --data --device --half --test --pt-only --hard-fail"}.items()}
 
+# Formats of --include that YOLOv5's export.py has and this one has not -> what to give for them.
+_AGAIN = "yolov5, and the .pt that it writes to YOLOv5's own export.py"
+INSTEAD = {**dict.fromkeys(("saved_model", "pb", "tflite", "edgetpu", "tfjs", "paddle"), _AGAIN),
+           "engine": "onnx, and the file to trtexec --onnx", "coreml": "torchscript, and the file to coremltools"}
+
 # Those that no script here has, or not that one -> what to do instead, as (English, Chinese).
 LEFT_OUT = {flag: why for flags, why in {
     "--evolve --evolve_population --resume_evolve":

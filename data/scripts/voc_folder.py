@@ -33,6 +33,7 @@ class VocFolder:
         self.xmls = {_name(p, annotations): p for p in sorted(_files(annotations, XML))}
         if not self.xmls:
             raise UserError(f"--voc {root}: no Annotations/*.xml, nor others; give the folder that holds the XML files")
+        self._annotated = set(map(_stem, self.xmls))
         self.images: dict[str, Path] = {}
         self._like: dict[str, list[tuple[str, Path]]] = defaultdict(list)  # stem, or file name -> images
         for path in sorted(_files(pictures, IMAGE_SUFFIXES)):
@@ -57,11 +58,15 @@ class VocFolder:
         """The image of an annotation: that of its stem, or else the one that the XML names.
 
         Of several, those count whose folders are called most alike; of several in a folder the XML's, or the first.
-        Skipped where that leaves a choice.
+        Skipped where that leaves a choice, or only images that are called like other XML.
         """
-        found = self._like.get(_stem(name)) or self._like.get(normal(filename), [])
-        if not found:
+        fitting = self._like.get(_stem(name)) or self._like.get(normal(filename), [])
+        if not fitting:
             return None
+        found = [(other, path) for other, path in fitting if other == name or other not in self.xmls
+                 and (_stem(other) == _stem(name) or _stem(other) not in self._annotated)]
+        if not found:
+            raise Skipped("XML without image (the one that fits belongs to another)")
         alike = [_common_tail(name, other) for other, _ in found]
         best = [path for (_, path), score in zip(found, alike) if score == max(alike)]
         if len({path.parent for path in best}) > 1:

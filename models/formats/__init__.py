@@ -65,6 +65,7 @@ def load(path: str | Path | Sequence[str | Path], device: torch.device, half: bo
         raise UserError(f"{path}: its name tells no format that is known here ({suffixes})")
     data = checkpoint.read(path)
     model = on_device(fused(checkpoint.build(data, path=path)), device)
+    model.file = str(path)
     if half and device.type == "cpu":
         print("--half: a CPU computes in fp32; fp16 needs a GPU")
     elif half:

@@ -16,10 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from models.detector import Detector
+from models.detector import Detector, require_finite
 from models.yolo import Model
 from utils.boxes import xyxy2xywh
-from utils.errors import NonFiniteError, UserError, first_line
+from utils.device import require_memory
+from utils.errors import UserError, first_line
 
 LARGEST_SIDE = 65_536  # pixels
 PRECISIONS = {"fp32": "", "fp16": "_fp16", "int8": "_int8"}  # precision -> what a file's name says of it
@@ -52,7 +53,11 @@ class ExportOptions:
 
 
 def export_options(model: Model, shape: Sequence[int], precision: str = "fp32", **rest: Any) -> ExportOptions:
-    """Options to export a model for images of `shape` (B, C, h, w), with the metadata that every file carries."""
+    """Options to export a model for images of `shape` (B, C, h, w), with the metadata that every file carries.
+
+    UserError where they are larger than the memory.
+    """
+    require_memory(shape[0] * shape[2] * shape[3], "cpu")
     metadata = {"stride": model.divisor, "names": dict(model.names), "shape": list(shape),
                 "imgsz": list(shape[2:]), "letterbox": {"colour": 114, "centred": True, "scale_up": True},
                 "precision": precision}
@@ -155,19 +160,20 @@ class FileDetector:
                             f"{tuple(images.shape[1:])}; give this --imgsz, or export it with --dynamic")
 
     def checked(self, decoded: Any) -> Tensor:
-        """What the file computed, as (B, N, nc + 5). UserError for what other kinds of models give, NonFiniteError for
-        boxes of which none has a confidence.
+        """What the file computed, as (B, N, nc + 5). UserError for what other kinds of models give.
 
         The boxes of a file with NMS inside, (B, N, 6), become predictions again: NMS leaves them as they are.
+        NonFiniteError where they are not finite: no number of a class could be made of NaN.
         """
         shape, columns = tuple(getattr(decoded, "shape", ())), 6 if self.has_nms else len(self.names) + 5
         if not isinstance(decoded, Tensor) or len(shape) != 3 or shape[2] != columns:
             raise UserError(f"{self.file}: is no YOLOv5 detector of {len(self.names)} classes: it gives {shape}, not "
                             f"(images, boxes, {columns}); export a detection model again")
-        if decoded.numel() and bool(decoded[..., 4].isnan().all()):
-            raise NonFiniteError(f"{self.file}: every confidence is NaN; export it again, from sound weights")
         if not self.has_nms:
             return decoded
+        require_finite(decoded, self)
+        if decoded.numel() and not 0 <= decoded[..., 5].min() <= decoded[..., 5].max() < len(self.names):
+            raise UserError(f"{self.file}: gives classes that are not 0 to {len(self.names) - 1}; export it again")
         label = nn.functional.one_hot(decoded[..., 5].long(), len(self.names))
         return torch.cat((xyxy2xywh(decoded[..., :4]), decoded[..., 4:5], label), 2)
 

@@ -39,6 +39,7 @@ from utils.data.image_files import (
 from utils.data.label_cache import cache_folder, scan_with_cache
 from utils.data.ragged import Paths
 from utils.data.scan import MANY, Scan, scan_groups
+from utils.device import available_memory
 from utils.errors import UserError
 from utils.files import write_array
 
@@ -129,7 +130,7 @@ class DetectionDataset(Dataset[Sample]):
         def scan_now(groups: Sequence[Sequence[str]]) -> Iterator[Scan]:
             return scan_groups(partial(one, reading=label_reading(found)), groups, f"{self.prefix} scan".strip())
 
-        scan = scan_with_cache(found, str(one.keywords), scan_now)
+        scan = scan_with_cache(found, str(one.keywords), scan_now, 1 if single_cls else nc)
         problems: Counter[str] = Counter()
         reasons: dict[int, str] = {}
         examples: dict[str, str] = {}
@@ -365,12 +366,3 @@ def rect_shapes(shapes: np.ndarray, batch_size: int, imgsz: int, stride: int, pa
     # All wide: the tallest of them decides the height. All tall: the widest decides the width. Mixed: a square.
     sides = np.stack((np.minimum(last, 1), np.minimum(1 / first, 1)), 1)
     return np.ceil(sides * imgsz / stride + pad).astype(int) * stride
-
-
-def available_memory() -> int | None:
-    """Bytes that can be allocated without swapping, or None where the system does not tell."""
-    try:
-        fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-        return int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return None

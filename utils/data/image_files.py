@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import stat
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -284,8 +285,11 @@ def reason_of(error: Exception, path: Path) -> str:
     """Why the image is UNREADABLE, in a few words and without its path."""
     if isinstance(error, UnidentifiedImageError):
         return "not an image"
-    if os.sep == "/" and "\\" in str(path) and not os.path.exists(path):
-        return "no such file, its backslashes are of Windows"
+    if not os.path.exists(path):
+        if re.search("(https?|rtsp):/", str(path)):
+            return "an address, not a file: fetch it first"
+        if os.sep == "/" and "\\" in str(path):
+            return "no such file, its backslashes are of Windows"
     return str(getattr(error, "strerror", None) or error).removeprefix(f"{path}: ")
 
 

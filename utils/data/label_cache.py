@@ -3,18 +3,21 @@
 Images are cached in parts of PART, each a file, which is written as soon as its images are read: a scan of very many
 goes on where it was interrupted. What was found out about an image is reused only while the path, size and modification
 time of both the image and its label file are unchanged; all other images are scanned again. The cache holds numbers and
-text, never pickled objects, so reading a file that somebody else made is safe.
+text, never pickled objects, so reading a file that somebody else made is safe; one that no scan can have made is
+thrown away.
 """
 from __future__ import annotations
 
 import hashlib
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from utils.data.image_files import label_files
 from utils.data.ragged import Ragged
@@ -50,13 +53,13 @@ def cache_folder(kind: str) -> Path:
 
 
 def scan_with_cache(images: Sequence[str], settings: str,
-                    scan: Callable[[Sequence[Sequence[str]]], Iterator[Scan]]) -> Scan:
+                    scan: Callable[[Sequence[Sequence[str]]], Iterator[Scan]], nc: int | None) -> Scan:
     """What is known of `images`, at least one: from the cache where nothing has changed, from `scan` for the others.
 
-    scan: groups of images -> a Scan of each. `settings` names whatever else it depends on. A cache that can't be read
-    or written only costs time.
+    scan: groups of images -> a Scan of each, with classes below `nc`. `settings` names whatever it depends on. A cache
+    that can't be read or written only costs time.
     """
-    parts = [_open(images[i:i + PART], settings) for i in range(0, len(images), PART)]
+    parts = [_open(images[i:i + PART], settings, nc) for i in range(0, len(images), PART)]
     changed = [part for part in parts if len(part.missing)]
     fresh = scan([[part.images[i] for i in part.missing] for part in changed]) if changed else iter(())
     for found, part in zip(fresh, changed):
@@ -66,10 +69,15 @@ def scan_with_cache(images: Sequence[str], settings: str,
     return Scan.joined([part.known for part in parts if part.known is not None])
 
 
-def _open(images: Sequence[str], settings: str) -> _Part:
+def _open(images: Sequence[str], settings: str, nc: int | None) -> _Part:
     digest = hashlib.sha256(os.fsencode("\n".join((f"{VERSION} {settings}", *images)))).hexdigest()[:40]
     file, stamps = cache_folder("labels") / f"{digest}.npz", _stamps(images)
-    old, known = _read(file, len(images))
+    old, known = np.empty(0), None
+    if os.path.isfile(file):
+        try:
+            old, known = _read(file, len(images), nc)
+        except Exception:  # a damaged file raises many kinds of exceptions
+            tqdm.write(f"{file}: damaged or changed; it is made anew, the labels are read again", file=sys.stderr)
     missing = np.arange(len(images)) if known is None else np.flatnonzero((old != stamps).any(1))
     return _Part(images, file, stamps, known, missing)
 
@@ -106,19 +114,16 @@ def _write(part: _Part) -> None:
                  notes=scan.notes.flat())
 
 
-def _read(file: Path, images: int) -> tuple[np.ndarray, Scan | None]:
-    """(stamps, what the file knows); None if there is no such file or it is damaged."""
-    nothing = np.empty(0), None
-    try:
-        with np.load(file, allow_pickle=False) as arrays:
-            found = {name: arrays[name] for name in COLUMNS}
-    except Exception:  # a damaged file raises many kinds of exceptions
-        return nothing
-    if any((found[name].dtype, found[name].ndim, found[name].shape[1:]) != (kind, len(row) + 1, row)
-           for name, (kind, row) in COLUMNS.items()):
-        return nothing
+def _read(file: Path, images: int, nc: int | None) -> tuple[np.ndarray, Scan]:
+    """(stamps, what the file knows). Any exception where that is not of so many images, or not what a scan finds."""
+    with np.load(file, allow_pickle=False) as arrays:
+        found = {name: arrays[name] for name in COLUMNS}
     stamps, sizes, orientations, boxes, lengths, labels, notes = found.values()
-    rows = [images] * 5 + [int(boxes.sum()), int(lengths.sum())]
-    if [len(array) for array in found.values()] != rows or (boxes < 0).any() or (lengths < 0).any():
-        return nothing
-    return stamps, Scan(sizes, orientations, Ragged(labels, boxes), Ragged(notes, lengths))
+    rows = [images] * 5 + [boxes.sum(dtype=float), lengths.sum(dtype=float)]  # whole numbers would wrap around
+    for (kind, row), array, count in zip(COLUMNS.values(), found.values(), rows):
+        if array.dtype != kind or array.shape != (count, *row):
+            raise ValueError("columns of another kind")
+    scan = Scan(sizes, orientations, Ragged(labels, boxes), Ragged(notes, lengths))
+    if min(boxes.min(), lengths.min()) < 0 or not scan.possible(nc):
+        raise ValueError("no scan finds this")
+    return stamps, scan

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Sampler
 from utils.data.config import DataConfig
 from utils.data.dataset import PARTNERS, DetectionDataset, Geometry, Sample
 from utils.data.scan import cores
+from utils.device import require_memory
 from utils.errors import UserError
 
 NICENESS = 19  # of workers beside a model on the same cores
@@ -171,10 +172,13 @@ def build_loader(dataset: DetectionDataset, batch_size: int, workers: int, shuff
 
     shutdown: set before the main process ends; until then workers ignore SIGTERM. pin_memory: for a CUDA device.
     ValueError where a rectangular data set is to be shuffled or cut into batches of another size: the images of a batch
-    would differ in shape.
+    would differ in shape. UserError where a batch is larger than the memory.
     """
     if dataset.rect and (shuffle or batch_size != dataset.batch_size):
         raise ValueError("a rectangular data set keeps its order and its batch size")
+    shapes = [(dataset.imgsz, dataset.imgsz)] if dataset.batch_shapes is None else dataset.batch_shapes.tolist()
+    require_memory(min(batch_size, len(dataset)) * max(height * width for height, width in shapes),
+                   "cuda" if pin_memory else "cpu")
     # BatchNorm can't be trained on one value a channel: a single image whose last map is one pixel.
     least = 2 if dataset.augment and dataset.imgsz <= dataset.stride else 1
     sampler = EpochBatchSampler(len(dataset), batch_size, shuffle, seed, rank, world_size, dataset.augment, least)

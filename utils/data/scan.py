@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 from collections import Counter
@@ -17,7 +18,7 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from utils.data.image_files import Record, label_files
+from utils.data.image_files import LEAST_SIDE, Record, label_files
 from utils.data.ragged import Ragged
 from utils.errors import UserError
 
@@ -59,6 +60,22 @@ class Scan:
         for i in np.flatnonzero(self.notes.counts).tolist():
             problems, refused = json.loads(self.notes[i].tobytes())
             yield i, Counter(problems), refused
+
+    def possible(self, nc: int | None) -> bool:
+        """Can scan_image() have found this, with classes below `nc`? What comes from a file may be anything.
+
+        Raises ValueError, TypeError or another exception for notes that are none.
+        """
+        refused = np.zeros(len(self), bool)
+        for i, problems, reason in self.remarks():
+            refused[i] = reason != ""
+            if not isinstance(reason, str) or not all(isinstance(times, int) for times in problems.values()):
+                return False
+        classes, boxes = self.labels.flat()[:, 0], self.labels.flat()[:, 1:]
+        return bool(((classes >= 0) & (classes < (nc or math.inf)) & (np.floor(classes) == classes)).all()
+                    and ((boxes >= 0) & (boxes <= 1)).all() and (boxes[:, 2:] > 0).all()
+                    and ((self.orientations >= 1) & (self.orientations <= 8)).all()
+                    and (self.sizes[~refused] >= LEAST_SIDE).all())
 
     def __len__(self) -> int:
         return len(self.sizes)

@@ -109,7 +109,7 @@ def files(source: str) -> list[Path]:
     if path.is_dir():
         found = sorted(p for p in path.iterdir() if p.is_file())
     elif path.suffix == ".txt":
-        found = [listed_path(path.parent, line) for line in _lines(path)]
+        return [listed_path(path.parent, line) for line in _lines(path)]  # whatever they are: each is told about
     elif path.is_file():
         found = [path]
     else:
