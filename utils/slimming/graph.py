@@ -6,7 +6,7 @@ everything: masks, kept inputs and outputs, cost. No layer number and no class o
 """
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 
@@ -78,6 +78,14 @@ class ChannelGraph:
             for name in blocked:
                 fixed[self.group[names.pop(name)]] = True
         return list(names)
+
+    def groups(self, names: Iterable[str], whole: Collection[str] = ()) -> list[np.ndarray]:
+        """Numbers of the channels of these BatchNorms, int (channels,) each, equal for those that go at once.
+
+        whole: those of them that end branches which go as a whole, and are no more coupled to others.
+        """
+        return [np.full(len(self.norms[name]), self.branches[name].number) if name in whole
+                else self.group[self.norms[name]] for name in names]
 
     def masks(self, keep: np.ndarray) -> Masks:
         """One bool per id -> masks for every BatchNorm."""
