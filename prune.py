@@ -118,7 +118,8 @@ def settle(opt: Namespace, saved: dict[str, Any], model: Model) -> Namespace:
 
 def rank(model: Model, opt: Namespace, device: torch.device, loader: Loader) -> Pruner[Model]:
     """The engine, with the model's channels ranked as the flags say."""
-    rules = Rules(opt.min_channels, opt.min_share, opt.round_to, opt.shortcuts == "joint", opt.layers, tuple(opt.keep))
+    rules = Rules(opt.min_channels, opt.min_share, opt.round_to, coupled=opt.shortcuts == "joint", layers=opt.layers,
+                  keep=tuple(opt.keep))
 
     def evaluate(candidate: Model) -> dict[str, float]:
         found = accuracy(candidate, loader(), opt, device)

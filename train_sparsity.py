@@ -180,8 +180,7 @@ def add_sparsity_flags(parser: HelpfulParser) -> None:
         help="every N epochs also validate the model without those channels (0: never)")
     parser.needs(["--teacher-weight"], "--teacher")
     targets = ["--target-sparsity", "--target"]
-    parser.apart("--no-st", [*targets, "--sparsity", "--sr", "--sr-bias", "--shrink", "--round-to",
-                              "--layers"],
+    parser.apart("--no-st", [*targets, "--sparsity", "--sr", "--sr-bias", "--shrink", "--round-to", "--layers"],
                  "trains without sparsity, {} asks for some")
     parser.apart("--sparsity l1", [*targets, "--shrink", "--round-to", "--layers"], "knows no {}")
     parser.apart("--target", ["--target-sparsity"], "{} says it in another way")

@@ -38,8 +38,9 @@ def find_branches(nodes: fx.Graph, model: nn.Module, norms: Collection[str], fir
     layers = {node for node in nodes.nodes if node.op in ("call_module", "get_attr")}
     found: dict[str, Branch] = {}
     for add in nodes.nodes:
-        if add.target not in ops.SUMS or len(add.args) != 2 or add.kwargs or not all(
-                isinstance(arg, fx.Node) for arg in add.args):
+        if add.op not in ("call_function", "call_method") or add.target not in ops.SUMS:
+            continue
+        if len(add.args) != 2 or add.kwargs or not all(isinstance(arg, fx.Node) for arg in add.args):
             continue
         for x, end in (add.args, add.args[::-1]):
             last = _last_layer(modules, end)
