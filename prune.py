@@ -10,7 +10,7 @@ utils/slimming/pruner.py. The next step is: python finetune_pruned.py
 from __future__ import annotations
 
 import shlex
-from argparse import Namespace
+from argparse import BooleanOptionalAction, Namespace
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -80,6 +80,8 @@ def pruning_parser() -> HelpfulParser:
                                              "default: what the sparsity training did, else 1")
     add("--shortcuts", choices=["skip", "joint"], help="channels that shortcuts couple stay (skip), or go all "
         "at once (joint); default: what the sparsity training did, else skip")
+    add("--layers", action=BooleanOptionalAction, help="whole branches around which a shortcut leads may go, too, not "
+        "only channels; default: what the sparsity training did, else --no-layers")
     add("--keep", nargs="+", default=[], metavar="PATTERN", help="BatchNorms that stay whole, such as 'model.0.*'")
     add("--reconstruct", action="store_true", help="refit the weights that are left by least squares, on training "
         "images: for cuts that take channels that the model uses; includes --absorb")
@@ -111,13 +113,15 @@ def settle(opt: Namespace, saved: dict[str, Any], model: Model) -> Namespace:
     return Namespace(**{**vars(opt), "percent": 0.0 if nothing_left else opt.percent,
                         "target": as_latency(opt.target), "hyp": read_hyp(saved.get("hyp") or {}),
                         "imgsz": whole_strides(opt.imgsz, model.divisor),
+                        "layers": bool(trained.get("layers") if opt.layers is None else opt.layers),
                         "shortcuts": opt.shortcuts or trained.get("shortcuts", "skip"),
                         "round_to": opt.round_to or trained.get("round_to") or 1})
 
 
 def rank(model: Model, opt: Namespace, device: torch.device, loader: Loader) -> Pruner[Model]:
     """The engine, with the model's channels ranked as the flags say."""
-    rules = Rules(opt.min_channels, opt.min_share, opt.round_to, coupled=opt.shortcuts == "joint", keep=tuple(opt.keep))
+    rules = Rules(opt.min_channels, opt.min_share, opt.round_to, coupled=opt.shortcuts == "joint", layers=opt.layers,
+                  keep=tuple(opt.keep))
 
     def evaluate(candidate: Model) -> dict[str, float]:
         found = accuracy(candidate, loader(), opt, device)

@@ -129,7 +129,8 @@ class SparsityHook(Hook):
 
     def record(self) -> dict[str, Any]:
         """For prune.py: a cut follows the sparsity training's blocks and shortcuts. For a resumed run: what is cut."""
-        known: dict[str, Any] = {"sparsity": {"round_to": self.plan.round_to, "shortcuts": self.run.opt.shortcuts}}
+        known: dict[str, Any] = {"sparsity": {"round_to": self.plan.round_to, "shortcuts": self.run.opt.shortcuts,
+                                              "layers": self.run.opt.layers}}
         if self.remaining.fewer:
             known["shrunk"] = {"before": self.remaining.before, "done": self.settled, "difference": self.difference}
         return known
@@ -176,6 +177,9 @@ def add_sparsity_flags(parser: HelpfulParser) -> None:
              "fast kernels want it; 1: one by one (16, or less where layers are too narrow for a choice)")
     add("--shortcuts", choices=["skip", "joint"], default="skip",
         help="channels that shortcuts couple are left alone (skip), or taken as one (joint)")
+    add("--layers", action=BooleanOptionalAction, default=False,
+        help="with --target-sparsity: whole branches around which a shortcut leads go, too, ranked beside the blocks "
+             "of channels")
     add("--keep", nargs="+", default=[], metavar="PATTERN", help="BatchNorms to leave alone, such as 'model.0.*'")
     add("--only", nargs="+", default=[], metavar="PATTERN", help="act on no BatchNorms but these")
     add("--percent", type=fraction(one=False),
@@ -184,12 +188,13 @@ def add_sparsity_flags(parser: HelpfulParser) -> None:
         help="every N epochs also validate the model without those channels (0: never)")
     parser.needs(["--teacher-weight"], "--teacher")
     targets = ["--target-sparsity", "--target"]
-    parser.apart("--no-st", [*targets, "--sparsity", "--sr", "--sr-bias", "--shrink", "--round-to"],
+    parser.apart("--no-st", [*targets, "--sparsity", "--sr", "--sr-bias", "--shrink", "--round-to", "--layers"],
                  "trains without sparsity, {} asks for some")
-    parser.apart("--sparsity l1", [*targets, "--shrink", "--round-to"], "knows no {}")
+    parser.apart("--sparsity l1", [*targets, "--shrink", "--round-to", "--layers"], "knows no {}")
     parser.apart("--target", ["--target-sparsity"], "{} says it in another way")
     parser.needs(["--runtime", "--int8"], "--target latency", "--target speedup")
-    parser.needs(["--shrink", "--round-to", "--per-flop", "--no-per-flop"], *targets, "--sparsity target")
+    parser.apart("--layers", ["--shortcuts joint"], "takes branches as a whole, {} their channels with others'")
+    parser.needs(["--shrink", "--round-to", "--layers", "--per-flop", "--no-per-flop"], *targets, "--sparsity target")
 
 
 def parse(argv: Argv = None) -> Namespace:

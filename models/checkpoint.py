@@ -23,7 +23,7 @@ from models.yolo import BUILD_ERRORS, Model, fused
 from utils.downloads import fetch
 from utils.errors import NonFiniteError, UserError, first_line
 from utils.files import atomic
-from utils.slimming.surgery import resize_like
+from utils.slimming.surgery import resize_like, take_out_missing
 
 # Names that a foreign file may mention. Each gets an inert stand-in: nothing that they name is imported or called.
 # The package of PyPI that carries YOLOv5 puts its own name in front.
@@ -127,14 +127,15 @@ def _assemble(data: dict[str, Any], path: str | Path, ema: bool = True, place: s
     try:
         with torch.device(place):
             model = Model(data["yaml"], names=data["names"])
-        convs = [name for name, module in model.named_modules() if isinstance(module, Conv)]
-        if not any(f"{name}.bn.running_mean" in state for name in convs):  # they are folded into the convolutions
-            model = fused(model)
     except UserError as error:
         if place == "meta" and "meta tensor" in str(error.__context__):
             return _assemble(data, path, ema, "cpu")
         raise UserError(f"{path}: {error}") from None
     try:
+        take_out_missing(model, state.keys())
+        convs = [name for name, module in model.named_modules() if isinstance(module, Conv)]
+        if not any(f"{name}.bn.running_mean" in state for name in convs):  # they are folded into the convolutions
+            model = fused(model)
         resize_like(model, state)
         for name, value in model.state_dict().items():
             if value.is_floating_point() != state[name].is_floating_point():

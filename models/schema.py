@@ -102,7 +102,7 @@ OPTIONS: dict[Any, Any] = {
     **dict.fromkeys(("patience", "masked_val"), maybe(whole())), "epochs": maybe(whole(1, LARGEST // 1000)),
     **dict.fromkeys(("seed", "save_period"), maybe(whole(-2 ** 63, 2 ** 63))),
     **dict.fromkeys(("rect", "nosave", "noval", "noautoanchor", "noplots", "multi_scale", "image_weights", "sync_bn",
-                     "cos_lr", "deterministic", "single_cls", "adam", "shrink", "per_flop"), maybe(FLAG)),
+                     "cos_lr", "deterministic", "single_cls", "adam", "shrink", "per_flop", "layers"), maybe(FLAG)),
     **dict.fromkeys(("percent", "target_sparsity", "label_smoothing"), SHARE),
     **dict.fromkeys(("sr", "sr_bias", "teacher_weight"), maybe(number(0))),
     "optimizer": maybe(one_of("SGD", "Adam", "AdamW")), "amp": maybe(one_of("off", "bf16", "fp16")),
@@ -127,7 +127,7 @@ CHECKPOINT: dict[Any, Any] = {
     **MODEL, "opt": maybe(OPTIONS), "hyp": RATES, "training": maybe(TRAINING), "imgsz": OPTIONS["imgsz"],
     **dict.fromkeys(("data", "folder", "parent"), maybe(TEXT)), "gradual": FLAG,
     "metrics": maybe({"difference": maybe(number(0)), ...: ANY}),
-    "sparsity": {"round_to": SIZE, "shortcuts": SHORTCUTS, ...: ANY}, "to_cut": {...: MASK},
+    "sparsity": {"round_to": SIZE, "shortcuts": SHORTCUTS, "layers": FLAG, ...: ANY}, "to_cut": {...: MASK},
     "shrunk": {"before": Needed({...: MASK}), "done": FLAG, "difference": maybe(number(0)), ...: ANY}, ...: ANY}
 
 
@@ -146,7 +146,7 @@ def checked(data: Any) -> dict[str, Any]:
     fused = not any(key.endswith(".running_mean") for key in state)
     for name, mask in masks.items():
         weight = state.get(f"{name}.weight")
-        if int(mask.sum()) != len(weight) if weight is not None and weight.dim() else not fused:
+        if int(mask.sum()) != len(weight) if weight is not None and weight.dim() else not fused and mask.any():
             raise ValueError(f"'masks.{name}' does not fit the weights")
     for name, mask in data.get("shrunk", {}).get("before", {}).items():
         if name not in masks or len(masks[name]) != len(mask) or bool((masks[name] & ~mask).any()):

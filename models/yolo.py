@@ -275,11 +275,11 @@ class Model(nn.Module):
         return x
 
     def train(self, mode: bool = True) -> Model:
-        """nn.Module.train. SiLU works in place in eval mode only: where its input is needed for the gradient, autograd
-        would copy it first."""
+        """nn.Module.train. Conv's SiLU works in place in eval mode only: where its input is needed for the gradient,
+        autograd would copy it first. Other blocks' may be given what others read, too."""
         for module in self.modules():
-            if isinstance(module, nn.SiLU):
-                module.inplace = not mode
+            if isinstance(module, Conv) and isinstance(module.act, nn.SiLU):
+                module.act.inplace = not mode
         return super().train(mode)
 
     def _set_activation(self, name: str) -> None:

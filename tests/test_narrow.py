@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 import finetune_pruned
 import prune
@@ -67,11 +68,17 @@ def flags(tiny: Path, *more: object) -> list[str]:
 
 @pytest.fixture(scope="module")
 def cut(tiny, teacher, tmp_path_factory) -> Path:
-    """A folder with pruned_model.pt, whose channels the model uses."""
+    """A folder with pruned_model.pt, which has lost channels that the model uses, and a whole branch."""
     folder = tmp_path_factory.mktemp("cut")
+    model = checkpoint.load(teacher)
+    with torch.no_grad():
+        model.get_parameter("model.6.m.1.cv2.bn.weight").mul_(1e-4)
+    checkpoint.save(folder / "wide.pt", model, imgsz=64)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        prune.main(["--weights", str(teacher), "--data", str(tiny), "--noval", "--workers", "0", "--percent", "0.4"])
+        prune.main(["--weights", "wide.pt", "--data", str(tiny), "--noval", "--workers", "0", "--percent", "0.4",
+                    "--score", "gamma", "--layers"])
+    assert isinstance(checkpoint.load(folder / "pruned_model.pt").model[6].m[1], nn.Identity)
     return folder
 
 

@@ -35,8 +35,8 @@ def prepared(model: nn.Module, optimizer: str, **flags: object) -> tuple[Run, Sp
         model.masks, model.detect, model.yaml, model.divisor = {}, None, {"ch": 3}, 32
     model = model.double().train()
     known = {"sr": 0.0, "sr_bias": None, "epochs": 1, "target_sparsity": 0.5, "target": None,
-             "percent": 0.5, "round_to": 1, "per_flop": True, "shortcuts": "joint", "keep": [], "only": [],
-             "shrink": True}
+             "percent": 0.5, "round_to": 1, "per_flop": True, "shortcuts": "joint", "layers": False, "keep": [],
+             "only": [], "shrink": True}
     hook = SparsityHook()
     run = Run(Namespace(**{**known, **flags}), 64, 1, World(0, 1, torch.device("cpu")), Path(), None, model, model,
               build_optimizer(model, optimizer, 0.01, 0.9, 0.001), torch.amp.GradScaler("cpu", enabled=False), None,
@@ -72,11 +72,17 @@ def narrow_models() -> dict[str, dict]:
     return {name: read_yaml(files[name]) | {"width_multiple": 0.125, "depth_multiple": 0.1} for name in names}
 
 
-def check(first: nn.Module, optimizer: str, monkeypatch: pytest.MonkeyPatch, **flags: object) -> None:
-    """A run that cuts three times, against one that never does: outputs then, weights and average in later steps."""
+def check(first: nn.Module, optimizer: str, monkeypatch: pytest.MonkeyPatch, weak: str = "",
+          **flags: object) -> SparsityHook:
+    """A run that cuts three times, against one that never does: outputs then, weights and average in later steps.
+
+    weak: a BatchNorm that sends next to nothing. Returns the hook of the run that cuts.
+    """
     monkeypatch.setattr(TargetSparsity, "SHRINK", 0.2)  # channels die in two or three steps
     monkeypatch.setattr(train_sparsity, "ENOUGH_NEW_ZEROS", 0.0)
     state = randomised(first).state_dict()
+    for key in ("weight", "bias") if weak else ():
+        state[f"{weak}.{key}"] *= 1e-3
     wide, hook = prepared(first, optimizer, **flags)
     other = type(first)(first.yaml, nc=2) if isinstance(first, Model) else Net(type(first.block)())
     other.load_state_dict(state)
@@ -105,6 +111,7 @@ def check(first: nn.Module, optimizer: str, monkeypatch: pytest.MonkeyPatch, **f
         one.plan.look(run.ema.ema, one.remaining)
     shown = shrinking.plan.shown
     assert all(torch.equal(shown[name].weight == 0, norm.weight == 0) for name, norm in hook.plan.shown.items())
+    return shrinking
 
 
 @pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
@@ -113,6 +120,17 @@ def check(first: nn.Module, optimizer: str, monkeypatch: pytest.MonkeyPatch, **f
 def test_a_block_of_ones_own_shrinks_exactly(name, optimizer, monkeypatch):
     torch.manual_seed(0)
     check(Net(NETWORKS[name]()), optimizer, monkeypatch, target_sparsity=0.4)
+
+
+@pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
+def test_branches_go_exactly(optimizer, monkeypatch):
+    """One of two branches, whose last BatchNorm sends next to nothing, and channels beside it."""
+    torch.manual_seed(0)
+    net = Net(NETWORKS["C2f"]())
+    hook = check(net, optimizer, monkeypatch, "block.m.0.cv2.bn", target_sparsity=0.4, layers=True, shortcuts="skip")
+    assert [name for name, mask in hook.remaining.left.items() if not mask.any()] == [
+        "block.m.0.cv1.bn", "block.m.0.cv2.bn"]
+    assert isinstance(hook.run.model.block.m[0], nn.Identity)
 
 
 def test_synchronised_batch_norms_are_cut(cfg):
@@ -129,7 +147,7 @@ def test_synchronised_batch_norms_are_cut(cfg):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name, optimizer, flags", [
-    ("yolov5n", "SGD", {"shortcuts": "skip", "round_to": 4}),
+    ("yolov5n", "SGD", {"shortcuts": "skip", "round_to": 4, "layers": True}),
     ("yolov5n", "AdamW", {"target_sparsity": None, "target": ("flops", 0.5), "round_to": None}),
     ("yolov3-tiny", "SGD", {}), ("yolov5s-ghost", "AdamW", {}), ("yolov5-bifpn", "AdamW", {})])
 def test_a_model_shrinks_exactly(name, optimizer, flags, monkeypatch):
@@ -138,11 +156,16 @@ def test_a_model_shrinks_exactly(name, optimizer, flags, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def flags(tiny, cfg, teacher) -> list[str]:
-    """Six epochs of three batches; half of the FLOPs go, with a teacher."""
-    return ["--data", str(tiny), "--weights", "", "--cfg", str(cfg), "--epochs", "6", "--imgsz", "64",
+def flags(tiny, cfg, teacher, tmp_path_factory) -> list[str]:
+    """Six epochs of three batches; half of the FLOPs go, a branch that sends next to nothing first; with a teacher."""
+    model = Model(str(cfg), nc=2, names=checkpoint.load(teacher).names)
+    with torch.no_grad():
+        for key in ("weight", "bias"):
+            model.get_parameter(f"model.6.m.1.cv2.bn.{key}").mul_(1e-3)
+    checkpoint.save(start := tmp_path_factory.mktemp("start") / "start.pt", model)
+    return ["--data", str(tiny), "--weights", str(start), "--epochs", "6", "--imgsz", "64",
             "--batch-size", "4", "--nbs", "4", "--workers", "0", "--device", "cpu", "--noplots", "--adam",
-            "--target", "flops=0.6", "--round-to", "2", "--shrink", "--teacher", str(teacher)]
+            "--target", "flops=0.6", "--round-to", "2", "--shrink", "--layers", "--teacher", str(teacher)]
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +183,8 @@ def test_a_run_ends_slim_and_prune_cuts_nothing_more(whole, tmp_path, monkeypatc
     assert "slim from here on" in log and "target flops=0.6 in blocks of 2" in log
     last, best = (checkpoint.read(folder / "weights" / name) for name in ("last.pt", "best.pt"))
     shapes = [{key: value.shape for key, value in data["state_dict"].items()} for data in (last, best)]
+    assert not any(key.startswith("model.6.m.1.") for key in last["state_dict"])
+    assert isinstance(checkpoint.build(last).model[6].m[1], nn.Identity)
     assert shapes[0] == shapes[1] and all(last["masks"][k].equal(v) for k, v in best["masks"].items())
     table = rows(folder / "results.csv")
     gammas = np.load(folder / "gammas.npy")  # of all channels that there were at the start
@@ -193,7 +218,9 @@ def test_killed_at_any_time_it_ends_bit_identical(flags, whole, tmp_path, when):
 def test_flags_that_contradict_each_other_are_refused(monkeypatch, tmp_path, tiny, cfg):
     monkeypatch.chdir(tmp_path)
     common = ["--data", str(tiny), "--weights", "", "--cfg", str(cfg), "--epochs", "1", "--imgsz", "64"]
-    for flags, words in ((["--shrink"], "has no effect without --target-sparsity or --target"),
+    for flags, words in ((["--layers"], "has no effect without --target-sparsity or --target"),
+                         (["--layers", "--target", "flops=0.5", "--shortcuts", "joint"], "leave one of the two out"),
+                         (["--shrink"], "has no effect without --target-sparsity or --target"),
                          (["--target", "flops=0.5", "--target-sparsity", "0.5"], "leave one of the two out"),
                          (["--target", "flops=0.01"], "of the flops can go; every layer keeps some; give more")):
         with pytest.raises(train_sparsity.UserError, match=words):

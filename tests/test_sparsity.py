@@ -292,7 +292,7 @@ def test_channels_of_a_layer_that_are_coupled_to_others_or_among_themselves():
 def test_blocks_are_as_large_as_leaves_a_choice(width, share, expected):
     model = Model({**read_yaml("yolov5n.yaml"), "width_multiple": width}, nc=3)
     opt = Namespace(sr=0.0, sr_bias=None, epochs=1, target_sparsity=share, target=None, round_to=None,
-                    per_flop=False, shortcuts="skip", keep=[], only=[])
+                    per_flop=False, shortcuts="skip", layers=False, keep=[], only=[])
     plan = SparsityPlan(opt, 64, model, set())
     assert plan.target is not None
     assert plan.round_to == expected and share <= 0.9 * plan.target.most

@@ -19,8 +19,9 @@ class GradualCut(Hook):
     """The run starts with the model that was cut, and goes on with the slim one before GRADUAL_SHARE of it is over.
 
     The channels that `masks` cut shrink to 0, those first that the loss uses least at the moment, as under
-    --target-sparsity. At the end of the epoch in which the last one is 0 they are taken out. Without masks the hook
-    does nothing, unless the run that is resumed has not made the cut yet.
+    --target-sparsity; of a branch that goes as a whole those of its last BatchNorm. At the end of the epoch in which
+    the last one is 0 they are taken out. Without masks the hook does nothing, unless the run that is resumed has not
+    made the cut yet.
     """
 
     def __init__(self, masks: Masks | None = None):
@@ -32,13 +33,15 @@ class GradualCut(Hook):
             self.masks = run.resumed.get("to_cut", {})
         if not self.masks:
             return
-        names = [name for name, mask in self.masks.items() if not mask.all()]
         graph = trace(run.model)
+        gone = graph.gone(graph.kept(self.masks))
+        whole = [last for last, branch in graph.branches.items() if branch in gone]
+        names = [name for name, mask in self.masks.items() if not mask.all() and (
+            name in whole or not any(branch.holds(name) for branch in gone))]
         norms, averaged = (list(batch_norms(model, names).values()) for model in (run.model, run.ema.ema))
         allowed = [~self.masks[name].numpy() for name in names]
-        groups = [graph.group[graph.norms[name]] for name in names]
-        self.target = TargetSparsity(norms, float(np.concatenate(allowed).mean()), averaged, groups=groups,
-                                     allowed=allowed)
+        self.target = TargetSparsity(norms, float(np.concatenate(allowed).mean()), averaged, allowed=allowed,
+                                     groups=graph.groups(names, whole))
 
     def before_step(self) -> None:
         if self.masks:

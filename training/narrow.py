@@ -44,9 +44,9 @@ def narrow_optimizer(optimizer: torch.optim.Optimizer, old: nn.Module, new: nn.M
             if key in state.get(name, {}):
                 state[name][key] = parameter.detach()
     for group in optimizer.param_groups:
-        group["params"] = [after[names[parameter]] for parameter in group["params"]]
+        group["params"] = [after[names[parameter]] for parameter in group["params"] if names[parameter] in after]
     optimizer.state.clear()
-    optimizer.state.update({after[name]: values for name, values in state.items()})
+    optimizer.state.update({after[name]: values for name, values in state.items() if name in after})
 
 
 class RemainingChannels:
@@ -72,6 +72,10 @@ class RemainingChannels:
     def present(self, masks: Masks) -> Masks:
         """Masks over the channels of the start -> over those that are left."""
         return last_masks(self.left, masks)
+
+    def holds(self, name: str) -> bool:
+        """Has the present model this BatchNorm of the start? It has not where a whole branch was cut."""
+        return name not in self.left or bool(self.left[name].any())
 
     def spread(self, name: str, values: Tensor) -> Tensor:
         """Values of a BatchNorm's channels -> of its channels at the start, on the CPU; 0 where one was cut."""

@@ -49,6 +49,7 @@ class SparsityPlan:
             self.pruner = model_pruner(start, imgsz, milliseconds=milliseconds)
         except ValueError as error:
             raise UserError(f"sparsity: {error}") from None
+        self.whole: list[str] = []  # the last BatchNorms of branches that may go as a whole
         # Their scales and shifts are those of the average, over the channels of the start: see look().
         self.shown = {name: self.pruner.norms[name] for name in self._chosen_norms()}
         self.round_to = 1
@@ -59,20 +60,26 @@ class SparsityPlan:
 
     def attach(self, model: Model, average: Model, remaining: RemainingChannels) -> None:
         """Act on these models from now on, of which so many channels are left."""
-        self.norms = batch_norms(model, self.shown)
+        here = [name for name in self.shown if remaining.holds(name)]
+        self.norms, averaged = batch_norms(model, here), batch_norms(average, here)
         norms = list(self.norms.values())
         self.penalty = GammaL1(norms, self.opt.sr, self.opt.epochs, self.opt.sr_bias)
         if self.target:
             left = [remaining.left[name].numpy() for name in self.shown] if remaining.left else None
-            self.target.follow(norms, list(batch_norms(average, self.shown).values()), left)
+            self.target.follow([self.norms.get(name) for name in self.shown],
+                               [averaged.get(name) for name in self.shown], left)
 
     @torch.no_grad()
     def look(self, average: Model, remaining: RemainingChannels) -> None:
         """Show the pruner the average's scales and shifts, which is what is saved."""
-        for name, norm in batch_norms(average, self.pruner.norms).items():
-            shown = self.pruner.norms[name]
-            shown.weight.copy_(remaining.spread(name, norm.weight))
-            shown.bias.copy_(remaining.spread(name, norm.bias))
+        present = batch_norms(average, filter(remaining.holds, self.pruner.norms))
+        for name, shown in self.pruner.norms.items():
+            for key in ("weight", "bias"):
+                tensor = getattr(shown, key)
+                if name in present:
+                    tensor.copy_(remaining.spread(name, getattr(present[name], key)))
+                else:
+                    tensor.zero_()
 
     def _chosen_norms(self) -> list[str]:
         """Names of the BatchNorms to act on, as --shortcuts, --only, --keep and --freeze leave them."""
@@ -83,7 +90,11 @@ class SparsityPlan:
             only = flag_matches("--only", every, opt.only) if opt.only else every
         except ValueError as error:
             raise UserError(f"{error}; prune.py's table shows the names") from None
-        names = graph.prunable_norms(opt.shortcuts == "joint", (self.frozen & every) | keep | (every - only))
+        leave = (self.frozen & every) | keep | (every - only)
+        names = graph.prunable_norms(opt.shortcuts == "joint", leave)
+        if opt.layers:
+            self.whole = [last for last, branch in graph.branches.items() if leave.isdisjoint(branch.norms)]
+            names += self.whole
         if not names:
             raise UserError("; ".join([NO_NORMS, *graph.notes[:3]]))
         return names
@@ -91,12 +102,19 @@ class SparsityPlan:
     def _build_target(self, sizes: Sequence[int]) -> TargetSparsity:
         """The rule of --target-sparsity, in blocks of the first, largest, of `sizes` that leaves a choice of blocks."""
         opt, graph = self.opt, self.pruner.graph
-        flops = self.pruner.costs.flops_per_channel()
-        costs = [flops[name] for name in self.shown] if opt.per_flop else None
-        groups = [graph.group[graph.norms[name]] for name in self.shown]
+        costs, groups = None, graph.groups(self.shown, self.whole)
+        if opt.per_flop:
+            flops = self.pruner.costs.flops_per_channel()
+            flops |= {last: np.full(len(flops[last]), self.pruner.costs.flops_of_branch(graph.branches[last]))
+                      for last in self.whole}
+            costs = [flops[name] for name in self.shown]
+        place = {name: i for i, name in enumerate(self.shown)}
+        branches = {place[last]: [place[name] for name in graph.branches[last].norms if name in place and name != last]
+                    for last in self.whole}
         wanted = opt.target_sparsity or 1 - opt.target[1]  # share of the channels, or of the figure, that is to go
         for size in sizes:
-            target = TargetSparsity(list(self.shown.values()), opt.target_sparsity, (), costs, groups, size)
+            target = TargetSparsity(list(self.shown.values()), opt.target_sparsity, (), costs, groups, size,
+                                    branches=branches)
             most = target.most if opt.target_sparsity else 1 - self.figure_without(target.most_gone)
             if wanted <= 0.9 * most:
                 break
@@ -119,7 +137,10 @@ class SparsityPlan:
         graph = self.pruner.graph
         keep = np.ones(len(graph.group), bool)
         for name, flags in zip(self.shown, gone):
-            keep[graph.group[graph.norms[name][flags]]] = False
+            if name not in self.whole:
+                keep[graph.group[graph.norms[name][flags]]] = False
+            elif flags.all():
+                keep[graph.branches[name].number] = False
         for ids in graph.outputs.values():
             if not keep[graph.group[ids]].any():
                 keep[graph.group[ids]] = True

@@ -71,6 +71,7 @@ class SparsityReport:
         total = sum(isinstance(module, _BatchNorm) for module in self.run.model.modules())
         channels = sum(len(norm.weight) for norm in plan.shown.values())
         text = f"sparsity: {how}, on {len(plan.shown)} of {total} BatchNorms, {channels} channels"
+        text += f", {len(plan.whole)} branches" if opt.layers else ""
         text += f"; the others are {' or '.join(others)}" if others else ""
         if plan.target:
             text += (f"\nsparsity: the zeros are final after {plan.target.LAST:.0%} of the run; best.pt is one of the "
@@ -84,7 +85,7 @@ class SparsityReport:
         self.history.append(torch.cat(gammas).detach().abs().half())
         stats = gamma_stats(gammas)
         rules = Rules(min_share=MIN_SHARE, round_to=plan.round_to, coupled=opt.shortcuts == "joint",
-                      keep=tuple(opt.keep))
+                      layers=opt.layers, keep=tuple(opt.keep))
         limit = plan.pruner.rank(rules=rules).safe_threshold().percent
         log["sparsity/sr"] = plan.penalty.coefficient(self.run.epoch)
         log.update({f"sparsity/{key}": value for key, value in stats.items()})
@@ -97,7 +98,8 @@ class SparsityReport:
         run, opt, pruner, target = self.run, self.run.opt, self.plan.pruner, self.plan.target
         percent = opt.percent
         if percent is None:  # what --target takes as the channels rank now
-            percent = target.share * target.total / pruner.ranking.total if target else 0.0
+            gone = sum(int(flags.sum()) for flags in target.gone) if target else 0
+            percent = max(target.share * target.total, gone) / pruner.ranking.total if target else 0.0
         masks, parameters, flops = pruner.preview(percent)
         log = {"sparsity/parameters_left": float(parameters), "sparsity/gflops_left": flops / 1e9}
         if opt.masked_val and (run.epoch + 1) % opt.masked_val == 0:

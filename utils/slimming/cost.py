@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from utils.slimming.branches import Branch
 from utils.slimming.equivalence import Inputs, UnfitImagesError, as_call
 from utils.slimming.graph import ChannelGraph, weighted_layers
 
@@ -74,9 +75,13 @@ def _meta_pass(model: nn.Module, names: Iterable[str], imgsz: int, channels: int
 
 @dataclass(frozen=True)
 class _LayerCost:
-    """What one pair of an output and an input channel of a layer costs, and one output channel's bias."""
+    """What one pair of an output and an input channel of a layer costs, and one output channel's bias.
+
+    around: ids of the branches that the layer is in.
+    """
 
     name: str
+    around: np.ndarray
     weights: float
     flops: float
     bias: int
@@ -96,16 +101,20 @@ class CostModel:
         self.graph = graph
         pixels, total = _meta_pass(model, graph.outputs, imgsz, channels, inputs)
         self.parts: list[_LayerCost] = []
-        self.alone = [(2, ids) for ids in graph.norms.values()] + [(1, ids) for ids in graph.vectors.values()]
-        counted = sum(times * len(ids) for times, ids in self.alone)
+        self.alone = [(times, ids, graph.around(name)) for times, of_kind in ((2, graph.norms), (1, graph.vectors))
+                      for name, ids in of_kind.items()]
+        counted = sum(times * len(ids) for times, ids, _ in self.alone)
         for name, layer in weighted_layers(model, graph.outputs).items():
             weights = 1.0 if isinstance(layer, nn.Linear) else math.prod(layer.kernel_size) / layer.groups
             depthwise = graph.outputs[name] is graph.inputs[name]
-            self.parts.append(_LayerCost(name, weights, 2 * weights * pixels[name], int(layer.bias is not None),
-                                         depthwise))
+            self.parts.append(_LayerCost(name, graph.around(name), weights, 2 * weights * pixels[name],
+                                         int(layer.bias is not None), depthwise))
             counted += sum(p.numel() for p in layer.parameters(recurse=False))
-        # What no cut changes: attention, say.
+        # What no cut of channels changes: attention, say.
         self.rest = sum(p.numel() for p in model.parameters()) - counted
+        known = {f"{name}.{key}" for name in (*graph.outputs, *graph.norms) for key in ("weight", "bias")}
+        self.rest_of_branches = [(p.numel(), graph.around(name)) for name, p in model.named_parameters()
+                                 if name not in known | graph.vectors.keys()]
         self.rest_flops = total - round(sum(
             part.flops * len(graph.inputs[part.name]) * len(graph.outputs[part.name]) for part in self.parts))
 
@@ -114,14 +123,17 @@ class CostModel:
         graph = self.graph
         if keep is None:
             keep = np.ones(len(graph.group), bool)
-        parameters, flops = float(self.rest), float(self.rest_flops)
+        gone = sum(count for count, around in self.rest_of_branches if not keep[around].all())
+        parameters, flops = float(self.rest - gone), float(self.rest_flops)
         for part in self.parts:
+            if not keep[part.around].all():
+                continue
             inputs = graph.inputs[part.name]
             rows = int(keep[graph.outputs[part.name]].sum())
             columns = len(inputs) if part.depthwise else int(keep[inputs].sum())
             parameters += rows * columns * part.weights + rows * part.bias
             flops += rows * columns * part.flops
-        parameters += sum(times * int(keep[ids].sum()) for times, ids in self.alone)
+        parameters += sum(times * int(keep[ids].sum()) for times, ids, around in self.alone if keep[around].all())
         return round(parameters), round(flops)
 
     def flops_per_channel(self) -> dict[str, np.ndarray]:
@@ -134,3 +146,9 @@ class CostModel:
             if not part.depthwise:
                 np.add.at(total, inputs, part.flops * len(outputs))
         return {name: total[graph.group[ids]] for name, ids in graph.norms.items()}
+
+    def flops_of_branch(self, branch: Branch) -> float:
+        """The FLOPs that go when a branch goes and nothing else."""
+        keep = np.ones(len(self.graph.group), bool)
+        keep[branch.number] = False
+        return self.remaining()[1] - self.remaining(keep)[1]

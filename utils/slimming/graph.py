@@ -1,12 +1,12 @@
 """The channel graph: which channels of a network are the same channel.
 
 Every output channel of a convolution or a Linear has a number, its id. tracing.py follows the model and notes the ids
-that each layer reads and writes. One boolean per id then decides everything: masks, kept inputs and outputs, cost. No
-layer number and no class of a particular architecture appears.
+that each layer reads and writes. Branches that may go as a whole have ids behind those. One boolean per id then decides
+everything: masks, kept inputs and outputs, cost. No layer number and no class of a particular architecture appears.
 """
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 
@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from utils.slimming.branches import Branch
+
 Convolution = nn.Conv2d | nn.ConvTranspose2d
 Layer = Convolution | nn.Linear
 Masks = dict[str, Tensor]  # BatchNorm name -> bool (channels,) over the channels that it has now; True is kept
@@ -22,7 +24,11 @@ Masks = dict[str, Tensor]  # BatchNorm name -> bool (channels,) over the channel
 
 @dataclass
 class ChannelGraph:
-    """Ids are integers 0..n-1. `group[id]` is equal for ids that can only be kept or cut together."""
+    """Ids are integers 0..n-1. `group[id]` is equal for ids that can only be kept or cut together.
+
+    A branch is cut where its id is, whatever becomes of the ids of its channels, of which others may have some. In
+    masks it is cut where those of all of its BatchNorms are all False.
+    """
 
     inputs: dict[str, np.ndarray] = field(default_factory=dict)   # layer name -> ids of its input channels
     outputs: dict[str, np.ndarray] = field(default_factory=dict)  # layer name -> ids of its output channels
@@ -32,7 +38,23 @@ class ChannelGraph:
     group: np.ndarray = field(default_factory=lambda: np.zeros(0, int))
     frozen: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))   # (ids,) must be kept
     coupled: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))  # (ids,) united with others by an addition
+    branches: dict[str, Branch] = field(default_factory=dict)     # last BatchNorm of a branch -> the branch
     notes: list[str] = field(default_factory=list)                # what the graph does not know, for the user
+
+    def add_branches(self, branches: dict[str, Branch]) -> None:
+        """Note branches, numbered from the number of ids on. They are frozen: who lets branches go says so."""
+        ids = np.array([branch.number for branch in branches.values()], int)
+        self.branches, self.group = branches, np.append(self.group, ids)
+        self.frozen = np.append(self.frozen, np.ones(len(ids), bool))
+        self.coupled = np.append(self.coupled, np.zeros(len(ids), bool))
+
+    def around(self, name: str) -> np.ndarray:
+        """Ids of the branches that a layer, BatchNorm or parameter is in."""
+        return np.array([branch.number for branch in self.branches.values() if branch.holds(name)], int)
+
+    def gone(self, keep: np.ndarray) -> list[Branch]:
+        """The branches that are cut where keep, bool (ids,), is False."""
+        return [branch for branch in self.branches.values() if not keep[branch.number]]
 
     def removable(self, coupled: bool = False) -> np.ndarray:
         """bool (ids,): may be cut. `coupled`: channels that an addition couples may go as well, a group at once."""
@@ -57,9 +79,18 @@ class ChannelGraph:
                 fixed[self.group[names.pop(name)]] = True
         return list(names)
 
+    def groups(self, names: Iterable[str], whole: Collection[str] = ()) -> list[np.ndarray]:
+        """Numbers of the channels of these BatchNorms, int (channels,) each, equal for those that go at once.
+
+        whole: those of them that end branches which go as a whole, and are no more coupled to others.
+        """
+        return [np.full(len(self.norms[name]), self.branches[name].number) if name in whole
+                else self.group[self.norms[name]] for name in names]
+
     def masks(self, keep: np.ndarray) -> Masks:
         """One bool per id -> masks for every BatchNorm."""
-        return {name: torch.from_numpy(keep[self.group[ids]]) for name, ids in self.norms.items()}
+        return {name: torch.from_numpy(keep[self.group[ids]] & keep[self.around(name)].all())
+                for name, ids in self.norms.items()}
 
     def kept(self, masks: Masks) -> np.ndarray:
         """Masks -> one bool per id. Raises ValueError on masks that contradict each other or the graph."""
@@ -68,10 +99,15 @@ class ChannelGraph:
             if name not in self.norms:
                 raise ValueError(f"mask for '{name}': the model has no such BatchNorm in its channel graph")
             require_mask(name, mask, len(self.norms[name]))
+        cut = [branch for branch in self.branches.values()
+               if all(name in masks and not masks[name].any() for name in branch.norms)]
+        masks = {name: mask for name, mask in masks.items() if not any(branch.holds(name) for branch in cut)}
+        for name, mask in masks.items():
             keep[self.group[self.norms[name][~mask.numpy()]]] = False
         keep = keep[self.group]
         if (~keep & self.frozen).any():
             raise ValueError("the masks cut channels that must stay (an output, or what an unknown operation reads)")
+        keep[[branch.number for branch in cut]] = False
         if emptied := [name for name, ids in self.outputs.items() if not keep[ids].any()]:
             raise ValueError(f"nothing is left of {', '.join(emptied)}: a layer needs an output channel")
         for name, mask in masks.items():

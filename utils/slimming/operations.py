@@ -24,7 +24,8 @@ DROPS = {"StochasticDepth", "DropPath", "DropBlock2d"}
 # They leave the channels in place but map 0 to another value. Their output may scale channels, and nothing else.
 GATES = {nn.Sigmoid, nn.Hardsigmoid, torch.sigmoid, F.sigmoid, F.hardsigmoid, "sigmoid", "sigmoid_"}
 CONCATS = {torch.cat, torch.concat}
-ADDITIONS = {operator.add, operator.iadd, operator.sub, torch.add, torch.sub, "add", "add_", "sub"}
+SUMS = {operator.add, operator.iadd, torch.add, "add", "add_"}
+ADDITIONS = {*SUMS, operator.sub, torch.sub, "sub"}
 PRODUCTS = {operator.mul, operator.imul, torch.mul, torch.multiply, "mul", "mul_", "multiply"}
 DIVISIONS = {operator.truediv, torch.div, "div"}
 SPATIAL_MEANS = {"mean", "sum", "amax", torch.mean, torch.sum, torch.amax}

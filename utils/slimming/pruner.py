@@ -73,14 +73,15 @@ class Pruner(TracedModel[M]):
             raise ValueError(f"target must be one of {', '.join(TARGETS)} and a number between 0 and 1, such as "
                              f"('flops', 0.5), not {target!r}")
         ranking, keep, outcome = self._choose(percent, target)
-        masks, prunable = self.graph.masks(keep), ranking.prunable
+        masks, (gammas, kept) = self.graph.masks(keep), self._gammas_and_kept(ranking, keep)
         narrow = slim(self.model, masks, self.graph)
         difference = self.check(masked_view(self.model, masks), narrow)
-        gone = torch.cat([self.norms[name].weight.detach().abs()[~mask] for name, mask in masks.items()])
         return PruneResult(
-            self.model, narrow, masks, prunable=prunable, gammas=torch.cat(list(self.gammas(prunable).values())),
+            self.model, narrow, masks, [branch.module for branch in self.graph.gone(keep)],
+            prunable=ranking.prunable, gammas=gammas, kept=kept,
             safe=self.safe_threshold(), unused=ranking.leading_share(self.largest("weight", "bias") == 0),
-            threshold=float(gone.max()) if len(gone) else 0.0, achieved=len(gone) / ranking.total,
+            threshold=float(gammas[~kept].max()) if not kept.all() else 0.0,
+            achieved=sum(int((~mask).sum()) for mask in masks.values()) / ranking.total,
             difference=difference, target=outcome, graph_notes=self.graph.notes, score=ranking.score,
             per_flop=self.per_flop)
 
@@ -93,14 +94,21 @@ class Pruner(TracedModel[M]):
             return ranking, ranking.keep_percent(percent or 0.0), None
 
         choice = choose(self.ranking)
-        if self.score == "auto" and not self._gammas_tell(*choice[:2]):
+        if self.score == "auto" and not gammas_tell(*self._gammas_and_kept(*choice[:2])):
             return choose(self.ranked_by("taylor", self.per_flop))
         return choice
 
-    def _gammas_tell(self, ranking: Ranking, keep: np.ndarray) -> bool:
-        masks, gammas = self.graph.masks(keep), self.gammas(ranking.prunable)
-        kept = torch.cat([masks[name][ranking.prunable[name]] for name in gammas])
-        return gammas_tell(torch.cat(list(gammas.values())), kept)
+    def _gammas_and_kept(self, ranking: Ranking, keep: np.ndarray) -> tuple[Tensor, Tensor]:
+        """(channels,) |gamma| of the prunable channels, and which of them are kept.
+
+        Of a branch that goes they are those of its last BatchNorm: the gammas before it do not tell what it is worth.
+        """
+        masks = self.graph.masks(keep)
+        before = {name for last, branch in self.graph.branches.items() if not keep[branch.number]
+                  for name in branch.norms if name != last}
+        gammas = self.gammas({name: mask for name, mask in ranking.prunable.items() if name not in before})
+        kept = [masks[name][ranking.prunable[name]] for name in gammas]
+        return torch.cat(list(gammas.values())), torch.cat(kept)
 
     def score_for(self, percent: float) -> str:
         """What cut(percent) ranks the channels by, one of SCORES."""
@@ -109,7 +117,10 @@ class Pruner(TracedModel[M]):
     def safe_threshold(self) -> SafeThreshold:
         """The largest safe gamma, and the percent up to which a cut by gamma alone stays below it."""
         ranking = self.ranked_by("gamma", False)
-        safe = min(float(gammas.max()) for gammas in self.gammas(ranking.prunable).values())
+        zero = self.graph.gone((self.largest("weight") > 0) | ~ranking.may_go)  # of these nothing need be left
+        alone = {name: torch.from_numpy(ranking.may_go[ids]) for name, ids in self.graph.norms.items()
+                 if not any(branch.holds(name) for branch in zero)}
+        safe = min((float(gammas.max()) for gammas in self.gammas(alone).values()), default=0.0)
         return SafeThreshold(safe, ranking.leading_share(self.largest("weight") < safe))
 
     def check(self, zeroed: M, narrow: M) -> float:

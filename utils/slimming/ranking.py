@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from copy import deepcopy
-from dataclasses import dataclass
+from copy import copy, deepcopy
+from dataclasses import dataclass, replace
 from functools import cached_property
 from inspect import signature
 from numbers import Integral, Real
@@ -48,6 +48,7 @@ class Rules:
     min_share: float = 0.0       # every layer keeps this share of its channels, unless their score is 0
     round_to: int = 1            # a layer that is cut keeps a multiple of this, as far as it has so many
     coupled: bool = False        # channels that shortcuts couple may go, all of a group at once; otherwise they stay
+    layers: bool = False         # branches may go as a whole, whatever the rules above keep of their layers
     keep: tuple[str, ...] = ()   # patterns of BatchNorm names, such as model.0.*: these layers stay whole
 
     def __post_init__(self) -> None:
@@ -118,12 +119,17 @@ class TracedModel(Generic[M]):
                 for name, mask in prunable.items() if bool(mask.any())}
 
     def largest(self, *keys: str) -> np.ndarray:
-        """(ids,) largest |weight|, |bias| (keys) of a group's BatchNorm channels, at the id that numbers it."""
+        """(ids,) largest |weight|, |bias| (keys) of a group's BatchNorm channels, at the id that numbers it.
+
+        Of a branch, of its last BatchNorm's.
+        """
         found = np.zeros(len(self.graph.group))
         for name, norm in self.norms.items():
             for key in keys:
                 values = getattr(norm, key).detach().float().cpu().abs().numpy()
                 np.maximum.at(found, self.graph.group[self.graph.norms[name]], values)
+                if branch := self.graph.branches.get(name):
+                    found[branch.number] = max(found[branch.number], values.max())
         return found
 
 
@@ -214,6 +220,17 @@ def group_mean(graph: ChannelGraph, values: Mapping[str, Tensor], ids: Mapping[s
     return total / np.maximum(count, 1)
 
 
+def branch_scores(traced: TracedModel, score: str) -> dict[int, float]:
+    """Id of a branch -> its score: the sum over its last BatchNorm's channels, as if they were coupled to no others."""
+    if not traced.graph.branches:
+        return {}
+    alone = copy(traced)
+    alone.graph = replace(traced.graph, group=np.arange(len(traced.graph.group)))
+    scores = SCORES[score](alone)
+    return {branch.number: float(scores[traced.graph.norms[last]].sum())
+            for last, branch in traced.graph.branches.items()}
+
+
 # Ranking --------------------------------------------------------------------------------------------------------------
 
 class Ranking:
@@ -221,28 +238,44 @@ class Ranking:
 
     `score` is one of SCORES, divided by the FLOPs of the channel where `per_flop` asks for it. Ties are broken by layer
     order. Prunable are the channels that the graph, the shortcuts and rules.keep let go: every share is one of these.
+    With rules.layers a branch is one of the groups, and all of its channels are prunable.
     Raises ValueError for a pattern in rules.keep that no BatchNorm fits.
     """
 
     def __init__(self, traced: TracedModel, rules: Rules, score: str = "gamma", per_flop: bool = False):
         graph = traced.graph
         self.graph, self.rules, self.score = graph, rules, score
-        self.scores = SCORES[score](traced)
+        self.scores = np.array(SCORES[score](traced))
+        branches = np.array([branch.number for branch in graph.branches.values()], int)
+        for number, value in (branch_scores(traced, score) if rules.layers else {}).items():
+            self.scores[number] = value
         if per_flop:
             divisor = np.ones(len(graph.group))
             for name, flops in traced.costs.flops_per_channel().items():
                 divisor[graph.group[graph.norms[name]]] = np.maximum(flops, 1)
+            for branch in graph.branches.values():
+                divisor[branch.number] = max(traced.costs.flops_of_branch(branch), 1)
             self.scores = self.scores / divisor
         self.may_go = graph.removable(rules.coupled)  # (ids,)
+        self.may_go[branches] = rules.layers
         for name in matching(graph.norms, rules.keep):  # and whoever shares channels with it
             self.may_go &= ~np.isin(graph.group, graph.group[graph.norms[name]])
-        self.prunable = {name: torch.from_numpy(self.may_go[ids]) for name, ids in graph.norms.items()}
-        groups, channels = np.unique(graph.group[np.concatenate(list(graph.norms.values()))], return_counts=True)
-        self.total = int(channels[self.may_go[groups]].sum())  # prunable channels
-        candidates = self.may_go[groups] & ~self._protected()[groups]
-        groups, channels = groups[candidates], channels[candidates]
-        order = np.argsort(self.scores[groups], kind="stable")
-        self.groups, self.channels = groups[order], channels[order]  # from the first to go to the last
+            self.may_go[graph.around(name)] = False
+        self.prunable = {name: torch.from_numpy(self.may_go[ids] | self.may_go[graph.around(name)].any())
+                         for name, ids in graph.norms.items()}
+        self.total = sum(int(mask.sum()) for mask in self.prunable.values())  # channels
+        groups = np.unique(np.concatenate([graph.group[ids] for ids in graph.norms.values()] + [branches]))
+        groups = groups[self.may_go[groups] & ~self._protected()[groups]]
+        self.groups = groups[np.argsort(self.scores[groups], kind="stable")]  # from the first to go to the last
+        self.channels = self._channels()
+
+    def _channels(self) -> np.ndarray:
+        """(groups,) BatchNorm channels that go with each of self.groups, but not with one before it."""
+        graph, place = self.graph, np.full(len(self.graph.group), len(self.groups))
+        place[self.groups] = np.arange(len(self.groups))
+        first = [np.minimum(place[graph.group[ids]], place[graph.around(name)].min(initial=len(self.groups)))
+                 for name, ids in graph.norms.items()]
+        return np.bincount(np.concatenate(first), minlength=len(self.groups) + 1)[:-1]
 
     def _protected(self) -> np.ndarray:
         """bool (ids,): groups among the best channels of a layer, which the rules keep."""

@@ -94,6 +94,8 @@ def describe(result: PruneResult, percent: float, requested: str, floors: str) -
                      "Train with a larger --sr, or longer, to move the limit")
     largest = "threshold |gamma|" if result.score == "gamma" else "largest |gamma| cut"
     lines.append(f"requested {requested}, achieved {result.achieved:.1%}, {largest} {result.threshold:.4g}")
+    if result.branches:
+        lines.append(f"whole branches taken out: {', '.join(result.branches)}")
     if zero := float((result.gammas == 0).float().mean()):
         lines.append(f"{zero:.1%} of the prunable gammas are exactly 0: "
                      f"a --percent up to {_floor(result.unused)} cuts nothing that the model uses")
@@ -104,6 +106,7 @@ def describe(result: PruneResult, percent: float, requested: str, floors: str) -
 
 def layer_table(result: PruneResult) -> str:
     """layer | original | remaining channels of every BatchNorm."""
-    layers = [(row["layer"], row["original"], row["remaining"], "" if row["prunable"] else "kept whole")
+    layers = [(row["layer"], row["original"], row["remaining"],
+               "taken out" if not row["remaining"] else "" if row["prunable"] else "kept whole")
               for row in result.layers]
     return text_table(layers, ("layer", "original", "remaining", ""))

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Generic
 
-import torch
 from torch import Tensor, nn
 
 from utils.slimming.graph import Masks
@@ -39,8 +38,10 @@ class PruneResult(Generic[M]):
     model: M                     # before
     slim: M
     masks: Masks
+    branches: list[str]          # modules of which a whole branch was cut
     prunable: Masks              # which channels may be cut at all
-    gammas: Tensor               # |gamma| of all prunable channels
+    gammas: Tensor               # |gamma| of all prunable channels; of a branch that goes, of its last BatchNorm's
+    kept: Tensor                 # which channels of .gammas are kept, (channels,) bool
     safe: SafeThreshold
     unused: float                # largest share of the prunable channels of which a cut takes only those that are 0
     threshold: float             # the largest |gamma| that was cut
@@ -55,11 +56,6 @@ class PruneResult(Generic[M]):
     def masked(self) -> M:
         """Of the old shape, gamma = beta = 0 on the cut channels: made of .model when it is first asked for."""
         return masked(self.model, self.masks)
-
-    @cached_property
-    def kept(self) -> Tensor:
-        """Which channels of .gammas are kept, (channels,) bool."""
-        return torch.cat([self.masks[name][prunable] for name, prunable in self.prunable.items()])
 
     @property
     def small_gammas(self) -> bool:
@@ -82,7 +78,7 @@ class PruneResult(Generic[M]):
         """The figures as plain data."""
         return {"achieved": self.achieved, "score": self.score, "threshold": self.threshold,
                 "limit": {"gamma": self.safe.gamma, "percent": self.safe.percent}, "difference": self.difference,
-                "layers": self.layers, "notes": self.notes}
+                "branches": self.branches, "layers": self.layers, "notes": self.notes}
 
 
 def misaligned_channels(model: nn.Module) -> list[str]:

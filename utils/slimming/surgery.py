@@ -1,11 +1,14 @@
 """From masks to a slim model, to a masked one, and from a slim model's weights back to its shape."""
 from __future__ import annotations
 
+from collections.abc import Set
 from copy import deepcopy
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from utils.slimming.branches import take_out
 from utils.slimming.graph import ChannelGraph, Convolution, Masks, batch_norms, require_mask, weighted_layers
 from utils.slimming.tracing import M, copy_sharing, trace
 
@@ -16,8 +19,9 @@ def slim(model: M, masks: Masks, graph: ChannelGraph | None = None) -> M:
     """A copy of `model` without the channels whose mask is False; the input is not changed.
 
     Cutting a BatchNorm's channel cuts the filter of the layer before it and that input channel of every layer after it
-    (Liu et al. 2017, section 3.3). BatchNorms without a mask keep all channels. `graph`: the
-    model's, if it is known. A model that has `.masks`, over the channels of its first shape, gets the composed ones.
+    (Liu et al. 2017, section 3.3). A branch goes as a whole where the masks of all its BatchNorms are all False.
+    BatchNorms without a mask keep all channels. `graph`: the model's, if it is known. A model that has `.masks`, over
+    the channels of its first shape, gets the composed ones.
     Raises ValueError when masks disagree on channels that are one, or cut what must stay.
     """
     graph = graph or trace(model)
@@ -25,7 +29,9 @@ def slim(model: M, masks: Masks, graph: ChannelGraph | None = None) -> M:
     new = copy_sharing(model, (tensor for layer in (*weighted_layers(model, graph.outputs).values(),
                                                    *batch_norms(model, graph.norms).values())
                                for tensor in (getattr(layer, key, None) for key in REPLACED)))
-    for name, layer in weighted_layers(new, graph.outputs).items():
+    take_out(new, gone := graph.gone(keep))
+    left = partial(filter, lambda name: not any(branch.holds(name) for branch in gone))
+    for name, layer in weighted_layers(new, left(graph.outputs)).items():
         outputs, inputs = (torch.from_numpy(keep[ids[name]]) for ids in (graph.outputs, graph.inputs))
         rows, columns = (inputs, outputs) if isinstance(layer, nn.ConvTranspose2d) else (outputs, inputs)
         weight = layer.weight.detach()[rows]
@@ -33,12 +39,12 @@ def slim(model: M, masks: Masks, graph: ChannelGraph | None = None) -> M:
         _replace(layer, "weight", weight if width == 1 else weight[:, columns[:width]])
         if layer.bias is not None:
             _replace(layer, "bias", layer.bias.detach()[outputs])
-    for name, norm in batch_norms(new, graph.norms).items():
+    for name, norm in batch_norms(new, left(graph.norms)).items():
         for key in REPLACED:
             if (old := getattr(norm, key)) is not None:
                 _replace(norm, key, old.detach()[torch.from_numpy(keep[graph.norms[name]])])
-    for name, ids in graph.vectors.items():
-        owner, _, key = name.rpartition(".")
+    for name in left(graph.vectors):
+        ids, (owner, _, key) = graph.vectors[name], name.rpartition(".")
         vector = new.get_parameter(name).detach()
         _replace(new.get_submodule(owner), key, vector[tuple(
             torch.from_numpy(keep[ids]) if size > 1 else slice(None) for size in vector.shape)])
@@ -80,15 +86,25 @@ def compose_masks(old: Masks, new: Masks) -> Masks:
 
 
 def last_masks(old: Masks, composed: Masks) -> Masks:
-    """The inverse of compose_masks(): the masks of the last round, from those after it and those before it."""
-    return {name: mask[old[name]] if name in old else mask for name, mask in composed.items()}
+    """The inverse of compose_masks(): the masks of the last round, from those after it and those before it.
+
+    BatchNorms of branches that an earlier round cut have none.
+    """
+    return {name: mask[old[name]] if name in old else mask for name, mask in composed.items()
+            if name not in old or old[name].any()}
+
+
+def take_out_missing(model: nn.Module, state: Set[str]) -> None:
+    """Take branches out of `model`, in place, of which `state`, names of tensors, has nothing: a cut took them."""
+    if not state >= model.state_dict().keys():
+        take_out(model, [branch for branch in trace(model).branches.values() if not any(map(branch.holds, state))])
 
 
 def resize_like(model: nn.Module, state: dict[str, Tensor]) -> None:
     """Give the leaf layers of `model` the shapes that `state` has, in place; values are left to load_state_dict.
 
-    This is how a slim checkpoint becomes a model again: build the yaml, take the shapes, load. Raises KeyError or
-    ValueError when `state` belongs to another architecture.
+    This is how a slim checkpoint becomes a model again: build the yaml, take_out_missing(), take the shapes, load.
+    Raises KeyError or ValueError when `state` belongs to another architecture.
     """
     for name, module in model.named_modules():
         for key, old in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):

@@ -1,7 +1,7 @@
 """--target-sparsity: take a share of the channels to exactly 0 while the network trains."""
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,8 @@ class TargetSparsity:
         per cost, and the same share frees more of it.
     groups: int (channels,) per BatchNorm. Channels of one number, such as those that a shortcut adds up, are one
         channel: they go at once, ranked by the sum of their importances.
+    branches: number of a BatchNorm that goes as one, whatever its size -> those that go with it. It ends a branch, and
+        its channels are of one group (see ChannelGraph.groups).
     allowed: bool (channels,) per BatchNorm. Only these channels go, whatever is left of their layer.
     round_to: channels of a layer go in blocks of so many, those that rank next to each other, by the block's mean.
         What is left of the layer is a multiple, which is what fast kernels compute anyway. (In a layer whose channels
@@ -48,7 +50,8 @@ class TargetSparsity:
 
     def __init__(self, norms: Sequence[_BatchNorm], share: float | None, copies: Sequence[_BatchNorm] = (),
                  costs: Sequence[np.ndarray] | None = None, groups: Sequence[np.ndarray] | None = None,
-                 round_to: int = 1, allowed: Sequence[np.ndarray] | None = None):
+                 round_to: int = 1, allowed: Sequence[np.ndarray] | None = None,
+                 branches: Mapping[int, Sequence[int]] | None = None):
         if (share is not None and not 0 < share < 1) or round_to < 1:
             raise ValueError(f"share must be between 0 and 1, not {share}, and round_to at least 1, not {round_to}")
         self.share = share or 0.0
@@ -65,31 +68,39 @@ class TargetSparsity:
         floors = np.zeros_like(sizes)
         if allowed is None:
             floors = np.maximum(np.ceil(sizes * self.FLOOR).astype(int), np.minimum(sizes, self.LEAST))
+            floors[np.isin(trained, [*(branches or ())])] = 0
         self.groups = ChannelGroups(
             sizes, of_all(groups, np.arange(self.total)), cost=of_all(costs, np.ones(self.total)),
             floors=floors, may_go=of_all(allowed, np.ones(self.total, bool)),
             device=device)
         self.blocks = ChannelBlocks(self.groups.in_layer, round_to, device)
         self.most = 1 - self.blocks.min_remaining(floors) / max(self.total, 1)  # share of the channels that can go
+        place, in_layer, branches = {i: place for place, i in enumerate(trained)}, self.groups.in_layer, branches or {}
+        ends = [int(in_layer[:, place[last]].argmax()) for last in branches]
+        inner = [in_layer[:, [place[i] for i in others]].any(1) for others in branches.values()]
+        self.ends = torch.as_tensor(np.array(ends, int), device=device)  # (branches,) groups
+        self.inner = torch.as_tensor(np.array(inner, bool).reshape(len(ends), len(in_layer)),
+                                     device=device)                      # (branches, groups) that go with them
         self.settled = False  # the run is past LAST
         self.score = torch.zeros(len(self.groups), device=device)  # (groups,) importances
         self.dead = torch.zeros(len(self.groups), dtype=torch.bool, device=device)  # (groups,) they are 0 for good
 
-    def follow(self, norms: Sequence[_BatchNorm], copies: Sequence[_BatchNorm] = (),
+    def follow(self, norms: Sequence[_BatchNorm | None], copies: Sequence[_BatchNorm | None] = (),
                kept: Sequence[np.ndarray] | None = None) -> None:
-        """Act on these BatchNorms from now on: the same ones, of which dead channels have been cut.
+        """Act on these BatchNorms from now on: the same ones, of which dead channels have been cut; None: all of one.
 
         kept: bool (channels,) per BatchNorm, over the channels of the first ones: these are left. All that is counted
         and ranked here goes on being over the first ones' channels, so that a cut changes no choice.
         """
-        self.gammas: list[Tensor] = [norms[i].weight for i in self.trained]
-        self.betas: list[Tensor] = [norms[i].bias for i in self.trained]
-        followers = [copies[i] for i in self.trained] if copies else []
+        left = [norm for i in self.trained if (norm := norms[i])]
+        self.gammas: list[Tensor] = [norm.weight for norm in left]
+        self.betas: list[Tensor] = [norm.bias for norm in left]
+        followers = [copy for i in self.trained if (copy := copies[i])] if copies else []
         self.copies: list[Tensor] = [tensor for copy in followers for tensor in (copy.weight, copy.bias)]
         self.present: Tensor | slice = slice(None)  # numbers of the channels that are left
         if kept is not None:
-            left = np.flatnonzero(np.concatenate([kept[i] for i in self.trained]))
-            self.present = torch.as_tensor(left, device=self.gammas[0].device)
+            numbers = np.flatnonzero(np.concatenate([kept[i] for i in self.trained]))
+            self.present = torch.as_tensor(numbers, device=self.gammas[0].device)
 
     def aim(self, reached: Callable[[list[np.ndarray]], bool]) -> list[np.ndarray]:
         """Choose the smallest share with which `reached` is true, by the present ranking. Returns what goes with it.
@@ -159,6 +170,7 @@ class TargetSparsity:
         # A block dies as a whole, or the rest of its layer would not be a multiple.
         dying = chosen if self.settled else chosen & (self._largest_gamma(blocks) < self.DEAD)
         self.dead |= self._groups_of(dying, blocks)
+        self.dead |= self.inner[self.dead[self.ends]].any(0)
         self._multiply(self._groups_of(chosen, blocks).to(self.score.dtype))
 
     def _multiply(self, shrinking: Tensor) -> None:
@@ -194,7 +206,7 @@ class TargetSparsity:
         ranking = self.score.masked_fill(self.dead, -1.0).argsort(stable=True)  # dead groups, then by importance
         blocks = self.blocks.arrange(ranking)
         dead = append(self.dead, False)[blocks].any(1)
-        protected = append(self.groups.protected(ranking), False)[blocks].any(1)
+        protected = append(self.groups.protected(ranking) & ~self.dead, False)[blocks].any(1)
         mean = append(self.score, 0)[blocks].sum(1) / (blocks < len(self.score)).sum(1)
         channels = append(self.groups.counts, 0)[blocks].sum(1)
         # The first to go are the dead, then the others by importance.

@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrize import is_parametrized
 
+from utils.slimming.branches import find_branches
 from utils.slimming.graph import ChannelGraph, Convolution, Layer
 from utils.slimming.operations import CHUNKS, DROPS, PASSTHROUGH, SPLITS, is_plain
 from utils.slimming.walker import Walker
@@ -55,7 +56,9 @@ def trace(model: nn.Module, inputs: Inputs | None = None) -> ChannelGraph:
             if tracer.failed is None:
                 raise ValueError(f"torch.fx can't trace {type(model).__name__}: {reason(error)}") from error
             opaque.add(type(tracer.failed))
-    return Walker(new, {name for name, x in given.items() if isinstance(x, Tensor) and x.dim() == 2}).walk(nodes)
+    graph = Walker(new, {name for name, x in given.items() if isinstance(x, Tensor) and x.dim() == 2}).walk(nodes)
+    graph.add_branches(find_branches(nodes, new, graph.norms, len(graph.group)))
+    return graph
 
 
 def as_call(inputs: Inputs | None) -> tuple[tuple, dict[str, Any]]:
