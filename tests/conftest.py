@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.forks import Forks
+from tests.forks import forks
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -107,14 +107,7 @@ Script = Callable[..., subprocess.CompletedProcess]
 
 
 @pytest.fixture(scope="session")
-def forks() -> Iterator[Forks]:
-    """Processes for commands that are not started but forked."""
-    yield (forks := Forks())
-    forks.close()
-
-
-@pytest.fixture(scope="session")
-def script(forks: Forks) -> Script:
+def script() -> Script:
     """script("train.py", "--epochs", 1, cwd=folder, code=0) runs a command of the repository as a user would.
 
     With an environment of its own it is started, else forked.
@@ -124,7 +117,7 @@ def script(forks: Forks) -> Script:
             env: dict[str, str] | None = None) -> subprocess.CompletedProcess:
         argv = [str(ROOT / name), *map(str, args)]
         if env is None:
-            done = forks.run(argv, cwd, dict(os.environ), 600)
+            done = forks().run(argv, cwd, dict(os.environ))
         else:
             done = subprocess.run([sys.executable, *argv], cwd=cwd, capture_output=True, text=True, timeout=600,
                                   env={"OMP_NUM_THREADS": "2", **os.environ, **env})

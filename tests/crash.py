@@ -4,8 +4,6 @@ from __future__ import annotations
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,17 +12,17 @@ from typing import Any
 import torch
 
 from models import checkpoint
+from tests.forks import Forked, forks
 
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}  # tiny models: more threads only wait for each other
 
 
-def start(script: str, flags: list[str], folder: Path) -> subprocess.Popen:
+def start(script: str, flags: list[str], folder: Path) -> Forked:
     """The command in a process of its own, its output in folder/log.txt."""
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "log.txt", "a") as log:
-        return subprocess.Popen([sys.executable, str(ROOT / script), *flags], cwd=folder, stdout=log,
-                                stderr=subprocess.STDOUT, start_new_session=True, env=ENVIRONMENT)
+    log = folder / "log.txt"
+    return forks().start([str(ROOT / script), *flags], folder, ENVIRONMENT, log, log)
 
 
 def finish(script: str, flags: list[str], folder: Path) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +14,7 @@ from models import checkpoint
 from models.pruning import model_pruner
 from tests import crash
 from tests.conftest import ROOT
+from tests.forks import forks
 from utils.tables import write_csv
 
 pytestmark = pytest.mark.slow
@@ -39,8 +38,7 @@ def whole(flags, tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("when, workers", [
     pytest.param(lambda: crash.while_saving(2), 0, id="while saving"),
-    pytest.param(lambda: crash.when_logged("    1/3 "), 2, id="second epoch"),
-    pytest.param(lambda: crash.after(1.0), 0, id="start")])
+    pytest.param(lambda: crash.when_logged("    1/3 "), 2, id="second epoch")])
 def test_killed_and_resumed_ends_bit_identical(flags, whole, tmp_path, when, workers):
     assert crash.kill("train_sparsity.py", flags, tmp_path, when())
     crash.finish("train_sparsity.py", crash.going_on(flags, tmp_path, workers), tmp_path)
@@ -66,8 +64,8 @@ def test_a_signal_saves_in_the_middle_of_an_epoch_and_says_how_to_go_on(flags, w
 
 def run_with(injection: str, flags: list[str], folder: Path, script: str = "train_sparsity.py") -> tuple[int, str]:
     """(exit code, output) of the script in a process where tests/inject.py does harm."""
-    command = [sys.executable, str(ROOT / "tests" / "inject.py"), injection, str(ROOT / script), *flags]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, env=crash.ENVIRONMENT)
+    command = [str(ROOT / "tests" / "inject.py"), injection, str(ROOT / script), *flags]
+    done = forks().run(command, folder, crash.ENVIRONMENT)
     return done.returncode, done.stdout + done.stderr
 
 

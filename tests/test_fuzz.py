@@ -38,7 +38,8 @@ from utils.options import training_parser
 from utils.slimming import Pruner
 
 pytestmark = pytest.mark.slow
-BOUNDED = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+BOUNDED = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+FEW = settings(BOUNDED, max_examples=10, phases=[Phase.generate])  # each takes a good part of a second
 scalars = st.none() | st.booleans() | st.integers(-3, 200) | st.floats() | st.text(max_size=12)
 values = st.recursive(
     scalars, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
@@ -128,7 +129,7 @@ def must_read_or_refuse(path: Path, use: Callable[[Path], object] = checkpoint.l
         assert "\n" not in str(error) and len(str(error)) < 1000
 
 
-@BOUNDED
+@FEW
 @given(place=st.floats(0, 1), damage=st.binary(min_size=1, max_size=40))
 def test_checkpoints_with_bytes_overwritten(folder, whole, place, damage):
     start = int(place * (len(whole) - len(damage)))
@@ -136,7 +137,7 @@ def test_checkpoints_with_bytes_overwritten(folder, whole, place, damage):
     must_read_or_refuse(folder / "damaged.pt")
 
 
-@BOUNDED
+@FEW
 @given(raw=st.binary(max_size=300))
 def test_checkpoints_with_another_pickle(folder, whole, raw):
     """The pickle inside the archive is anything."""
@@ -148,7 +149,7 @@ def test_checkpoints_with_another_pickle(folder, whole, raw):
     must_read_or_refuse(folder / "pickle.pt")
 
 
-@BOUNDED
+@FEW
 @given(change=keyed("format", "yaml", "names", "masks", "state_dict", "ema"))
 def test_checkpoints_with_other_entries(folder, whole, change):
     data = torch.load(io.BytesIO(whole), weights_only=True)
@@ -211,9 +212,6 @@ def mutate(draw: Callable, value: object) -> object:
         changed.__dict__.update({k: v for k, v in inner.items() if isinstance(k, str)})
         return changed
     return inner if isinstance(value, dict) else type(value)(inner.values())
-
-
-FEW = settings(BOUNDED, max_examples=40, phases=[Phase.generate])
 
 
 @pytest.fixture(scope="module")

@@ -67,7 +67,7 @@ def test_a_target_of_latency_is_measured_a_few_times(wanted):
 
     model = Model({**read_yaml("yolov5n.yaml"), "width_multiple": 0.125}, nc=3)
     opt = Namespace(sr=0.0, sr_bias=None, epochs=1, target_sparsity=None, target=("latency", wanted), round_to=2,
-                    per_flop=False, shortcuts="skip", keep=[], only=[])
+                    per_flop=False, layers=False, shortcuts="skip", keep=[], only=[])
     plan = SparsityPlan(opt, 64, model, set(), milliseconds=milliseconds)
     assert plan.target is not None
     calls.clear()

@@ -64,8 +64,8 @@ def test_its_links_lead_somewhere():
 
 
 @pytest.mark.slow
-def test_it_runs(tmp_path):
-    """Every cell, in a folder of its own; the pictures are in the outputs."""
+def test_it_runs(tiny, cfg, tmp_path):
+    """Every cell, on a smaller data set, in a folder of its own; the pictures are in the outputs."""
     nbclient = pytest.importorskip("nbclient", reason="pip install -r requirements-dev.txt")
     pytest.importorskip("ipykernel", reason="pip install -r requirements-dev.txt")
     import nbformat
@@ -73,6 +73,9 @@ def test_it_runs(tmp_path):
     book: Any = nbformat.read(FILE, as_version=4)
     first = next(cell for cell in book.cells if cell.cell_type == "code")
     first.source = first.source.replace(WORK, f"Path({str(tmp_path / 'work')!r})")
+    smaller = f"--data '{tiny}' --weights '' --cfg '{cfg}' --imgsz 64 --batch-size 4 --workers 0"
+    for cell in book.cells:
+        cell.source = cell.source.replace('run(f"train.py ', f'run(f"train.py {smaller} ')
     nbclient.NotebookClient(book, timeout=600, kernel_name="python3",
                             resources={"metadata": {"path": str(FILE.parent)}}).execute()
     outputs = [output for cell in book.cells for output in cell.get("outputs", ())]

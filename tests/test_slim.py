@@ -170,7 +170,7 @@ def test_size_and_single_cls_are_settled_at_the_start_for_every_stage(tiny, cfg,
 
 @pytest.mark.parametrize("change, words", [
     (["--teacher", "missing.pt"], "missing.pt: no such checkpoint"),
-    (["--hyp", "missing.yaml"], "missing.yaml: no such"), (["--freeze", "99"], "--freeze 25: the model has"),
+    (["--hyp", "missing.yaml"], "missing.yaml: no such"), (["--freeze", "99"], "--freeze 99: the model has"),
     (["--device", "77"], "--device 77"), (["--rect", "--image-weights"], "--rect"),
     (["--teacher", "other.pt"], "other.pt: has 3 classes, the model has 2")])
 @pytest.mark.usefixtures("quick")

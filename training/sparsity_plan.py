@@ -167,8 +167,11 @@ class SparsityPlan:
 
 def shared_stopwatch(opt: Namespace, imgsz: int, world: World) -> Callable[[Sequence[Model]], Sequence[float]]:
     """Milliseconds of models as --runtime and --int8 ask; the main process measures for all, which choose alike."""
-    clock = stopwatch(opt.runtime, imgsz, world.device, precision="int8" if opt.int8 else "fp32")
-    return lambda models: broadcast(clock(models) if world.main else [], world.size)
+    def milliseconds(models: Sequence[Model]) -> Sequence[float]:
+        clock = stopwatch(opt.runtime, imgsz, world.device, precision="int8" if opt.int8 else "fp32")
+        return broadcast(clock(models) if world.main else [], world.size)
+
+    return milliseconds
 
 
 def frozen_norms(model: Model) -> set[str]:
