@@ -36,6 +36,7 @@ def test_hub_models_have_stocks_size(name):
     assert (sum(p.numel() for p in model.parameters()), len(model.state_dict())) == STOCK[name]
 
 
+@pytest.mark.slow
 def test_every_yaml_of_the_hub_is_counted():
     assert {f.stem for f in (FOLDER / "hub").glob("*.yaml")} == STOCK.keys()
 

@@ -98,6 +98,7 @@ def test_boxes_are_those_of_stock_autoshape(assets):
     assert str(results).startswith("image 1/3: 480x640 1 bowl, 1 broccoli, 1 donut\nimage 2/3: 640x481 1 person, 1 umb")
 
 
+@pytest.mark.slow
 def test_boxes_are_those_of_detect(model, weights, tiny, tmp_path):
     source = tiny.parent / "images/val"
     folder = detect.main(["--weights", str(weights), "--source", str(source), "--save-txt", "--save-conf", "--nosave",
@@ -112,6 +113,7 @@ def test_boxes_are_those_of_detect(model, weights, tiny, tmp_path):
         assert torch.allclose(together, alone.float(), atol=1e-4)  # one shape: a batch changes rounding only
 
 
+@pytest.mark.slow
 def test_all_kinds_of_images_give_the_same_boxes(model, photo, site):
     bgr, data = cv2.imread(str(photo)), photo.read_bytes()
     rgb = np.ascontiguousarray(bgr[..., ::-1])
@@ -143,6 +145,7 @@ def test_exif_rotation_is_applied_in_every_kind(tmp_path):
     assert all(a.shape == (80, 32, 3) and abs(a - arrays[0]).mean() < 1 for a in arrays)
 
 
+@pytest.mark.slow
 def test_attributes_of_nms(model, photo):
     model.conf, model.max_det = 0.01, 1000
     everything = model(photo).xyxy[0]
@@ -159,6 +162,7 @@ def test_attributes_of_nms(model, photo):
     assert len(model(photo).xyxy[0]) < (everything[:, 4] > model.conf).sum()
 
 
+@pytest.mark.slow
 def test_size_and_augmentation(model, photo):
     assert model(photo).s == (1, 3, 64, 64) and model(photo, size=100).s == (1, 3, 96, 128)
     assert model(photo, size=128).s == model(photo, size=(64, 128), profile=True).s == (1, 3, 96, 128)
@@ -172,12 +176,14 @@ def test_size_and_augmentation(model, photo):
     found[:, 4] = 0  # an ordinary tensor, which may be changed
 
 
+@pytest.mark.slow
 def test_a_tensor_gives_what_nms_takes(model, photo):
     x = prepare([cv2.imread(str(photo))], 64, 32, False, torch.device("cpu"), torch.float32)
     found = nms(model(x), model.conf, model.iou, max_det=5)[0]
     assert torch.equal(found[:, 4:], model(photo).xyxy[0][:, 4:])
 
 
+@pytest.mark.slow
 def test_training_mode_changes_nothing(model, photo):
     expected, x = model(photo).xyxy[0], torch.rand(1, 3, 64, 64)
     decoded = model(x)
@@ -186,6 +192,7 @@ def test_training_mode_changes_nothing(model, photo):
         assert torch.equal(model(photo).xyxy[0], expected) and torch.equal(model(x), decoded)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, values", [
     ("conf", [-1, 2, float("nan"), "x", None]), ("iou", [-1, 2, float("nan"), None]), ("max_det", [0, -1, 1.5, None]),
     ("classes", [5, [99], [-1], "x", [0.5], [None]]),
@@ -200,12 +207,14 @@ def test_settings_that_can_not_be_are_refused(model, photo, name, values):
             model(photo)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(3, 64, 64), (1, 1, 64, 64), (0, 3, 64, 64), (64, 64, 3)])
 def test_a_tensor_that_is_no_batch_is_refused(model, shape):
     with pytest.raises(UserError, match=r"is no batch of images; give \(B, 3, H, W\)"):
         model(torch.zeros(shape))
 
 
+@pytest.mark.slow
 def test_what_is_no_model_and_no_image_is_refused(model):
     for path in (None, 5, [], b"best.pt"):
         with pytest.raises(UserError, match="is not the path of a model"):
@@ -217,11 +226,13 @@ def test_what_is_no_model_and_no_image_is_refused(model):
         model(Image.new("RGB", (0, 5)))
 
 
+@pytest.mark.slow
 def test_pandas_twice_and_a_list_of_nothing(model, photo):
     assert [*model(photo).pandas().pandas().xyxy[0].columns][-1] == "name"
     assert model([]).tolist() == []
 
 
+@pytest.mark.slow
 def test_no_images(model):
     results = model([])
     assert len(results) == 0 and results.xyxy == [] and results.pandas().xyxy == [] and "(0, 3, 64, 64)" in str(results)
@@ -262,6 +273,7 @@ def test_exported_models(weights, model, tiny, tmp_path, name, batch, dynamic):
 
 # What the results offer -----------------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_formats_of_boxes_and_iteration(model, photo):
     results = model([photo, cv2.imread(str(photo))])
     assert len(results) == results.n == 2 and results.files == ["001.jpg", "image1.jpg"]
@@ -278,6 +290,7 @@ def test_formats_of_boxes_and_iteration(model, photo):
     assert results.imgs is results.ims and [t.t * 500 for t in results.times] == pytest.approx(results.t)  # 2 images
 
 
+@pytest.mark.slow
 def test_pandas(model, photo):
     pytest.importorskip("pandas")
     results = model(photo)
@@ -294,12 +307,14 @@ def test_pandas(model, photo):
     assert list(empty.columns) == corners and len(empty) == 0 and isinstance(results.xyxy[0], torch.Tensor)
 
 
+@pytest.mark.slow
 def test_pandas_is_not_needed_before(model, photo, monkeypatch):
     monkeypatch.setitem(sys.modules, "pandas", None)
     with pytest.raises(UserError, match="pip install pandas"):
         model(photo).pandas()
 
 
+@pytest.mark.slow
 def test_print_names_every_image(model, photo, capsys):
     model.conf, model.max_det = 0.0, 4
     results = model([photo, photo])
@@ -313,6 +328,7 @@ def test_print_names_every_image(model, photo, capsys):
     assert "72x96 (no detections)" in str(model(photo))
 
 
+@pytest.mark.slow
 def test_save_render_and_show(model, photo, tmp_path, monkeypatch):
     results = model([photo, photo])
     before = results.ims[0].copy()
@@ -333,6 +349,7 @@ def test_save_render_and_show(model, photo, tmp_path, monkeypatch):
         results.show()
 
 
+@pytest.mark.slow
 def test_display_is_what_older_versions_have(model, photo, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     results = model(photo)
@@ -344,6 +361,7 @@ def test_display_is_what_older_versions_have(model, photo, tmp_path, monkeypatch
     assert not np.array_equal(results.ims[0], before)
 
 
+@pytest.mark.slow
 def test_hubconf_as_a_script(script, weights, tmp_path):
     done = script("hubconf.py", "--model", weights.with_suffix(""), cwd=tmp_path)
     assert "image 1/1: " in done.stdout and "Speed: " in done.stdout
@@ -351,6 +369,7 @@ def test_hubconf_as_a_script(script, weights, tmp_path):
     assert done.stderr == "error: none.pt: no such checkpoint\n"
 
 
+@pytest.mark.slow
 def test_crops(model, photo, tmp_path):
     image = cv2.imread(str(photo))
     results = model(photo)
@@ -439,6 +458,7 @@ def test_a_model_that_is_to_be_trained_is_the_bare_one(options):
 
 # Mistakes -------------------------------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_mistakes_are_told_in_one_line(model, site, tmp_path):
     (tmp_path / "text.jpg").write_text("no image")
     (tmp_path / "cut.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(40))

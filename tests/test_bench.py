@@ -151,6 +151,7 @@ STAGES = [{"stage": "dense", "map50": 0.86, "map": 0.61, "parameters": 1872157, 
           {"stage": "cut", "map50": 0.0, "map": 0.0, "parameters": 572157, "flops": 1.9e9, "ms": 17.2}]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [STAGES, STAGES[:1], STAGES * 6, [STAGES[0] | {"map50": 0.0, "map": 0.0}],
                                    [STAGES[0] | {"stage": "红 $"}]])
 def test_the_picture_of_the_stages(bench, tmp_path, rows):
@@ -158,6 +159,7 @@ def test_the_picture_of_the_stages(bench, tmp_path, rows):
     check(tmp_path / "s.png")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 50, 5000])
 def test_the_picture_of_two_models_gammas(bench, tmp_path, size):
     gammas = np.abs(np.random.default_rng(0).normal(1, 0.1, size))

@@ -74,6 +74,7 @@ def test_every_model_in_every_format(pair, tiny, tmp_path, monkeypatch, capsys):
     assert "no word for SiLU" in said and "1.00x" in said and (folder / "benchmarks.png").is_file()
 
 
+@pytest.mark.slow
 def test_hard_fail_ends_at_the_first(pair, tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     broken(monkeypatch)
@@ -81,6 +82,7 @@ def test_hard_fail_ends_at_the_first(pair, tiny, tmp_path, monkeypatch):
         run(pair, tiny, "--include", "broken", "--hard-fail", "--noval")
 
 
+@pytest.mark.slow
 def test_rows_are_said_one_by_one_and_a_bad_choice_leaves_no_folder(pair, tiny, tmp_path, monkeypatch, capsys):
     """Before the timing, which waits for all of them."""
     monkeypatch.chdir(tmp_path)
@@ -97,6 +99,7 @@ def test_rows_are_said_one_by_one_and_a_bad_choice_leaves_no_folder(pair, tiny, 
     assert lines[dense + 2].startswith("slim, torch fp32: ") and lines[dense + 4] == "4 rows are timed"
 
 
+@pytest.mark.slow
 def test_hard_fail_with_a_number_is_about_accuracy(pair, tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     flags = ["--include", "torch", "--hard-fail"]

@@ -123,6 +123,7 @@ def test_what_must_stay_is_said(name):
     assert all("model.2" in note or "model.3" in note for note in graph.notes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("name", ROWS)
 def test_slim_equals_masked(name, seed):
@@ -138,6 +139,7 @@ def test_half_of_the_channels_go(name):
     assert 0.2 < result.achieved <= 0.5 and profile(result.slim, 64).parameters < profile(model, 64).parameters
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ROWS)
 def test_a_slim_checkpoint_comes_back(name, tmp_path):
     narrow, masks = check_cut(build(name), 2)
@@ -163,6 +165,7 @@ def test_an_own_conv_that_is_transposed_is_not_fused():
     assert largest_difference(model, fused(model), sizes=((1, 64, 64),)) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ROWS)
 def test_a_file_for_yolov5_names_its_classes_and_comes_back(name, tmp_path):
     """What it holds is read as an official checkpoint is, so such files with these blocks are read as well."""

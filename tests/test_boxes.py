@@ -216,6 +216,7 @@ def test_nms_in_threads_equals_nms_in_one() -> None:
     assert all(map(torch.equal, found[1], found[3])) and len(found[1]) == 9
 
 
+@pytest.mark.slow
 def test_nms_uses_torchvisions_operator_without_its_package() -> None:
     program = """
 import sys, torch

@@ -33,6 +33,7 @@ def lowest(model: Model, percent: float) -> Masks:
     return Pruner(model, 64).rank().preview(percent)[0]
 
 
+@pytest.mark.slow
 def test_slim_model_round_trip(tmp_path):
     model = small()
     masks = lowest(model, 0.5)
@@ -47,6 +48,7 @@ def test_slim_model_round_trip(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["slim.pt"]
 
 
+@pytest.mark.slow
 def test_ema_is_preferred(tmp_path):
     model, ema = small(), small()
     checkpoint.save(tmp_path / "x.pt", model, ema)
@@ -54,6 +56,7 @@ def test_ema_is_preferred(tmp_path):
     assert all(torch.equal(v, loaded[k]) for k, v in ema.state_dict().items())
 
 
+@pytest.mark.slow
 def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     checkpoint.save(tmp_path / "x.pt", small())
     before = (tmp_path / "x.pt").read_bytes()
@@ -134,6 +137,7 @@ def test_other_tasks_are_refused_by_name(tmp_path, monkeypatch, name, task):
         checkpoint.load(tmp_path / "x.pt")
 
 
+@pytest.mark.slow
 def test_a_fused_file_is_good_for_inference(tmp_path):
     model = small()
     checkpoint.save(tmp_path / "fused.pt", fused(model))
@@ -142,6 +146,7 @@ def test_a_fused_file_is_good_for_inference(tmp_path):
         assert torch.allclose(checkpoint.load(tmp_path / "fused.pt")(x)[0], model.eval()(x)[0], rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_what_a_model_is_survives_the_cut_and_the_file(tmp_path):
     """Anchors, names, strides, BatchNorm's settings, activation, hyper-parameters; masks over the first channels."""
     anchors = [[5, 7, 9, 11, 13, 17], [20, 30, 40, 50, 60, 70], [80, 90, 100, 120, 140, 160]]
@@ -195,6 +200,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict:
     return checkpoint.read(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key, value", [
     ("yaml", 5), ("names", ["a", "b"]), ("names", {0: "a"}), ("names", {0: "a", 1: 5}), ("names", {0: "a", 7: "b"}),
     ("names", {"0": "a", "1": "b"}), ("state_dict", {"a": 5}), ("ema", None), ("ema", 5), ("ema", {"a": "b"}),
@@ -239,9 +245,11 @@ def first_of(name: str, value: float) -> Callable[[dict], None]:
     return lambda state: state[name].view(-1)[:1].fill_(value)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("name", ["model.3.conv.weight", "model.0.bn.running_mean", "model.0.bn.running_var",
-                                  "model.24.m.0.bias", "model.24.anchors"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name, value", [
+    ("model.3.conv.weight", float("nan")), ("model.0.bn.running_mean", float("inf")),
+    ("model.0.bn.running_var", -float("inf")), ("model.24.m.0.bias", float("inf")),
+    ("model.24.anchors", float("nan"))])
 def test_weights_that_are_not_finite_are_refused_with_their_name(tmp_path, name, value):
     checkpoint.save(tmp_path / "x.pt", model := small())
     first_of(name, value)(state := model.state_dict())
@@ -255,6 +263,7 @@ def test_weights_that_are_not_finite_are_refused_with_their_name(tmp_path, name,
     assert checkpoint.load(tmp_path / "x.pt").state_dict()[name].max() == torch.tensor(1e30)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change, words", [
     (lambda s: s.update({"model.3.conv.weight": s["model.3.conv.weight"].int()}), "is of torch.int32"),
     (lambda s: s["model.3.bn.running_var"].fill_(-1), "a variance below 0"),
@@ -316,6 +325,7 @@ def _wide(path: Path, state: dict) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_width_of_99_allocates_nothing(tmp_path):
     model = randomised(small()).eval()
     path = _wide(tmp_path / "x.pt", model.state_dict())
@@ -325,6 +335,7 @@ def test_a_width_of_99_allocates_nothing(tmp_path):
     assert torch.equal(found[0].stride, model.stride)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["one number", "one of them", "none"])
 def test_a_shape_without_its_numbers_is_refused(tmp_path, kind):
     with torch.device("meta"):
@@ -342,6 +353,7 @@ def test_a_shape_without_its_numbers_is_refused(tmp_path, kind):
     assert _grown(load) < 200
 
 
+@pytest.mark.slow
 def test_loading_keeps_one_copy_of_the_weights_and_draws_no_random_number(tmp_path):
     checkpoint.save(tmp_path / "x.pt", small())
     state = torch.get_rng_state()
@@ -376,6 +388,7 @@ class _Computed(nn.Module):
         return x * self.factor
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cls", [_Table, _Computed])
 def test_a_block_that_needs_values_has_them(tmp_path, monkeypatch, cls):
     monkeypatch.setitem(BLOCKS, "Own", BlockSpec(cls, "input", False))

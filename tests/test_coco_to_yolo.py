@@ -41,6 +41,7 @@ def digest(folder: Path) -> str:
     return hashlib.sha256(b"".join(p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file())).hexdigest()
 
 
+@pytest.mark.slow
 def test_conversion(coco: Path, tmp_path: Path, script) -> None:
     before = digest(coco)
     flags = ["--json", f"train={coco / 'x.json'}", f"val={coco / 'x.json'}",
@@ -61,6 +62,7 @@ def test_conversion(coco: Path, tmp_path: Path, script) -> None:
     assert len(DetectionDataset(config.val, 64, nc=2).labels[2]) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags, words", [
     (["--json", "x.json", "--images", "train=photos"], "write train=PATH"),
     (["--json", "train=none.json", "--images", "train=photos"], "no such file"),

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from copy import deepcopy
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -22,6 +23,7 @@ def storages(model: nn.Module) -> set[int]:
     return {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers()) if t.numel()}
 
 
+@pytest.mark.slow
 def test_the_models_of_a_cut_share_no_memory_and_change_nothing():
     model = small()
     before = deepcopy(model.state_dict())
@@ -34,6 +36,7 @@ def test_the_models_of_a_cut_share_no_memory_and_change_nothing():
     assert all(p.requires_grad for m in (result.masked, result.slim) for p in m.parameters())
 
 
+@pytest.mark.slow
 def test_a_view_of_the_masked_model_has_its_own_gammas_only():
     model = small()
     masks = Pruner(model, 64).rank().preview(0.5)[0]
@@ -61,6 +64,7 @@ class _Odd(nn.Module):
         return {"a": self.attention(flat + zeros, flat, flat)[0] * self.table, "b": torch.cat([y, y.relu()], 1)}
 
 
+@pytest.mark.slow
 def test_the_check_computes_what_a_float64_copy_would():
     sizes = ((1, 64, 64), (2, 64, 96))
     for model in (small(), _Odd().train()):

@@ -58,10 +58,12 @@ def test_every_opset_that_the_page_names_runs(model, opset, tmp_path):
     assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
 
 
+@pytest.mark.slow
 def test_open_shapes_add_four_operators(model, tmp_path):
     assert kinds(graph(model, tmp_path / "m.onnx", dynamic=True)) == OPERATORS | DYNAMIC
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("opset, precision", [(12, "fp32"), (17, "fp32"), (17, "fp16")])
 def test_opencv_computes_the_same(model, opset, precision, tmp_path):
     """In fp16 the scales of Resize went through a Cast, which OpenCV 5 refuses."""

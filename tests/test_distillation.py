@@ -91,6 +91,7 @@ def test_a_student_comes_nearer_to_its_teacher(tiny, cfg, teacher, tmp_path):
     assert checkpoint.read(taught.folder / "weights/last.pt")["opt"]["teacher"] == str(teacher)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("names, words", [
     ({0: "a"}, r"has 1 classes, the model has 2; give a teacher with as many"),
     ({0: "circle", 1: "square"}, r"its classes are circle, square; give one trained on the same")])
@@ -132,6 +133,7 @@ def test_short_runs_get_more_steps():
 NAMES = {0: "square", 1: "circle"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("maps, other, chosen, words", [
     # mAP50-95 in the files of the sparsity training's teacher, the model that was cut, the weights it started from;
     # None: there is no such file, "": it holds none

@@ -69,6 +69,7 @@ def official(tmp_path_factory):
     return path.read_bytes()
 
 
+@pytest.mark.slow
 def test_weights_by_name_are_fetched_once(server, official, tmp_path, monkeypatch):
     url, pages = server
     pages["/yolov5n.pt"] = 200, official, None, 0.2
@@ -289,6 +290,7 @@ def read_and_count(path):
     os._exit(0 if len(list(images.iterdir())) == 200 else 1)
 
 
+@pytest.mark.slow
 def test_only_one_of_several_processes_fetches_and_unpacks_a_set(server, tmp_path):
     url, pages = server
     members = {f"set/images/{i}.jpg": b"x" * 1000 for i in range(200)}
@@ -304,6 +306,7 @@ def load_and_leave(path):
     os._exit(0)
 
 
+@pytest.mark.slow
 def test_only_one_of_several_processes_fetches_weights(server, official, tmp_path, monkeypatch):
     url, pages = server
     pages["/yolov5n.pt"] = 200, official, None, 0.5
@@ -384,6 +387,7 @@ def count_up(counter):
             counter.write_text(str(n + 1))
 
 
+@pytest.mark.slow
 def test_a_lock_excludes_and_leaves_nothing(tmp_path):
     counter = tmp_path / "n"
     counter.write_text("0")
@@ -391,6 +395,7 @@ def test_a_lock_excludes_and_leaves_nothing(tmp_path):
     assert counter.read_text() == "200" and list(tmp_path.iterdir()) == [counter]
 
 
+@pytest.mark.slow
 def test_where_no_lock_can_be_made_nobody_waits(tmp_path):
     (tmp_path / "file").write_text("")
     with files.exclusive(tmp_path / "file" / "below"):

@@ -102,6 +102,7 @@ def test_a_skipped_step_is_known_without_asking_the_scaler(tiny, cfg, here, monk
     assert seen
 
 
+@pytest.mark.slow
 def test_validation_computes_in_the_precision_it_is_given(tiny, cfg):
     from utils.data.config import read_data
     from utils.data.loader import validation_loader
@@ -333,6 +334,7 @@ def test_resume_keeps_device_and_workers_unless_they_are_given(interrupted, monk
     assert options(interrupted, "--device", "7").device == "7"  # who asks for one is told
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", ["val", "prune", "finetune_pruned", "train", "train_sparsity", "benchmarks", "slim"])
 def test_data_from_a_checkpoint_is_what_it_was_trained_on(script, tiny, here):
     """A yaml that is gone, or that names other classes by now, is said in one line, by every script that takes it."""
@@ -398,6 +400,7 @@ def test_a_single_gpu_becomes_the_current_one(four_gpus):
         device.select_device("0,1")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", [
     "train --weights '' --cfg {cfg} --data {tiny}", "val --weights m.pt --data {tiny}", "export --weights m.pt",
     "detect --weights m.pt --source {images}", "prune --weights m.pt --data {tiny}"])
@@ -538,6 +541,7 @@ def test_a_batch_of_minus_1(cfg, monkeypatch, capsys):
         val.parse(["--batch-size", "-1"])
 
 
+@pytest.mark.slow
 def test_what_a_batch_takes_is_measured_until_the_memory_is_full(cfg, monkeypatch):
     calls = []
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda _: calls.append(1))

@@ -36,6 +36,7 @@ def example() -> Model:
     return randomised(Model({**yaml.safe_load(EXAMPLE.read_text()), "nc": 2, "width_multiple": 0.125}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", KEPT_WHOLE)
 def test_what_a_block_freezes_is_said(name):
     torch.manual_seed(0)
@@ -51,6 +52,7 @@ def test_what_a_block_freezes_is_said(name):
     assert name not in ("SE", "CoordAttention") or not masks["block.0.bn"].all()
 
 
+@pytest.mark.slow
 def test_the_examples_model_is_cut_exactly(tmp_path):
     model = example()
     result = Pruner(model, 64).rank(rules=Rules(coupled=True)).cut(0.5)
@@ -75,6 +77,7 @@ def test_a_step_of_training():
     assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in model.parameters())
 
 
+@pytest.mark.slow
 def test_an_unknown_script_is_refused(script, tmp_path):
     done = script("examples/with_attention.py", "trian.py", cwd=tmp_path, code=2)
     assert "give one of" in done.stderr and "train_sparsity.py" in done.stderr and "Traceback" not in done.stderr
@@ -98,6 +101,7 @@ def test_from_sparsity_to_a_slim_model(script, tiny, tmp_path):
 
 # The engine in other projects -----------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_a_torchvision_detectors_backbone_is_cut(script, tmp_path):
     done = script("examples/torchvision_detector.py", cwd=tmp_path, env={"PYTHONPATH": str(ROOT)})
     assert "30% cut" in done.stdout and "boxes" in done.stdout

@@ -47,6 +47,7 @@ def stocks_forward(model: nn.Module, x: torch.Tensor):
     return x
 
 
+@pytest.mark.slow
 def test_yolov5_file_computes_the_same_and_comes_back(model, weights, tmp_path):
     path, = main(["--weights", str(weights), "--include", "yolov5"])
     assert path.name == "m.yolov5.pt"
@@ -78,6 +79,7 @@ def test_a_block_that_yolov5_lacks_is_named(model, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [[], ["--dynamic"]])
 def test_onnx_agrees_with_torch(model, weights, dynamic, capsys):
     runtime = pytest.importorskip("onnxruntime", reason="pip install -r requirements-export.txt")
@@ -94,6 +96,7 @@ def test_onnx_agrees_with_torch(model, weights, dynamic, capsys):
     assert "largest difference" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_torchscript_agrees_with_torch(model, weights):
     path, = main(["--weights", str(weights), "--include", "torchscript", "--imgsz", "64", "96"])
     files = {"config.txt": ""}

@@ -69,6 +69,7 @@ class LogConv(nn.Module):
         return self.act(self.bn(self.conv(x)))
 
 
+@pytest.mark.slow
 def test_a_block_and_its_activation(tmp_path):
     block()(LogConv)
     cfg = {**read_yaml("yolov5n.yaml"), "width_multiple": 0.125}

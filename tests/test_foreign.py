@@ -105,8 +105,8 @@ KINDS = ["finished", "finished, names as a list", "in training, the average coun
          "numpy numbers inside", "the bare module"]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", ["DetectionModel", "Model"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name, kind", [("Model", KINDS[0]), *(("DetectionModel", kind) for kind in KINDS)])
 def test_every_kind_of_yolov5_file_loads(mine, tmp_path, monkeypatch, kind, name):
     whole = to_yolov5(mine) if name == "Model" else as_stock(mine, monkeypatch, name)
     torch.save(kinds(whole)[kind], tmp_path / "x.pt")
@@ -120,6 +120,7 @@ def test_every_kind_of_yolov5_file_loads(mine, tmp_path, monkeypatch, kind, name
     assert torch.equal(loaded.detect.anchors, mine.detect.anchors)
 
 
+@pytest.mark.slow
 def test_fused_yolov5_files_load(mine, tmp_path, monkeypatch):
     whole = as_stock(models.yolo.fused(mine), monkeypatch)
     for module in whole.modules():
@@ -132,6 +133,7 @@ def test_fused_yolov5_files_load(mine, tmp_path, monkeypatch):
     assert torch.allclose(a, b, rtol=2e-3, atol=2e-3 * float(b.abs().max()))
 
 
+@pytest.mark.slow
 def test_anchors_that_autoanchor_changed_come_along(mine, tmp_path, monkeypatch):
     other = deepcopy(mine)
     other.detect.anchors *= 1.25
@@ -152,6 +154,7 @@ def repacked(path: pathlib.Path, change: Callable[[bytes], bytes], how: int = zi
     return new
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prefix, words", [
     ("yolov5.", None), ("ultralytics.nn.", "of the ultralytics package .* start from YOLOv5's own files"),
     ("yolov6.", "refused, it names")])
@@ -189,6 +192,7 @@ def weight(value: torch.Tensor) -> Callable[[nn.Module], None]:
     return lambda whole: whole.model[3].conv._parameters.__setitem__("weight", value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change, words", [
     (cyclic, None), (attribute("stride", [8, 16, 32]), None), (endless, "nested without end"),
     (attribute("stride", ["a"]), "not of YOLOv5"), (attribute("stride", None), "not of YOLOv5"),

@@ -206,6 +206,7 @@ def test_metadata_tells_boxes_from_predictions():
     assert torch.equal(plain, rows) and boxes[0, 0].tolist() == [20, 40, 20, 40, 0.5, 1]
 
 
+@pytest.mark.slow
 def test_simplify_takes_onnxslim_where_it_is(cfg, tmp_path, monkeypatch, capsys):
     installed("onnx")
     model, written = Model(str(cfg), nc=2).eval(), []
@@ -220,6 +221,7 @@ def test_simplify_takes_onnxslim_where_it_is(cfg, tmp_path, monkeypatch, capsys)
 
 # Ensembles ------------------------------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_an_ensemble_gives_the_boxes_of_all(weights, cfg, tmp_path, capsys):
     path = tmp_path / "b.pt"
     checkpoint.save(path, randomised(Model(str(cfg), nc=2, names=NAMES), 1).eval(), imgsz=96)
@@ -231,6 +233,7 @@ def test_an_ensemble_gives_the_boxes_of_all(weights, cfg, tmp_path, capsys):
     assert "--half: a CPU computes in fp32" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_an_ensemble_of_files_of_two_sizes_is_refused(cfg, tmp_path):
     model = Model(str(cfg), nc=2).eval()
     for side in (64, 96):
@@ -329,6 +332,7 @@ def test_openvino_int8_keeps_the_head_in_float(weights, tiny):
     assert in_float == {name for name in convs if "/model.0/" in name or name in head}
 
 
+@pytest.mark.slow
 def test_sensitivity_quantizes_once_for_every_stage(weights, tiny, monkeypatch, capsys):
     """With a format that writes nothing but the stage that is left in float, and detects accordingly."""
     kept: list[tuple[str, ...]] = []
@@ -378,6 +382,7 @@ def test_threads_of_onnxruntime_have_cores_of_their_own(monkeypatch):
     assert [onnx.cores_of_workers(threads) for threads in (1, 2, 3, 4)] == ["", "", "6;8", ""]
 
 
+@pytest.mark.slow
 def test_a_file_that_computes_nan_is_not_equal(weights):
     """max(0.0, nan) is 0.0: the worst file had the best report."""
     model = checkpoint.load(weights)
@@ -454,6 +459,7 @@ def test_a_mistake_in_a_line_and_nothing_written(weights, flags, said, monkeypat
     assert sorted(weights.parent.iterdir()) == before
 
 
+@pytest.mark.slow
 def test_a_missing_package_is_named(weights, monkeypatch, capsys):
     installed("openvino", "int8")
     real = importlib.util.find_spec
@@ -487,6 +493,7 @@ def test_foreign_and_broken_files(tmp_path, name, content, said):
         formats.load(tmp_path / Path(name).parts[0], CPU)
 
 
+@pytest.mark.slow
 def test_a_quantization_that_fails_leaves_nothing(weights, tiny, monkeypatch):
     installed("onnx", "int8")
     from onnxruntime import quantization
@@ -516,6 +523,7 @@ def test_a_folder_is_there_whole_or_not_at_all(tmp_path):
     assert (path / "a").read_text() == "2" and [p.name for p in tmp_path.iterdir()] == ["x"]
 
 
+@pytest.mark.slow
 def test_int8_of_a_model_of_a_single_class(cfg, tiny, tmp_path):
     """Trained with --single-cls: the data names more classes than the model knows, and that is right."""
     model, path = Model(str(cfg), nc=1, names={0: "object"}), tmp_path / "m.pt"
@@ -560,6 +568,7 @@ def stock_file(path: Path, cfg: Path, wrap: str = "tuple") -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrap", ["tuple", "both"])
 def test_torchscript_of_yolov5_is_run_and_said_to_be_a_program(cfg, tiny, tmp_path, monkeypatch, capsys, wrap):
     monkeypatch.chdir(tmp_path)
@@ -572,6 +581,7 @@ def test_torchscript_of_yolov5_is_run_and_said_to_be_a_program(cfg, tiny, tmp_pa
         assert len(said) == 1 and said[0].startswith(f"{path}: ") and "trust" in said[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrap", ["masks", "classes", "v8"])
 def test_torchscript_of_other_models_is_refused_in_one_line(cfg, tmp_path, wrap):
     detector = formats.load(stock_file(tmp_path / "other.torchscript", cfg, wrap), CPU)[0]
@@ -579,6 +589,7 @@ def test_torchscript_of_other_models_is_refused_in_one_line(cfg, tmp_path, wrap)
         detector(torch.rand(1, 3, 64, 64))
 
 
+@pytest.mark.slow
 def test_the_line_comes_before_the_program_runs_and_not_for_our_own_files(cfg, tmp_path, monkeypatch, capsys):
     model = randomised(Model(str(cfg), nc=2, names=NAMES)).eval()
     torchscript.write(model, own := tmp_path / "own.torchscript", formats.export_options(model, (1, 3, 64, 64)))
@@ -654,6 +665,7 @@ def test_predictions_that_are_not_finite_end_with_the_files_name(value, column, 
             detector(torch.rand(1, 3, 64, 64))
 
 
+@pytest.mark.slow
 def test_weights_that_overflow_end_with_the_files_name(cfg, tmp_path):
     """All of them are finite."""
     model = Model(str(cfg), nc=2).eval()
@@ -666,6 +678,7 @@ def test_weights_that_overflow_end_with_the_files_name(cfg, tmp_path):
         val.evaluate(detector, loader, CPU)
 
 
+@pytest.mark.slow
 def test_torchscript_that_gives_nothing_is_refused(cfg, tmp_path):
     detector = formats.load(stock_file(tmp_path / "other.torchscript", cfg), CPU)[0]
     detector.module = lambda images: []
@@ -681,6 +694,7 @@ def oblong(cfg: Path, folder: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_another_size_than_the_files_is_refused_and_the_files_is_told(cfg, tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     path, source = oblong(cfg, tmp_path), tiny.parent / "images/val/001.png"
@@ -719,6 +733,7 @@ def test_save_conf_needs_save_txt(parse):
 
 # A full disk, a single class ------------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", formats.formats())
 def test_a_full_disk_is_one_line_and_leaves_nothing(cfg, tmp_path, name):
     """PyTorch's save() of TorchScript ended the process."""
@@ -729,6 +744,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(cfg, tmp_path, name):
     assert [p.name for p in tmp_path.iterdir()] == ["m.pt"]
 
 
+@pytest.mark.slow
 def test_a_full_disk_under_openvinos_own_files_is_one_line(cfg, tmp_path, monkeypatch):
     installed("openvino")
     import openvino
@@ -745,6 +761,7 @@ def test_a_full_disk_under_openvinos_own_files_is_one_line(cfg, tmp_path, monkey
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_calibration_on_nothing_is_refused(teacher, tiny, monkeypatch):
     monkeypatch.setattr(export, "CalibrationImages", lambda *_: [])
     opt = export.parse(["--weights", str(teacher), "--int8", "--data", str(tiny), "--imgsz", "64"])

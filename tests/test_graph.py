@@ -73,11 +73,11 @@ def network(name: str, seed: int) -> tuple[nn.Module, int, int]:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Six random cuts of each network; with --cases so many, spread evenly over the networks and every yaml."""
+    """Three random cuts of each network; with --cases so many, spread evenly over the networks and every yaml."""
     if metafunc.function is test_random_cuts:
         count = metafunc.config.getoption("cases")
         names = [*NETWORKS, *YAMLS] if count else list(NETWORKS)
-        metafunc.parametrize("name, seed", [(names[i % len(names)], i) for i in range(count or 6 * len(names))])
+        metafunc.parametrize("name, seed", [(names[i % len(names)], i) for i in range(count or 3 * len(names))])
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +91,7 @@ def differences(pytestconfig: pytest.Config) -> Iterator[dict[str, list[float]]]
                                                           for name, all_of in found.items()])
 
 
+@pytest.mark.slow
 def test_random_cuts(name, seed, differences):
     """Slim equals masked, the cost is as predicted, and two cuts equal one."""
     model, side, stride = network(name, seed)
@@ -120,6 +121,7 @@ def test_a_gate_with_batchnorm_goes_with_what_it_scales():
     assert largest_difference(masked(model, masks), slim(model, masks)) < 1e-9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["Grouped", "Multiplied"])
 def test_a_grouped_convolution_that_has_become_depthwise_is_rebuilt_from_its_shapes(name):
     """Once one place a group is left its channels go alone; the file knows shapes only."""

@@ -54,6 +54,7 @@ def up(name: str, seed: int = 0) -> Net:
     return randomised(Net(Up(**UPS[name][0])), seed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("name", UPS)
 def test_transposed_convolutions_are_cut(name, seed):
@@ -148,6 +149,7 @@ class Mixed(nn.Module):
         return self.after(torch.cat((self.norm(x), self.bare(x)), 1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("network", [Shuffles, Gates, Turned, Mixed])
 def test_rules_of_the_graph(network, seed):
@@ -345,6 +347,7 @@ OWN: dict[str, tuple[Callable[[], nn.Module], set[str]]] = {
     "convolution with a branch": (lambda: Own(Padded), set())}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("name", OWN)
 def test_layers_of_others_are_cut_where_that_is_exact_and_stay_whole_elsewhere(name, seed):

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ("train.py", "train_sparsity.py", "prune.py", "finetune_pruned.py", "val.py", "detect.py", "export.py",
            "data/scripts/coco_to_yolo.py", "data/scripts/voc_to_yolo.py")
@@ -24,6 +26,7 @@ print("FOUND", *{name.partition(".")[0] for name in set(sys.modules) - before})
 """
 
 
+@pytest.mark.slow
 def test_help_imports_no_library_that_takes_long():
     done = subprocess.run([sys.executable, "-c", PROGRAM, *(str(ROOT / name) for name in SCRIPTS)],
                           capture_output=True, text=True, timeout=300)

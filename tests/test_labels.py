@@ -118,6 +118,7 @@ KINDS = [*((row, POINTS) for row in WITH_POINTS.values()), *((row, POLYGONS) for
 NAMES = [*WITH_POINTS, *OUTLINES]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("row, kind", KINDS, ids=NAMES)
 def test_polygons_and_boxes_with_points_are_told_apart(row: Row, kind: str) -> None:
     """By themselves, but for a few; in a set, all of them."""

@@ -32,6 +32,7 @@ FOUND: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "regnet": (torchvision.models.regnet_y_400mf, 12), "squeeze": (torchvision.models.mobilenet_v3_small, 6)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FOUND)
 def test_branches_are_found_without_names(name):
     build, count = FOUND[name]
@@ -118,6 +119,7 @@ def small(name: str) -> nn.Module:
     return randomised(net).eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, seeds", [("yolov5n", 3), ("mobilenet_v2", 1), ("resnet18", 1), ("squeeze", 1)])
 def test_any_branches_and_channels_go_exactly(name, seeds):
     model = small(name)
@@ -142,6 +144,7 @@ def test_any_branches_and_channels_go_exactly(name, seeds):
         assert not any(torch.equal(composed[key], masks[key]) for key in more if not more[key].any())
 
 
+@pytest.mark.slow
 def test_part_of_a_branch_is_no_branch():
     model = small("yolov5n")
     masks = without(trace(model), ["model.2.m.0.cv2.bn"])
@@ -149,6 +152,7 @@ def test_part_of_a_branch_is_no_branch():
         slim(model, {"model.2.m.0.cv1.bn": masks["model.2.m.0.cv1.bn"]})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("score, coupled", [*zip(SCORES, (False, True, False, True), strict=True)])
 def test_branches_rank_beside_channels(score, coupled):
     """The share counts every channel once; a branch goes as a whole, whatever floors its layers have."""
@@ -176,6 +180,7 @@ def test_branches_rank_beside_channels(score, coupled):
     assert all(mask.any() for mask in masks.values())
 
 
+@pytest.mark.slow
 def test_a_branch_of_zeros_is_free():
     """It is the first to go, no limit is below it, and its other layers tell nothing of it."""
     model = small("yolov5n")
@@ -201,6 +206,7 @@ def branchless(teacher, tmp_path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_checkpoint_knows_its_branches(branchless, tmp_path):
     """It, the files that are made of it, in stock's format too; it is cut again; a damaged one is refused."""
     saved, model = checkpoint.read(branchless), checkpoint.load(branchless)

@@ -112,10 +112,12 @@ def files() -> dict[str, str]:
     return {path.as_posix(): (ROOT / path).read_text(encoding="utf-8") for path in paths}
 
 
+@pytest.mark.slow
 def test_there_is_no_circle(files):
     assert circle(arrows(files)) == []
 
 
+@pytest.mark.slow
 def test_every_import_follows_the_layers(files):
     assert against_the_rules(arrows(files)) == []
 
@@ -134,6 +136,7 @@ def test_slimming_reads_neither_files_nor_command_lines(files):
             assert not roots & set(libraries), file
 
 
+@pytest.mark.slow
 def test_a_pruner_of_ones_own_needs_neither(files):
     """`from utils.slimming import Pruner` reaches no such library, whatever it goes through."""
     graph, reached, waiting = arrows(files), set(), ["utils/slimming/__init__.py"]
@@ -144,6 +147,7 @@ def test_a_pruner_of_ones_own_needs_neither(files):
     assert not roots & {"yaml", "argparse"} and "torch" in roots
 
 
+@pytest.mark.slow
 def test_nothing_imports_from_the_tests(files):
     assert [file for file, text in files.items()
             if any(module.partition(".")[0] == "tests" for module, _ in imported_names(text))] == []

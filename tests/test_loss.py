@@ -126,6 +126,7 @@ def test_grids_need_not_be_square():
         level.tbox[:, 2:], torch.tensor([0.2 * 24, 0.4 * 8]))
 
 
+@pytest.mark.slow
 def test_crowded_cells_repeat_bit_for_bit():
     # Thousands of positives, many to a cell: only then does torch share the work among threads.
     generator = torch.Generator().manual_seed(0)

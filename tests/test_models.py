@@ -16,6 +16,7 @@ STOCK = {"n": (1_872_157, 349), "s": (7_235_389, 349), "m": (21_190_557, 481), "
          "x": (86_749_405, 745)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", STOCK)
 def test_parameter_and_key_counts_are_stocks(size):
     model = Model(f"yolov5{size}.yaml")
@@ -25,6 +26,7 @@ def test_parameter_and_key_counts_are_stocks(size):
             "model.24.anchors"} <= model.state_dict().keys()
 
 
+@pytest.mark.slow
 def test_official_weights_give_stocks_forward(assets, golden):
     model = checkpoint.load(assets / "yolov5n.pt")
     x = torch.from_numpy(golden["forward/x"])
@@ -185,6 +187,7 @@ def test_strides_are_those_of_a_real_forward_pass(name):
     assert all(module.training for module in model.modules())
 
 
+@pytest.mark.slow
 def test_silu_works_in_place_in_eval_mode_only():
     """In place in training, autograd copies the input first; the gradients are the same."""
     model, x, gradients = Model("yolov5n.yaml", nc=2), torch.rand(2, 3, 64, 64), []
@@ -210,6 +213,7 @@ def test_images_are_multiples_of_what_the_whole_network_divides_by(name, divisor
     model(torch.zeros(1, 3, side, side + model.divisor))
 
 
+@pytest.mark.slow
 def test_a_yaml_is_shown_layer_by_layer(script, tmp_path):
     """python models/yolo.py was a traceback."""
     said = script("models/yolo.py", "--cfg", "yolov5n.yaml", cwd=tmp_path).stdout.splitlines()

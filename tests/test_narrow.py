@@ -27,6 +27,7 @@ def step(model, optimizer, images) -> None:
     optimizer.step()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["SGD", "AdamW"])
 @pytest.mark.parametrize("coupled", [False, True], ids=["uncoupled", "coupled"])
 def test_the_next_step_is_that_of_the_masked_run(cfg, name, coupled):

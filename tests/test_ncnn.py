@@ -61,6 +61,7 @@ def test_boxes_are_decoded_to_the_same_numbers(nc, levels, anchors):
     assert torch.allclose(found, expected, rtol=1e-6, atol=1e-5)
 
 
+@pytest.mark.slow
 @needs_ncnn
 def test_the_folder_holds_the_model_and_nothing_else(written, tmp_path, monkeypatch, capfd):
     model = written[0]
@@ -100,6 +101,7 @@ def test_other_models_agree_with_torch(kind, tmp_path):
         assert difference(formats.load(tmp_path / "m_ncnn", CPU)[0](images)[0], model(images)[0]) < 1e-4
 
 
+@pytest.mark.slow
 @needs_ncnn
 def test_half_is_stored_in_half_the_bytes(written, tmp_path):
     model, whole = written
@@ -172,6 +174,7 @@ def test_a_broken_folder_is_told_in_a_line(written, tmp_path, how, capfd):
     assert said.out == said.err == ""
 
 
+@pytest.mark.slow
 def test_missing_packages_and_int8_are_told_in_a_line(tmp_path, monkeypatch):
     checkpoint.save(tmp_path / "m.pt", narrow(nc=2), imgsz=64)
     with pytest.raises(UserError, match="--include ncnn: has no int8 here"):

@@ -21,6 +21,7 @@ def python(program: str) -> list[str]:
     return done.stdout.split()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "nice"), reason="needs priorities of processes")
 def test_workers_give_way_to_a_model_on_the_same_cores():
     before, gpu, cpu = map(int, python("""
@@ -34,6 +35,7 @@ for polite in (False, True):
     assert before == gpu < cpu
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
 def test_a_cpu_keeps_freed_memory_for_the_next_step():
     """Pages of 4 KB that the system hands out for 64 MB: thousands at first, none in the end, where they were kept."""
@@ -62,6 +64,7 @@ def test_what_an_earlier_run_leaves_is_not_kept():
     assert not gc.get_freeze_count()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/smaps_rollup"), reason="needs Linux")
 def test_a_collection_leaves_the_memory_that_workers_share():
     """KB that a full collection copies while there is a fork: many, and hardly any with frozen objects."""

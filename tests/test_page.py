@@ -63,6 +63,7 @@ def page(tmp_path_factory) -> Path:
                 ["python slim.py --name 'a & b'"], "1.67 times as <fast>").write(folder / "report.html")
 
 
+@pytest.mark.slow
 def test_it_is_whole_and_refers_to_nothing_outside(page):
     text = page.read_text(encoding="utf-8")
     reader = Reader()
@@ -86,6 +87,7 @@ def test_it_is_whole_and_refers_to_nothing_outside(page):
     assert page.stat().st_size < 5e6
 
 
+@pytest.mark.slow
 def test_a_browser_shows_its_images(page, tmp_path):
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)
     if browser is None:

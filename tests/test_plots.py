@@ -172,6 +172,7 @@ def test_detections_to_targets_is_the_inverse_of_scaling() -> None:
         assert detections_to_targets(nothing, (10, 10)).shape == (0, 7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count,names", [
     (0, {0: "x"}), (1, {0: "红细胞"}), (3000, {i: f"$n_{i}" for i in range(80)}),
     (500, dict.fromkeys(range(300), "x" * 90))])
@@ -180,6 +181,7 @@ def test_labels(tmp_path: Path, rng: np.random.Generator, count: int, names: dic
     check(plot_labels(labels, names, tmp_path / "labels.png"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("classes", [0, 1, 9, 80])
 def test_curves(tmp_path: Path, rng: np.random.Generator, classes: int) -> None:
     x = np.linspace(0, 1, 1000)
@@ -189,6 +191,7 @@ def test_curves(tmp_path: Path, rng: np.random.Generator, classes: int) -> None:
     check(plot_metric_curve(x, curves, names, tmp_path / "f1.png", "F1"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("classes", [0, 1, 12, 80])
 def test_confusion(tmp_path: Path, rng: np.random.Generator, classes: int) -> None:
     matrix = rng.integers(0, 50, (classes + 1, classes + 1)).astype(float) * (classes != 1)  # once without counts
@@ -229,6 +232,7 @@ def test_results_of_one_class(tmp_path: Path, figures: list[Figure]) -> None:
     assert all(line.get_xdata().tolist() == [1, 2, 3] for ax in charts.values() for line in ax.lines)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("header,rows,charts", [
     (COLUMNS, ["0" + ",0.5" * 13], 6),
     (COLUMNS, ["0,1,,,,nan,inf,,,,,,,"], 6),
@@ -240,14 +244,16 @@ def test_results(tmp_path: Path, header: str, rows: list[str], charts: int) -> N
     assert height == round(2.7 * DPI) * -(-charts // 3)
 
 
-@pytest.mark.parametrize("size", [1, 2, 50, 5000])
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [1, 2, 5000])
 def test_gammas(tmp_path: Path, rng: np.random.Generator, size: int) -> None:
     gammas = np.abs(np.r_[np.zeros(size // 2), rng.normal(1, 0.1, size - size // 2)])
     check(plot_gammas(gammas, tmp_path / "g.png", title="title $"))
-    for cut in (gammas == 0, gammas > 0, gammas < 2, gammas > 2, rng.random(size) < 0.5):
+    for cut in (gammas == 0, gammas < 2, rng.random(size) < 0.5):
         check(plot_gammas(gammas, tmp_path / "g.png", cut))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cut,expected", [
     ([True, True, False, False], ["threshold 0.2", "kept: 2 channels (50.0%)", "cut: 2 channels (50.0%)"]),
     ([True, False, True, False], ["kept: 2 channels (50.0%)", "cut: 2 channels (50.0%)"]),
@@ -262,10 +268,12 @@ def test_a_threshold_is_marked_only_where_it_separates(tmp_path: Path, monkeypat
     assert shown == expected
 
 
+@pytest.mark.slow
 def test_gammas_with_strays(tmp_path: Path) -> None:
     check(plot_gammas(np.r_[np.ones(3000), 1e6], tmp_path / "g.png"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("runs", [
     {"a": [np.ones(3)], "红": [np.zeros(4)] * 2},
     {f"run {i}": [np.linspace(0, 1 + i, 200)] * 50 for i in range(5)}])
@@ -279,6 +287,7 @@ def test_gamma_history_starts_at_epoch_1(tmp_path: Path, figures: list[Figure]) 
     assert ax.lines[0].get_ydata().tolist() == [1, 2, 3, 4] and ax.get_ylim() == (0.5, 4.5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layers", [1, 90])
 def test_kept_grows_with_the_layers(tmp_path: Path, rng: np.random.Generator, layers: int) -> None:
     original = rng.integers(1, 1024, layers)
@@ -292,6 +301,7 @@ def test_kept_grows_with_the_layers(tmp_path: Path, rng: np.random.Generator, la
     assert check(style.narrow_form(tmp_path / "k.png"), 4000).shape[1] < image.shape[1] / 2
 
 
+@pytest.mark.slow
 def test_sweep_and_sensitivity(tmp_path: Path) -> None:
     rows: list[dict[str, Any]] = [
         {"layer": f"红 {i}", "percent": i / 10, "mAP50": 0.8 - i / 20, "mAP50-95": 0.5 - i / 20,
@@ -312,6 +322,7 @@ def test_texts_are_shown_as_they_are() -> None:
     assert len(readable("x" * 99)) == 28
 
 
+@pytest.mark.slow
 def test_no_global_state(tmp_path: Path) -> None:
     """Importing the modules does not load matplotlib. Plotting does not load pyplot and changes no setting."""
     code = f"""

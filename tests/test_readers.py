@@ -105,6 +105,7 @@ NASTY = {
     "a zip's encoding": b'<?xml version="1.0" encoding="zip"?><annotation/>'}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", READERS)
 @pytest.mark.parametrize("data", NASTY.values(), ids=NASTY)
 def test_nasty_files(folder: Path, kind: str, data: bytes) -> None:
@@ -162,6 +163,7 @@ CONTENT = {
 noise = st.binary(max_size=200) | st.text(max_size=100).map(lambda text: text.encode("utf-16", "surrogatepass"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", READERS)
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())

@@ -58,6 +58,7 @@ def mine(tiny, cfg, here) -> str:
     return "mine.pt"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("data", [True, False])
 @pytest.mark.parametrize("name", ["train", "train_sparsity", "finetune_pruned", "slim", "val", "prune", "benchmarks"])
 def test_a_model_that_was_trained_here_keeps_its_recipe(name, data, mine, tiny, capsys):
@@ -73,6 +74,7 @@ def test_a_model_that_was_trained_here_keeps_its_recipe(name, data, mine, tiny, 
     assert settled(name, *flags, "--imgsz", 64).imgsz == 64 and "--imgsz" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags, optimizer, lr0", [
     ([], "AdamW", 0.002), (["--adam"], "AdamW", 0.002), (["--optimizer", "AdamW"], "AdamW", 0.002),
     (["--optimizer", "SGD"], "SGD", 0.01), (["--optimizer", "Adam"], "Adam", 0.001),
@@ -83,6 +85,7 @@ def test_a_flag_beats_the_recipe_and_rates_go_with_their_optimizer(name, mine, t
     assert (opt.imgsz, opt.optimizer, opt.hyp["lr0"]) == (96, optimizer, lr0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["train", "train_sparsity", "slim"])
 def test_weights_of_others_start_with_yolov5s_defaults(name, tiny, cfg, here, capsys):
     model = Model(str(cfg), nc=2, names={0: "square", 1: "circle"})
@@ -108,6 +111,7 @@ def test_the_recipe_of_weights_that_the_data_yaml_names(mine, tiny, here):
     assert (opt.imgsz, opt.optimizer) == (320, "Adam")
 
 
+@pytest.mark.slow
 def test_slim_weights_start_other_classes_in_their_own_shape(cfg, here):
     """As docs/faq.md says: the head's last layers begin anew, nothing else does."""
     dense = randomised(Model(str(cfg), nc=3))

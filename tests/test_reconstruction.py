@@ -57,6 +57,7 @@ def test_a_channel_that_others_equal_is_not_missed():
     assert left < 0.05 * lost
 
 
+@pytest.mark.slow
 def test_a_yolov5_is_nearer_to_what_it_was_and_the_cut_stays_exact():
     torch.manual_seed(0)
     model = randomised(Model("yolov5n.yaml", nc=3)).eval()

@@ -46,6 +46,7 @@ def full_disk(size: int) -> Iterator[None]:
 
 # Names ----------------------------------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 @given(texts=st.lists(st.text(st.characters(), max_size=300) | st.sampled_from(HOSTILE), min_size=1, max_size=20))
 def test_any_text_becomes_a_name_of_one_file_of_its_own(texts):
     unique = UniqueNames()

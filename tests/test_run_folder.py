@@ -63,6 +63,7 @@ def test_a_folder_in_use_is_refused_until_its_process_dies(holder, tmp_path, mon
     assert list(folder.iterdir()) == [folder / "dense"] and not list((folder / "dense").iterdir())
 
 
+@pytest.mark.slow
 def test_no_second_training_in_a_folder_in_use(holder, tiny, cfg, tmp_path):
     """Neither with --resume nor with --exist-ok, nor slim.py; and nothing is changed."""
     last = tmp_path / "exp/weights/last.pt"

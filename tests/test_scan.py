@@ -84,6 +84,7 @@ def test_names_sort_as_paths_do() -> None:
     assert sorted(names, key=path_order) == [str(path) for path in sorted(map(Path, names))]
 
 
+@pytest.mark.slow
 def test_objects_do_not_grow_with_the_images(tmp_path: Path) -> None:
     def objects(count: int) -> int:
         folder = tmp_path / str(count)
@@ -103,6 +104,7 @@ def test_objects_do_not_grow_with_the_images(tmp_path: Path) -> None:
 
 # Labels ---------------------------------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_boxes_that_are_left_as_they_are_would_not_be_repaired() -> None:
     """What parse_labels() takes for good, near the edge and of hardly any size, is good in float32, too."""
     rng, kept = np.random.default_rng(0), 0
@@ -238,6 +240,7 @@ def test_a_file_is_looked_at_once(images: Path, monkeypatch: pytest.MonkeyPatch)
     assert len(files) == 2 * (COUNT + 1) and set(files.values()) == {1} and same(again, first)
 
 
+@pytest.mark.slow
 def test_a_cache_that_contradicts_itself_is_made_anew(images: Path, tmp_path: Path) -> None:
     first = DetectionDataset([images], 64)
     file, = (tmp_path / "cache" / "labels").iterdir()

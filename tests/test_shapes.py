@@ -43,6 +43,7 @@ def test_picture_is_a_function_of_seed_split_and_index() -> None:
         assert picture.shape != image.shape or not np.array_equal(picture, image)
 
 
+@pytest.mark.slow
 def test_pictures_and_labels_are_what_they_promise() -> None:
     drawn = [shapes.draw(0, "train", i) for i in range(200)]
     for image, labels in drawn:
@@ -86,6 +87,7 @@ def test_box_is_exact_where_edges_are_straight_and_ends_at_the_image() -> None:
     assert shapes.extent(np.zeros((4, 4), np.uint8)) == (0, 0, 0, 0)
 
 
+@pytest.mark.slow
 def test_hidden_objects_have_no_label(monkeypatch: pytest.MonkeyPatch) -> None:
     few = sum(len(shapes.draw(0, "train", i)[1]) for i in range(40))
     monkeypatch.setattr(shapes, "LEAST_VISIBLE", -1.0)
@@ -113,6 +115,7 @@ def test_two_generations_are_equal_byte_for_byte(tmp_path: Path) -> None:
     assert rows == pytest.approx(labels, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_picture_without_objects_has_an_empty_label_file(tmp_path: Path) -> None:
     index = next(i for i in range(200) if not len(shapes.draw(0, "test", i)[1]))
     shapes.generate(tmp_path / "set", {"test": index + 1})

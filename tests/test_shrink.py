@@ -133,6 +133,7 @@ def test_branches_go_exactly(optimizer, monkeypatch):
     assert isinstance(hook.run.model.block.m[0], nn.Identity)
 
 
+@pytest.mark.slow
 def test_synchronised_batch_norms_are_cut(cfg):
     run, hook = prepared(nn.SyncBatchNorm.convert_sync_batchnorm(randomised(Model(str(cfg), nc=2))), "SGD")
     images = torch.rand(1, 3, 64, 64, dtype=torch.float64)
@@ -215,6 +216,7 @@ def test_killed_at_any_time_it_ends_bit_identical(flags, whole, tmp_path, when):
     assert np.array_equal(*arrays)
 
 
+@pytest.mark.slow
 def test_flags_that_contradict_each_other_are_refused(monkeypatch, tmp_path, tiny, cfg):
     monkeypatch.chdir(tmp_path)
     common = ["--data", str(tiny), "--weights", "", "--cfg", str(cfg), "--epochs", "1", "--imgsz", "64"]

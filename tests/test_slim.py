@@ -144,6 +144,7 @@ def begun(*flags: object) -> Pipeline:
     return slim.begin(pipeline_parser().parse_args(list(map(str, flags))))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 def test_size_and_single_cls_are_settled_at_the_start_for_every_stage(tiny, cfg, tmp_path):
     """The checkpoint's single_cls was dropped, and a size that is no multiple of the stride failed at the end."""
@@ -168,6 +169,7 @@ def test_size_and_single_cls_are_settled_at_the_start_for_every_stage(tiny, cfg,
     assert known.settings.weights == str(tmp_path / "one.pt") and fresh.settings.cfg == str(tmp_path / "model.yaml")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change, words", [
     (["--teacher", "missing.pt"], "missing.pt: no such checkpoint"),
     (["--hyp", "missing.yaml"], "missing.yaml: no such"), (["--freeze", "99"], "--freeze 99: the model has"),
@@ -212,6 +214,7 @@ def test_milliseconds_in_another_runtime(flags, monkeypatch, capsys):
     assert "measured on the model before, in onnxruntime int8" in said and "timed in turns: onnxruntime int8" in said
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 def test_weights_that_find_nothing_teach_nothing(tiny, teacher):
     with pytest.raises(UserError, match="finds nothing on the val images"):

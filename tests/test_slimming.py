@@ -59,6 +59,7 @@ def test_norms_for_training_follow_shortcuts_and_what_is_left_out(model):
     assert set(graph.norms) - set(left) == {"model.4.cv1.bn", "model.4.m.0.cv2.bn", "model.4.m.1.cv2.bn", "model.0.bn"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(6))
 def test_slim_equals_masked_for_random_masks(model, seed):
     masks = cut_at_random(model, seed)
@@ -71,6 +72,7 @@ def test_slim_equals_masked_for_random_masks(model, seed):
             assert m.num_features == int(masks[name].sum())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("percent", [0.0, 0.3, 0.5, 0.8, 0.999])
 def test_a_cut_takes_what_was_asked_and_no_layer_vanishes(model, percent):
     masks = lowest(model, percent, Rules(min_channels=2))
@@ -85,6 +87,7 @@ def test_a_cut_takes_what_was_asked_and_no_layer_vanishes(model, percent):
         assert profile(slim(model, masks), 64) == profile(model, 64)
 
 
+@pytest.mark.slow
 def test_channels_are_ranked_by_order_when_all_scores_are_equal(model):
     flat = deepcopy(model)
     with torch.no_grad():
@@ -97,6 +100,7 @@ def test_channels_are_ranked_by_order_when_all_scores_are_equal(model):
     assert all(torch.equal(first[n], second[n]) for n in first)
 
 
+@pytest.mark.slow
 def test_the_smallest_go_first_and_the_safe_threshold_leaves_every_layer_a_channel(model):
     pruner = Pruner(model, 64).rank()
     prunable = pruner.graph.prunable()
@@ -107,6 +111,7 @@ def test_the_smallest_go_first_and_the_safe_threshold_leaves_every_layer_a_chann
     assert cut.max() <= kept.min() and cut.max() < safe.gamma
 
 
+@pytest.mark.slow
 def test_two_rounds_compose(model):
     first = lowest(model, 0.4)
     once = slim(model, first)
@@ -117,6 +122,7 @@ def test_two_rounds_compose(model):
     assert twice.masks.keys() == both.keys() and all(torch.equal(twice.masks[n], both[n]) for n in both)
 
 
+@pytest.mark.slow
 def test_shapes_rebuild_a_slim_model(model):
     narrow = slim(model, lowest(model, 0.6))
     again = Model(model.yaml)
@@ -172,6 +178,7 @@ def test_depthwise_channels_go_with_the_convolution_before():
     assert largest_difference(masked(net, masks), narrow) < 1e-9
 
 
+@pytest.mark.slow
 def test_cost_counts(model):
     cost = profile(Model("yolov5n.yaml"), 640)
     assert cost.parameters == 1_872_157 and cost.gflops == pytest.approx(4.5, abs=0.1)
@@ -199,6 +206,7 @@ def test_only_the_timed_calls_stay_on_one_core():
     assert os.sched_getaffinity(0) == cores
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["model.0.bn", "model.2.m.0.cv1.bn", "model.9.cv1.bn", "model.17.cv3.bn"])
 def test_freed_flops_are_what_a_cut_frees(model, name):
     graph = trace(model)
@@ -208,6 +216,7 @@ def test_freed_flops_are_what_a_cut_frees(model, name):
     assert profile(model, 64).flops - profile(slim(model, masks), 64).flops == freed[3] == freed[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_predicted_cost_is_the_slim_models(model, seed):
     graph, masks = trace(model), cut_at_random(model, seed)
@@ -218,6 +227,7 @@ def test_predicted_cost_is_the_slim_models(model, seed):
 RULES = [Rules(), Rules(coupled=True), Rules(round_to=8), Rules(coupled=True, round_to=4, min_channels=3)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rules", RULES, ids=str)
 @pytest.mark.parametrize("score", SCORES)
 def test_every_rule_is_kept_and_every_cut_exact(model, rules, score):
@@ -290,6 +300,7 @@ def test_a_sweep_shows_the_cuts_that_auto_would_make(net):
     assert {row["score"] for row in pruner.rank("gamma").sweep([0.0, 0.6])} == {"gamma"}
 
 
+@pytest.mark.slow
 def test_a_cut_depends_on_its_arguments_only(net):
     """A cut for which gammas do not tell used to make taylor the score of all later cuts."""
     def pruner() -> Pruner:
@@ -314,6 +325,7 @@ SHARES = [Rules(), Rules(keep=("0.bn",)), Rules(keep=("1.cv2.bn",), coupled=True
           Rules(min_share=0.5), Rules(min_share=0.25, round_to=4), Rules(min_channels=9, keep=("3.*",))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("score, empty", [("gamma", False), ("gamma", True), ("l1", False)])
 @pytest.mark.parametrize("rules", SHARES, ids=str)
 def test_every_share_is_one_of_the_channels_that_may_go(rules, score, empty):
@@ -350,6 +362,7 @@ def test_rules_that_can_not_be_are_refused(change):
         Rules(**change)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0.3, 0.5, 0.8])
 def test_a_target_is_met_by_the_smallest_cut(model, share):
     pruner = Pruner(model, 64).rank(rules=Rules(coupled=True))
@@ -366,6 +379,7 @@ def test_a_target_is_met_by_the_smallest_cut(model, share):
     assert ranking.smallest_cut(lambda n: True) == (0, True)
 
 
+@pytest.mark.slow
 def test_a_target_out_of_reach_is_said_and_a_limit_is_not_exceeded(model):
     rules = Rules(min_share=0.5)
     result = Pruner(model, 64).rank(rules=rules).cut(target=("params", 0.01))
@@ -382,6 +396,7 @@ def test_a_target_out_of_reach_is_said_and_a_limit_is_not_exceeded(model):
     assert gone == int(0.1 * total) and result.target.reached and 0.099 < -result.target.value <= 0.1
 
 
+@pytest.mark.slow
 def test_what_the_engine_is_not_given_is_asked_for(model):
     pruner = Pruner(model, 64).rank()
     for question in (lambda: pruner.cut(target=("map-drop", 0.1)), lambda: pruner.sweep([0.5])):
@@ -396,6 +411,7 @@ def test_what_the_engine_is_not_given_is_asked_for(model):
         Pruner(nn.Conv2d(3, 8, 1))
 
 
+@pytest.mark.slow
 def test_a_result_tells_of_its_cut(model):
     result = Pruner(model, 64).rank().cut(percent=0.4)
     prunable = trace(model).prunable()
@@ -409,6 +425,7 @@ def test_a_result_tells_of_its_cut(model):
     assert {n for n, row in rows.items() if not row["prunable"]} == {n for n, p in prunable.items() if not p.any()}
 
 
+@pytest.mark.slow
 def test_layers_by_pattern_stay_whole(model):
     masks = lowest(model, 0.7, Rules(keep=("model.0.*", "model.2[03].*")))
     assert all(bool(m.all()) for n, m in masks.items() if n.startswith(("model.0.", "model.20.", "model.23.")))
@@ -425,6 +442,7 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("coupled", [False, True], ids=["uncoupled", "coupled"])
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small"])
 def test_networks_of_others_are_cut_without_any_yolo(one_thread, name, coupled):
@@ -482,6 +500,7 @@ def test_absorbed_constants_of_1x1_readers_are_exact():
         assert not torch.allclose(slim(dense, masks)(x), dense(x), atol=1e-3)
 
 
+@pytest.mark.slow
 def test_absorption_comes_nearer_on_a_whole_yolov5(model):
     masks = lowest(model, 0.3)
     dense = constant_channels(model, masks).eval()
@@ -505,6 +524,7 @@ def test_recalibration_gives_the_images_statistics():
     assert not new.training and not torch.equal(new[0].bn.running_mean, net[0].bn.running_mean)
 
 
+@pytest.mark.slow
 def test_a_layer_keeps_its_share_but_no_zeros(model):
     zeros = deepcopy(model)
     with torch.no_grad():

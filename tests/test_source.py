@@ -68,6 +68,7 @@ def reads_text(node: ast.Call) -> str:
     return "" if owner == "self" else next((reader for reader in READERS if called.endswith(reader)), "")
 
 
+@pytest.mark.slow
 def test_text_files_are_read_in_one_place():
     """A decoding of one's own is how a file of another encoding ends in a traceback, or in wrong names."""
     for file in FILES:

@@ -148,6 +148,7 @@ def test_every_layer_keeps_its_floor_however_high_the_target():
     assert [int((m.weight != 0).sum()) for m in norms] == [4, 4, 3]
 
 
+@pytest.mark.slow
 def test_target_resumes_exactly():
     whole = importance_run()[2]
     half = importance_run(steps=100)[2]
@@ -215,6 +216,7 @@ def block_run(norms, target, steps=300, seed=0, first=0, last=None):
         target.shrink((step + 1) / steps)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("round_to", [2, 8, 16])
 @pytest.mark.parametrize("share", [0.3, 0.5, 0.99])
 def test_blocks_leave_multiples_and_reach_the_share_but_for_a_block(round_to, share):
@@ -231,6 +233,7 @@ def test_blocks_leave_multiples_and_reach_the_share_but_for_a_block(round_to, sh
     assert most - 2 * round_to < zeros <= most
 
 
+@pytest.mark.slow
 def test_blocks_resume_exactly():
     norms, half = ([nn.BatchNorm2d(n) for n in (64, 40)] for _ in range(2))
     block_run(norms, TargetSparsity(norms, 0.5, round_to=8))
@@ -287,6 +290,7 @@ def test_channels_of_a_layer_that_are_coupled_to_others_or_among_themselves():
     assert target.most == pytest.approx(1 - 4 / 24)  # each of the 20 keeps 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width, share, expected", [
     (0.25, 0.5, 16), (0.25, 0.75, 8), (0.125, 0.6, 8), (0.0625, 0.5, 8)])
 def test_blocks_are_as_large_as_leaves_a_choice(width, share, expected):

@@ -62,6 +62,7 @@ def everything(model: nn.Module) -> dict[str, Any]:
     return {f"{name}/{key}": state_of(value) for name, m in model.named_modules() for key, value in vars(m).items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_neither_tracing_nor_a_cut_changes_anything(name):
     torch.manual_seed(0)
@@ -80,6 +81,7 @@ def test_neither_tracing_nor_a_cut_changes_anything(name):
         assert everything(model) == before
 
 
+@pytest.mark.slow
 def test_neither_does_a_comparison():
     model = yolo().train()
     before = everything(model)
@@ -178,6 +180,7 @@ class TwoInputs(Backbone):
         return y if which is None else (y, which)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("named", [False, True])
 def test_a_model_of_several_inputs_is_cut_by_examples_of_them(named):
     torch.manual_seed(0)
@@ -341,6 +344,7 @@ def test_where_nothing_may_go_it_is_said_why(name):
 NORM = "model.0.bn"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ask, words", [
     (lambda m: Pruner(m, 64).cut(0.5), "call rank() first"), (lambda m: Pruner(m, 64).ranking, "call rank() first"),
     (lambda m: Pruner(m, 64).sweep([0.5]), "call rank() first"),

@@ -99,6 +99,7 @@ def test_detection_goes_on_after_an_unreadable_image(folder: Path, capsys: pytes
     assert any("bomb.png" in line and "limit" in line for line in said)
 
 
+@pytest.mark.slow
 def test_damaged_headers_raise_nothing_else(tmp_path: Path) -> None:
     """Random bytes changed in the first 700 of every format: an image, or one of the errors that are expected."""
     rng, read = np.random.default_rng(0), 0
@@ -154,6 +155,7 @@ def test_a_broken_image_is_replaced_where_it_is_used(many: Path, cache: str | No
         assert named[-1].endswith("(5 so far)")
 
 
+@pytest.mark.slow
 def test_workers_tell_what_is_broken_and_change_nothing(many: Path, monkeypatch: pytest.MonkeyPatch,
                                                         capfd: pytest.CaptureFixture) -> None:
     monkeypatch.setattr("utils.data.loader.usable_workers", lambda wanted, *_: wanted)

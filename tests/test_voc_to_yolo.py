@@ -552,6 +552,7 @@ def test_command_line(folder: Path, tmp_path: Path, script: Callable) -> None:
 # ---------------------------------------------------------------------------------------------------------------- BCCD
 
 
+@pytest.mark.slow
 def test_bccd(assets: Path, tmp_path: Path) -> None:
     source = assets / "bccd"
     stamps = {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in source.rglob("*")}
