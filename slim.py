@@ -90,6 +90,7 @@ def pipeline_parser() -> HelpfulParser:
              "map-drop=0.01, the mAP50-95 on val that a cut may cost before fine-tuning")
     add("--runtime", choices=["torch", *runtimes()], default="torch",
         help="what speedup, latency and the table's milliseconds are measured in; in 8 bits with --int8")
+    add("--layers", action="store_true", help="whole branches around which a shortcut leads may go, too")
     add("--rounds", type=at_least(1), default=1, help="become sparse and slim in so many trainings")
     add("--export", nargs="+", type=format_name, choices=[*formats(), "all"], metavar="FORMAT",
         help="in the end write these formats of export.py, such as onnx")
@@ -136,7 +137,7 @@ def settle(opt: Namespace) -> tuple[Settings, Model]:
         single_cls=resolved.single_cls, target=opt.target,
         epochs=opt.epochs or (suited * 3 // 2 if suited else DEFAULTS["epochs"]), rounds=opt.rounds, trained=trained,
         teacher="none" if opt.teacher == "" else opt.teacher, teacher_weight=opt.teacher_weight, training=training,
-        export=opt.export or [], int8=opt.int8, runtime=opt.runtime,
+        export=opt.export or [], int8=opt.int8, runtime=opt.runtime, layers=opt.layers,
         smaller_images=opt.target[0] == "speedup" and "imgsz" not in opt.given), model
 
 

@@ -89,8 +89,8 @@ SIZE, SHARE, RATES = maybe(whole(1, 65_536)), maybe(number(0, 1)), maybe({...: n
 WEIGHT, VALUES = tensor(FLOATS + INTEGERS), tensor(FLOATS, 1)
 MASK, BYTES = tensor([torch.bool], 1), tensor([torch.uint8], 1)
 SHORTCUTS = maybe(one_of("skip", "joint"))
-TARGET = Kind("flops or params, and a number between 0 and 1", lambda value: (
-    isinstance(value, (list, tuple)) and len(value) == 2 and value[0] in ("flops", "params")
+TARGET = Kind("flops, params or latency, and a number between 0 and 1", lambda value: (
+    isinstance(value, (list, tuple)) and len(value) == 2 and value[0] in ("flops", "params", "latency")
     and is_number(value[1]) and 0 < value[1] < 1))
 
 # The file -------------------------------------------------------------------------------------------------------------

@@ -61,6 +61,7 @@ class Settings:
     export: list[str] = field(default_factory=list)         # formats to write in the end
     int8: bool = False            # write them, and measure, in 8 bits
     runtime: str = "torch"        # in which milliseconds are measured
+    layers: bool = False          # may whole branches go
     smaller_images: bool = False  # may the slim model be for smaller images: with a target of speedup
 
     def __post_init__(self) -> None:
@@ -116,7 +117,7 @@ def form_of_state() -> dict[str, Any]:
                 "epochs": whole(1), "rounds": whole(1, 1000), "trained": FLAG, "target": Kind(targets, _is_target),
                 "teacher": maybe(TEXT), "teacher_weight": number(0), "training": {...: (*one, [one])},
                 "export": [one_of(*formats(), "all")], "int8": FLAG, "runtime": one_of("torch", *runtimes()),
-                "smaller_images": FLAG})}
+                "layers": FLAG, "smaller_images": FLAG})}
 
 
 def _is_target(value: Any) -> bool:
@@ -202,19 +203,19 @@ def tasks(config: DataConfig) -> list[str]:
 
 def goal(settings: Settings, stage: Stage, left: float, levers: Levers | None = None) -> dict[str, Any]:
     """The target of a sparsity training that starts with a model of which `left`, 0..1, is left, and its --shrink."""
-    name, wanted = settings.target
+    (name, wanted), cuts = settings.target, {"shrink": True, "layers": settings.layers}
     if name == "map-drop":
-        return {"target_sparsity": 0.5, "shrink": True}
+        return {"target_sparsity": 0.5, **cuts}
     if name == "speedup":
         name, wanted = "latency", levers.latency if levers else 0.9
         if levers and not levers.cuts:
             return {"no_st": True}
     rounds = [s.name for s in settings.stages if s.script == "train_sparsity.py"]
     if name == "latency":  # of the model that the round starts with
-        return {"target": f"latency={wanted ** (1 / len(rounds)):.6g}", "shrink": True, "runtime": settings.runtime,
-                "int8": settings.precision == "int8"}
+        return {"target": f"latency={wanted ** (1 / len(rounds)):.6g}", "runtime": settings.runtime,
+                "int8": settings.precision == "int8", **cuts}
     wanted **= (rounds.index(stage.name) + 1) / len(rounds)
-    return {"target": f"{name}={min(wanted / left, 0.999):.6g}", "shrink": True}
+    return {"target": f"{name}={min(wanted / left, 0.999):.6g}", **cuts}
 
 
 def clock(settings: Settings, ms: Mapping[str, Any]) -> str:
