@@ -12,12 +12,12 @@ import os
 import runpy
 import select
 import signal
+import struct
 import subprocess
 import sys
 import tempfile
 from functools import cache
 from pathlib import Path
-from typing import TextIO
 
 import torch
 
@@ -30,23 +30,28 @@ IMPORTED = ("train", "train_sparsity", "prune", "finetune_pruned", "val", "detec
 class Forked:
     """A command on its way. As far as the tests use them its methods are those of subprocess.Popen."""
 
-    def __init__(self, pid: int, answers: TextIO):
+    def __init__(self, pid: int, answers: int):
         self.pid, self.answers, self.returncode = pid, answers, None
 
     def poll(self, timeout: float = 0) -> int | None:
         """Its exit code, None while it runs."""
         if self.returncode is None and select.select([self.answers], [], [], timeout)[0]:
-            self.returncode = int(self.answers.readline())
+            self.returncode = number(self.answers)
         return self.returncode
 
     def wait(self, timeout: float) -> int:
         """Its exit code. TimeoutExpired, and no process any more, where it takes longer than so many seconds."""
         if self.poll(timeout) is None:
-            os.killpg(self.pid, signal.SIGKILL)
-            self.poll(60)
+            self.end()
             raise subprocess.TimeoutExpired(f"process {self.pid}", timeout)
         assert self.returncode is not None
         return self.returncode
+
+    def end(self) -> None:
+        """Kill it, with the processes that it has started, where it still runs."""
+        if self.poll() is None:
+            os.killpg(self.pid, signal.SIGKILL)
+            self.poll(60)
 
     def send_signal(self, number: int) -> None:
         """To it alone, where it still runs."""
@@ -62,14 +67,20 @@ class Forks:
         self.process = subprocess.Popen([sys.executable, "-m", "tests.forks", str(writing)], cwd=ROOT, text=True,
                                         stdin=subprocess.PIPE, pass_fds=[writing])
         os.close(writing)
-        self.answers = os.fdopen(reading)
+        self.answers = reading
+        self.last: Forked | None = None
 
     def start(self, argv: list[str], cwd: Path, environment: dict[str, str], out: Path, error: Path) -> Forked:
         """A command, in a session of its own. What it prints is appended to the files."""
+        if self.last is not None:  # of a test that failed
+            self.last.end()
         assert self.process.stdin is not None
+        for file in (out, error):
+            file.touch()
         request = {"argv": argv, "cwd": str(cwd), "environment": environment, "files": [str(out), str(error)]}
         print(json.dumps(request), file=self.process.stdin, flush=True)
-        return Forked(int(self.answers.readline()), self.answers)
+        self.last = Forked(number(self.answers), self.answers)
+        return self.last
 
     def run(self, argv: list[str], cwd: Path, environment: dict[str, str],
             timeout: float = 600) -> subprocess.CompletedProcess:
@@ -82,7 +93,7 @@ class Forks:
     def close(self) -> None:
         """End the process."""
         self.process.communicate()
-        self.answers.close()
+        os.close(self.answers)
 
 
 @cache
@@ -90,6 +101,11 @@ def forks() -> Forks:
     """Those of this process of the tests."""
     atexit.register((found := Forks()).close)
     return found
+
+
+def number(answers: int) -> int:
+    """The next one that the process that forks tells: of a command its process, then its exit code."""
+    return struct.unpack("i", os.read(answers, 4))[0]
 
 
 def serve(answers: int) -> None:
@@ -102,8 +118,8 @@ def serve(answers: int) -> None:
             os.close(answers)
             become(**request)
             return
-        os.write(answers, f"{pid}\n".encode())
-        os.write(answers, f"{os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])}\n".encode())
+        os.write(answers, struct.pack("i", pid))
+        os.write(answers, struct.pack("i", os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])))
 
 
 def become(argv: list[str], cwd: str, environment: dict[str, str], files: list[str]) -> None:

@@ -187,7 +187,7 @@ def of_tensor(draw: Callable, value: torch.Tensor) -> object:
     flat = value.detach().clone().flatten()
     infinite = flat.float().index_fill(0, torch.tensor(0), float("inf")).view(value.shape)
     return draw(st.sampled_from([infinite, flat[:1], flat[:-1], torch.cat((flat, flat)), value.detach().int(),
-                                 flat[:1].expand(value.shape)]))
+                                 flat[:1].expand(value.shape or 1)]))
 
 
 def mutate(draw: Callable, value: object) -> object:
