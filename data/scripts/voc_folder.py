@@ -63,12 +63,12 @@ class VocFolder:
         fitting = self._like.get(_stem(name)) or self._like.get(normal(filename), [])
         if not fitting:
             return None
-        found = [(other, path) for other, path in fitting if other == name or other not in self.xmls
+        candidates = [(other, path) for other, path in fitting if other == name or other not in self.xmls
                  and (_stem(other) == _stem(name) or _stem(other) not in self._annotated)]
-        if not found:
+        if not candidates:
             raise Skipped("XML without image (the one that fits belongs to another)")
-        alike = [_common_tail(name, other) for other, _ in found]
-        best = [path for (_, path), score in zip(found, alike) if score == max(alike)]
+        alike = [_common_tail(name, other) for other, _ in candidates]
+        best = [path for (_, path), score in zip(candidates, alike) if score == max(alike)]
         if len({path.parent for path in best}) > 1:
             best = [path for path in best if normal(path.name) == normal(filename)] or best
         if len({path.parent for path in best}) > 1:
@@ -134,8 +134,8 @@ def _is_junk(name: str) -> bool:
 
 def _files(folder: Path, suffixes: Collection[str]) -> Iterator[Path]:
     """The files below a folder with one of these suffixes, in no order."""
-    found = (Path(where, name) for where, names in walk(folder, skip=_is_junk) for name in names if not _is_junk(name))
-    return (path for path in found if path.suffix.lower() in suffixes and path.is_file())
+    paths = (Path(where, name) for where, names in walk(folder, skip=_is_junk) for name in names if not _is_junk(name))
+    return (path for path in paths if path.suffix.lower() in suffixes and path.is_file())
 
 
 def _holds(folder: Path, suffixes: Collection[str]) -> bool:
