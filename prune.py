@@ -145,11 +145,11 @@ def cut(pruner: Pruner[Model], opt: Namespace) -> PruneResult[Model]:
     except ValueError as error:
         raise UserError(f"{error}; nothing was written") from None
     if (found := result.target) and found.name == "latency" and not found.reached:
-        raise UserError(f"--target latency={found.wanted:g}: with all that the rules let go it is still "
+        raise UserError(f"--target latency={found.goal:g}: with all that the rules let go it is still "
                         f"{found.value:.3f}; nothing was written. Give more, or lower --min-share")
     percent, requested = opt.percent, f"{opt.percent:.1%} of the prunable channels"
     if found:
-        percent, requested = result.achieved, f"{found.name}={found.wanted:g}"
+        percent, requested = result.achieved, f"{found.name}={found.goal:g}"
         again = TARGETS[found.name].value(pruner, pruner.graph.kept(result.masks)) if found.name == "latency" else None
         print(report.target_note(found, again))
     if opt.score != result.score:

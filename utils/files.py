@@ -96,11 +96,11 @@ class UniqueNames:
     def __call__(self, key: Any, name: str, number: int = 2) -> str:
         """The key's name: `name`, or name_2, name_3 ... where that is taken; `number`: the first one to try."""
         if key not in self.names:
-            found = clipped(name, MOST_BYTES)
-            while os.path.normcase(found) in self.taken:
-                found, number = f"{clipped(name, MOST_BYTES - 8)}_{number}", number + 1
-            self.names[key] = found
-            self.taken.add(os.path.normcase(found))
+            candidate = clipped(name, MOST_BYTES)
+            while os.path.normcase(candidate) in self.taken:
+                candidate, number = f"{clipped(name, MOST_BYTES - 8)}_{number}", number + 1
+            self.names[key] = candidate
+            self.taken.add(os.path.normcase(candidate))
         return self.names[key]
 
 
@@ -141,8 +141,8 @@ def _remove_half_written(folder: Path) -> None:
     """Remove what processes have left that were killed while they wrote into this folder with atomic()."""
     with suppress(OSError):  # a folder that can be written but not read, or another process was faster
         for entry in os.scandir(folder):
-            if (found := HALF_WRITTEN.fullmatch(entry.name)) and entry.is_file(follow_symlinks=False):
-                dead = found["machine"] == _machine() and not _alive(int(found["process"]))
+            if (match := HALF_WRITTEN.fullmatch(entry.name)) and entry.is_file(follow_symlinks=False):
+                dead = match["machine"] == _machine() and not _alive(int(match["process"]))
                 if dead or time.time() - entry.stat().st_mtime > STALE:
                     os.unlink(entry.path)
 

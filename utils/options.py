@@ -56,9 +56,9 @@ def add_common(parser: ArgumentParser, project: str, training: bool = False) -> 
 
 def weights_or_newest() -> str:
     """What --weights means where it is not given: the newest model of a run here, else YOLOv5's default. Says so."""
-    found = newest("runs/*/*/weights/best.pt", "runs/prune/*/pruned_model.pt", "runs/slim/*/slim.pt")
-    print(f"--weights not given: taking {f'the newest, {found}' if found else STOCK_WEIGHTS}")
-    return str(found or STOCK_WEIGHTS)
+    path = newest("runs/*/*/weights/best.pt", "runs/prune/*/pruned_model.pt", "runs/slim/*/slim.pt")
+    print(f"--weights not given: taking {f'the newest, {path}' if path else STOCK_WEIGHTS}")
+    return str(path or STOCK_WEIGHTS)
 
 
 def add_detection_flags(parser: ArgumentParser, conf: float, iou: float, max_det: int) -> None:

@@ -82,13 +82,13 @@ def read_lines(path: Path, what: str = "") -> list[str]:
 
     A file beside the list may be called like a comment or with quotes. UserError as read_text().
     """
-    found = []
+    lines = []
     for line in map(str.strip, read_text(path, what).split("\n")):
         if line.startswith(("#", "'", '"')) and not os.path.exists(path.parent / line):
             quoted = len(line) > 2 and line[0] == line[-1] != "#"
             line = line[1:-1].strip() if quoted else "" if line[0] == "#" else line
-        found += [line] if line else []
-    return found
+        lines += [line] if line else []
+    return lines
 
 
 def read_json(path: Path, what: str = "") -> Any:

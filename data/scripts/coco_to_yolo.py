@@ -150,7 +150,7 @@ def read_splits(opt: argparse.Namespace, plan: Plan) -> dict[str, tuple[Annotati
     if opt.coco:
         layout.check_output(opt, [opt.coco], "--coco")
         splits = {split: (each_image_once(data, plan), folder)
-                 for split, (data, folder) in find_splits(opt.coco).items()}
+                  for split, (data, folder) in find_splits(opt.coco).items()}
         if "" not in splits:
             return splits
         data, folder = splits[""]

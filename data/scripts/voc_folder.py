@@ -64,7 +64,7 @@ class VocFolder:
         if not fitting:
             return None
         candidates = [(other, path) for other, path in fitting if other == name or other not in self.xmls
-                 and (_stem(other) == _stem(name) or _stem(other) not in self._annotated)]
+                      and (_stem(other) == _stem(name) or _stem(other) not in self._annotated)]
         if not candidates:
             raise Skipped("XML without image (the one that fits belongs to another)")
         alike = [_common_tail(name, other) for other, _ in candidates]

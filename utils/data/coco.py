@@ -39,8 +39,8 @@ def read_annotations(path: Path, flag: str) -> dict[str, Any]:
             entry["id"] = _plain_id(entry.get("id"))
             own[str(entry["id"])] = entry["id"]
         for annotation in data["annotations"]:
-            given = _plain_id(annotation.get(key))
-            annotation[key] = own.get(str(given), given)
+            reference = _plain_id(annotation.get(key))
+            annotation[key] = own.get(str(reference), reference)
     return data
 
 
@@ -130,13 +130,13 @@ class CocoResults:
             for number, row in enumerate(self.truth["annotations"], 1):
                 _complete(row, number, f"--anns {annotations}")
 
-    def add(self, found: Tensor, path: Path) -> None:
+    def add(self, detections: Tensor, path: Path) -> None:
         """(n, 6) detections in the pixels of the image at `path`, rounded as YOLOv5 does."""
         image_id = self._image_id(path)
         if image_id is None:
             self.unknown += 1
             return
-        for x1, y1, x2, y2, confidence, cls in found.tolist():
+        for x1, y1, x2, y2, confidence, cls in detections.tolist():
             box = [round(v, 3) for v in (x1, y1, x2 - x1, y2 - y1)]
             self.rows.append({"image_id": image_id, "category_id": self.categories[int(cls)], "bbox": box,
                               "score": round(confidence, 5)})

@@ -239,9 +239,9 @@ def _ends_with(file: BinaryIO, mark: bytes) -> bool:
     """Whether a file ends with `mark`. Its position stays."""
     position = file.tell()
     file.seek(-len(mark), os.SEEK_END)
-    found = file.read() == mark
+    matches = file.read() == mark
     file.seek(position)
-    return found
+    return matches
 
 
 def decode(path: Path, orientation: int = 1) -> np.ndarray:

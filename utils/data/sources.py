@@ -58,8 +58,8 @@ def frames(source: str, every: int = 1, skipped: Counter[str] | None = None) -> 
     if path.suffix == ".streams":
         yield from _in_turns(path, every, skipped)
         return
-    found = files(source)
-    for file in found:
+    paths = files(source)
+    for file in paths:
         try:
             if file.exists() and not file.is_file():  # a pipe might never end
                 raise UserError(f"--source {file}: not a file")
@@ -68,7 +68,7 @@ def frames(source: str, every: int = 1, skipped: Counter[str] | None = None) -> 
             else:
                 yield Frame(decode(file, read_header(file).orientation), file)
         except UNREADABLE as error:
-            if len(found) == 1 and file.suffix.lower() in VIDEO_SUFFIXES:
+            if len(paths) == 1 and file.suffix.lower() in VIDEO_SUFFIXES:
                 raise
             _skip(str(file), reason_of(error, file), skipped)
 
@@ -107,21 +107,21 @@ def files(source: str) -> list[Path]:
     """The image and video files that a path, pattern or list names. UserError if there are none."""
     path = Path(source)
     if path.is_dir():
-        found = sorted(p for p in path.iterdir() if p.is_file())
+        paths = sorted(p for p in path.iterdir() if p.is_file())
     elif path.suffix == ".txt":
         return [listed_path(path.parent, line) for line in _lines(path)]  # whatever they are: each is told about
     elif path.is_file():
-        found = [path]
+        paths = [path]
     else:
-        found = sorted(set(map(Path, _matches(source))))
-    if not found and not path.is_dir():
+        paths = sorted(set(map(Path, _matches(source))))
+    if not paths and not path.is_dir():
         raise UserError(f"--source {source}: no such file, folder or pattern")
     suffixes = IMAGE_SUFFIXES | VIDEO_SUFFIXES
-    wanted = [p for p in found if p.suffix.lower() in suffixes]
-    if not wanted:
-        known = ", ".join(sorted(suffix[1:] for suffix in suffixes))
-        raise UserError(f"--source {source}: no images or videos there ({known})")
-    return wanted
+    media = [p for p in paths if p.suffix.lower() in suffixes]
+    if not media:
+        kinds = ", ".join(sorted(suffix[1:] for suffix in suffixes))
+        raise UserError(f"--source {source}: no images or videos there ({kinds})")
+    return media
 
 
 def _matches(pattern: str) -> Iterator[str]:

@@ -137,11 +137,11 @@ def _draw_kept(rows: Sequence[Mapping[str, Any]], path: str | Path, title: str, 
     layers, original, kept, prunable = ([row[key] for row in rows] for key in ("layer", "original", "remaining",
                                                                                "prunable"))
     figure, ax = _layer_chart(layers, title, "channels", width)
-    y, left, free = np.arange(len(layers)), np.array(kept), np.array(prunable, bool)
+    y, lengths, free = np.arange(len(layers)), np.array(kept), np.array(prunable, bool)
     whole = ax.barh(y, original, height=0.74, color=PALE, label="cut")
-    ax.barh(y[free], left[free], height=0.74, color=BLUE, label="kept")
+    ax.barh(y[free], lengths[free], height=0.74, color=BLUE, label="kept")
     if not free.all():
-        ax.barh(y[~free], left[~free], height=0.74, color=GREY, label="may not be pruned")
+        ax.barh(y[~free], lengths[~free], height=0.74, color=GREY, label="may not be pruned")
     counts = [f"{b / a:.0%}  ({b}/{a})" for a, b in zip(original, kept, strict=True)]
     ax.bar_label(whole, counts, padding=4, fontsize=7.5, color=INK)
     ax.set_xlim(0, (1 + 1.3 / width) * max(original))  # room for the counts

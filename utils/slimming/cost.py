@@ -112,9 +112,9 @@ class CostModel:
             counted += sum(p.numel() for p in layer.parameters(recurse=False))
         # What no cut of channels changes: attention, say.
         self.rest = sum(p.numel() for p in model.parameters()) - counted
-        known = {f"{name}.{key}" for name in (*graph.outputs, *graph.norms) for key in ("weight", "bias")}
+        of_channels = {f"{name}.{key}" for name in (*graph.outputs, *graph.norms) for key in ("weight", "bias")}
         self.rest_of_branches = [(p.numel(), graph.around(name)) for name, p in model.named_parameters()
-                                 if name not in known | graph.vectors.keys()]
+                                 if name not in of_channels | graph.vectors.keys()]
         self.rest_flops = total - round(sum(
             part.flops * len(graph.inputs[part.name]) * len(graph.outputs[part.name]) for part in self.parts))
 

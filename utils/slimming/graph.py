@@ -127,7 +127,7 @@ def require_mask(name: str, mask: Tensor, channels: int) -> None:
 
 def batch_norms(model: nn.Module, names: Iterable[str]) -> dict[str, _BatchNorm]:
     """Name -> BatchNorm of the model, for the names of a graph or of masks. ValueError for one that it lacks."""
-    found = {}
+    norms = {}
     for name in names:
         try:
             module = model.get_submodule(name)
@@ -135,18 +135,18 @@ def batch_norms(model: nn.Module, names: Iterable[str]) -> dict[str, _BatchNorm]
             module = model
         if not isinstance(module, _BatchNorm):
             raise ValueError(f"'{name}': the model has no BatchNorm of that name")
-        found[name] = module
-    return found
+        norms[name] = module
+    return norms
 
 
 def weighted_layers(model: nn.Module, names: Iterable[str]) -> dict[str, Layer]:
     """Name -> convolution or Linear of the model, for the names of a graph."""
-    found = {}
+    layers = {}
     for name in names:
         module = model.get_submodule(name)
         assert isinstance(module, Layer)
-        found[name] = module
-    return found
+        layers[name] = module
+    return layers
 
 
 def filters(layer: Layer) -> Tensor:
@@ -163,7 +163,7 @@ class UnknownNormError(ValueError):
 
 def matching(names: Iterable[str], patterns: Sequence[str]) -> set[str]:
     """The names that fit one of the patterns (model.0.*). UnknownNormError for a pattern that none fits."""
-    found = {pattern: {name for name in names if fnmatch(name, pattern)} for pattern in patterns}
-    if unused := [pattern for pattern in patterns if not found[pattern]]:
+    by_pattern = {pattern: {name for name in names if fnmatch(name, pattern)} for pattern in patterns}
+    if unused := [pattern for pattern in patterns if not by_pattern[pattern]]:
         raise UnknownNormError(f"no BatchNorm is called {', '.join(unused)}")
-    return set().union(*found.values())
+    return set().union(*by_pattern.values())

@@ -21,7 +21,7 @@ class Ledger:
         self.parent: list[int] = []  # union-find over the ids
         self.frozen: set[int] = set()
         self.coupled: set[int] = set()
-        self.held: set[int] = set()
+        self.held_back: set[int] = set()
         self.notes: list[tuple[str, set[int]]] = []
         self.place = ""  # where the node is that is looked at, for notes
         self.parameters = {name for name, _ in model.named_parameters()}
@@ -113,12 +113,12 @@ class Ledger:
     def hold_back(self, x: Any) -> None:
         """A BatchNorm that the graph does not know reads x: a note on it tells of channels that could be pruned."""
         if isinstance(x, Ids):
-            self.held.update(x.ids.ravel().tolist())
+            self.held_back.update(x.ids.ravel().tolist())
 
     def finish(self) -> ChannelGraph:
         graph, count = self.graph, len(self.parent)
         with_norm = {self.root(i) for norms in (graph.norms, graph.unscaled) for ids in norms.values() for i in ids}
-        with_norm |= {self.root(i) for i in self.held}
+        with_norm |= {self.root(i) for i in self.held_back}
         # Other notes hold back nothing that is prunable; where nothing is, they say why.
         graph.notes = list(dict.fromkeys(text for text, ids in self.notes
                                          if not with_norm or not with_norm.isdisjoint(map(self.root, ids))))

@@ -145,15 +145,15 @@ class Pruner(TracedModel[M]):
             raise ValueError(f"{type(zeroed).__name__} gives values that are not finite, with the cut channels masked; "
                              "a cut can't be checked")
         try:
-            found = difference(expected, outputs(narrow, self.channels, sizes, inputs=self.inputs))
+            deviation = difference(expected, outputs(narrow, self.channels, sizes, inputs=self.inputs))
         except UnfitImagesError:
-            found = float("inf")
-        if not found < EQUIVALENCE_BOUND:
-            raise ValueError(f"the slim model differs from the masked one by {found:.1e} (relative; rounding is "
+            deviation = float("inf")
+        if not deviation < EQUIVALENCE_BOUND:
+            raise ValueError(f"the slim model differs from the masked one by {deviation:.1e} (relative; rounding is "
                              f"below {EQUIVALENCE_BOUND:.0e}): it holds a block that the channel graph misreads")
-        return found
+        return deviation
 
-    def _reach(self, ranking: Ranking, name: str, wanted: float) -> tuple[np.ndarray, TargetOutcome]:
+    def _reach(self, ranking: Ranking, name: str, goal: float) -> tuple[np.ndarray, TargetOutcome]:
         """What the cut keeps that just reaches a target, and the outcome."""
         target = TARGETS[name]
 
@@ -162,12 +162,12 @@ class Pruner(TracedModel[M]):
             return target.value(self, ranking.keep_groups(groups))
 
         if target.allowance:  # one group less than the first cut that loses more
-            groups, exceeded = ranking.smallest_cut(lambda groups: value(groups) < -wanted)
+            groups, exceeded = ranking.smallest_cut(lambda groups: value(groups) < -goal)
             groups -= int(exceeded and groups > 0)
             reached = True
         else:
-            groups, reached = ranking.smallest_cut(lambda groups: value(groups) <= wanted)
-        return ranking.keep_groups(groups), TargetOutcome(name, wanted, value(groups), reached)
+            groups, reached = ranking.smallest_cut(lambda groups: value(groups) <= goal)
+        return ranking.keep_groups(groups), TargetOutcome(name, goal, value(groups), reached)
 
     def preview(self, percent: float) -> tuple[Masks, int, int]:
         """(masks, parameters, FLOPs) that cut(percent) would leave. Nothing is cut."""

@@ -123,14 +123,14 @@ class TracedModel(Generic[M]):
 
         Of a branch, of its last BatchNorm's.
         """
-        found = np.zeros(len(self.graph.group))
+        magnitudes = np.zeros(len(self.graph.group))
         for name, norm in self.norms.items():
             for key in keys:
                 values = getattr(norm, key).detach().float().cpu().abs().numpy()
-                np.maximum.at(found, self.graph.group[self.graph.norms[name]], values)
+                np.maximum.at(magnitudes, self.graph.group[self.graph.norms[name]], values)
                 if branch := self.graph.branches.get(name):
-                    found[branch.number] = max(found[branch.number], values.max())
-        return found
+                    magnitudes[branch.number] = max(magnitudes[branch.number], values.max())
+        return magnitudes
 
 
 def _refuse_unfit(model: nn.Module, inputs: Inputs | None) -> None:

@@ -37,11 +37,11 @@ def reconstruct(model: M, graph: ChannelGraph, masks: Masks, images: Tensor) -> 
     model = deepcopy(model).eval()
     new = masked(model, masks).eval()
     keep = graph.kept(masks)
-    wanted = _sampled_outputs(model, list(refitted_layers(model, graph)), keep, graph, images)
+    targets = _sampled_outputs(model, list(refitted_layers(model, graph)), keep, graph, images)
     following = norms_behind(new, graph)
 
     def refit(name: str, conv: nn.Conv2d, x: Tensor) -> None:
-        positions, y = wanted.pop(name)
+        positions, y = targets.pop(name)
         rows, columns = (torch.from_numpy(np.flatnonzero(keep[ids[name]])).to(x.device)
                          for ids in (graph.outputs, graph.inputs))
         patches = sampled_patches(conv, x, positions)[:, columns].flatten(1)
@@ -59,7 +59,7 @@ def reconstruct(model: M, graph: ChannelGraph, masks: Masks, images: Tensor) -> 
             norm.running_mean[rows] -= shift
 
     handles = [conv.register_forward_pre_hook(lambda layer, inputs, name=name: refit(name, layer, inputs[0]))
-               for name, conv in refitted_layers(new, graph).items() if name in wanted]
+               for name, conv in refitted_layers(new, graph).items() if name in targets]
     new(images)
     for handle in handles:
         handle.remove()
@@ -77,7 +77,7 @@ def _sampled_outputs(model: nn.Module, names: list[str], keep: np.ndarray, graph
                      images: Tensor) -> dict[str, tuple[Positions, Tensor]]:
     """Name -> positions, and (samples, out) the outputs of the convolution there. Only of those that run once."""
     random, calls = torch.Generator().manual_seed(SEED), Counter[str]()
-    found: dict[str, tuple[Positions, Tensor]] = {}
+    samples: dict[str, tuple[Positions, Tensor]] = {}
 
     def look(name: str, conv: nn.Conv2d, y: Tensor) -> None:
         calls[name] += 1
@@ -87,7 +87,7 @@ def _sampled_outputs(model: nn.Module, names: list[str], keep: np.ndarray, graph
         chosen = torch.randint(places, (min(places, MOST, max(FEWEST, PER_INPUT * inputs)),), generator=random)
         chosen = chosen.to(y.device)
         positions = chosen // (height * width), chosen // width % height, chosen % width
-        found[name] = positions, y[positions[0], :, positions[1], positions[2]]
+        samples[name] = positions, y[positions[0], :, positions[1], positions[2]]
 
     layers = weighted_layers(model, names)
     handles = [conv.register_forward_hook(lambda layer, _, y, name=name: look(name, layer, y))
@@ -95,7 +95,7 @@ def _sampled_outputs(model: nn.Module, names: list[str], keep: np.ndarray, graph
     model(images)
     for handle in handles:
         handle.remove()
-    return {name: pair for name, pair in found.items() if calls[name] == 1}
+    return {name: pair for name, pair in samples.items() if calls[name] == 1}
 
 
 def sampled_patches(conv: nn.Conv2d, x: Tensor, positions: Positions) -> Tensor:

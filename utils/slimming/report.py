@@ -55,7 +55,7 @@ def lineage_note(before: Masks, after: Masks) -> str:
 
 def target_note(target: TargetOutcome, again: float | None = None) -> str:
     """What a target took. again: its figure for the cut, measured once more."""
-    text = f"target {target.name}={target.wanted:g}: "
+    text = f"target {target.name}={target.goal:g}: "
     if target.name == "map-drop":
         return f"{text}mAP50-95 falls by {-target.value:.4f} without the cut channels, before any fine-tuning"
     text += f"{target.value:.3f} of the {target.name} are left"

@@ -26,7 +26,7 @@ class TargetOutcome:
     """What became of a target."""
 
     name: str
-    wanted: float
+    goal: float
     value: float    # the target's figure for the cut that was made
     reached: bool   # False: there is no cut that reaches it
 

@@ -92,9 +92,9 @@ class TargetSparsity:
         kept: bool (channels,) per BatchNorm, over the channels of the first ones: these are left. All that is counted
         and ranked here goes on being over the first ones' channels, so that a cut changes no choice.
         """
-        left = [norm for i in self.trained if (norm := norms[i])]
-        self.gammas: list[Tensor] = [norm.weight for norm in left]
-        self.betas: list[Tensor] = [norm.bias for norm in left]
+        active = [norm for i in self.trained if (norm := norms[i])]
+        self.gammas: list[Tensor] = [norm.weight for norm in active]
+        self.betas: list[Tensor] = [norm.bias for norm in active]
         followers = [copy for i in self.trained if (copy := copies[i])] if copies else []
         self.copies: list[Tensor] = [tensor for copy in followers for tensor in (copy.weight, copy.bias)]
         self.present: Tensor | slice = slice(None)  # numbers of the channels that are left
@@ -139,7 +139,7 @@ class TargetSparsity:
         """Is this a moment at which aim() is needed: before the first channel shrinks, and before the last one is 0?"""
         return not self.settled and (progress >= self.LAST or (progress >= self.BEGIN and not self.share))
 
-    def wanted(self, progress: float) -> int:
+    def channels_at(self, progress: float) -> int:
         """Channels that should be 0, or on their way there, at this point (0..1) of the run."""
         u = min(max((progress - self.BEGIN) / (self.END - self.BEGIN), 0.0), 1.0)
         return round(self.share * (1 - (1 - u) ** 3) * self.total)
@@ -156,12 +156,12 @@ class TargetSparsity:
     @torch.no_grad()
     def shrink(self, progress: float) -> None:
         """Shrink what ranks lowest now. Call it after the optimizer's step."""
-        if not (wanted := self.wanted(progress)):
+        if not (count := self.channels_at(progress)):
             self.settled |= progress >= self.LAST
             return
         blocks, order, channels, protected = self._arranged()
         chosen = torch.zeros_like(protected)
-        chosen[order] = channels[order].cumsum(0) <= wanted
+        chosen[order] = channels[order].cumsum(0) <= count
         if self.settled:  # no channel is given up any more
             chosen &= append(self.dead, False)[blocks].any(1)
         else:
@@ -192,10 +192,10 @@ class TargetSparsity:
 
     def _per_norm(self, groups: Tensor) -> list[np.ndarray]:
         """Flags of groups -> bool (channels,) per BatchNorm; no channel of a frozen one is flagged."""
-        found = [np.zeros(length, bool) for length in self.lengths]
+        per_norm = [np.zeros(length, bool) for length in self.lengths]
         for i, flags in zip(self.trained, groups[self.groups.group].split(self.sizes)):
-            found[i] = flags.cpu().numpy()
-        return found
+            per_norm[i] = flags.cpu().numpy()
+        return per_norm
 
     def _arranged(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The blocks by the present ranking.
@@ -221,9 +221,9 @@ class TargetSparsity:
 
     def _groups_of(self, flags: Tensor, blocks: Tensor) -> Tensor:
         """Flags of blocks -> flags of their groups."""
-        found = append(torch.zeros_like(self.dead), False)
-        found[blocks] = flags[:, None].expand_as(blocks)
-        return found[:-1]
+        group_flags = append(torch.zeros_like(self.dead), False)
+        group_flags[blocks] = flags[:, None].expand_as(blocks)
+        return group_flags[:-1]
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs."""
