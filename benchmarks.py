@@ -55,9 +55,9 @@ class Entry:
 
     def said(self) -> str:
         """What is known of it before the timing, in a line."""
-        known = [f"{self.megabytes:.2f} MB"] if self.megabytes else []
-        known += [f"mAP50-95 {self.accuracy:.3f}"] if self.accuracy is not None else []
-        return f"{self.model}, {self.format} {self.precision}: {self.reason or ', '.join(known)}"
+        parts = [f"{self.megabytes:.2f} MB"] if self.megabytes else []
+        parts += [f"mAP50-95 {self.accuracy:.3f}"] if self.accuracy is not None else []
+        return f"{self.model}, {self.format} {self.precision}: {self.reason or ', '.join(parts)}"
 
 
 def parse(argv: Argv = None) -> Namespace:
@@ -145,11 +145,11 @@ class Calibration:
 
 def chosen(opt: Namespace, device: torch.device) -> list[tuple[str, str]]:
     """Format and precision of every row of a model. PyTorch's fp32 is the measure, whatever precision is asked for."""
-    wanted = opt.include or [TORCH, *formats.runtimes()]
-    kinds = [(TORCH, "fp32")] if TORCH in wanted else []
+    names = opt.include or [TORCH, *formats.runtimes()]
+    kinds = [(TORCH, "fp32")] if TORCH in names else []
     if kinds and device.type == "cuda" and "fp16" in opt.precisions:
         kinds.append((TORCH, "fp16"))
-    return kinds + [(runtime, precision) for runtime, fmt in formats.runtimes().items() if runtime in wanted
+    return kinds + [(runtime, precision) for runtime, fmt in formats.runtimes().items() if runtime in names
                     for precision in fmt.precisions
                     if precision in opt.precisions and (opt.include or not fmt.missing(precision))]
 

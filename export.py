@@ -88,26 +88,26 @@ def parse(argv: Argv = None) -> Namespace:
 
 def chosen_formats(opt: Namespace) -> list[Format]:
     """The formats of --include. Those of "all" that can't be written here are named, and left out."""
-    known = formats.formats()
+    every = formats.formats()
     if "all" not in opt.include:
-        wanted = [known[name] for name in dict.fromkeys(opt.include)]
-        for fmt in wanted:
+        include = [every[name] for name in dict.fromkeys(opt.include)]
+        for fmt in include:
             fmt.need(f"--include {fmt.name}", opt.precision)
             if opt.precision not in fmt.precisions:
-                has = [f.name for f in known.values() if opt.precision in f.precisions]
+                has = [f.name for f in every.values() if opt.precision in f.precisions]
                 raise UserError(f"--include {fmt.name}: has no {opt.precision} here; {', '.join(has)} have")
             if opt.dynamic and not fmt.dynamic:
                 print(f"{fmt.name}: is of a fixed size; --dynamic has no effect on it")
-        return wanted
-    found = []
-    for fmt in known.values():
+        return include
+    possible = []
+    for fmt in every.values():
         if opt.precision not in fmt.precisions:
             print(f"{fmt.name}: left out, it has no {opt.precision} here")
         elif missing := fmt.missing(opt.precision):
             print(f"{fmt.name}: left out; pip install {' '.join(missing)}")
         else:
-            found.append(fmt)
-    return found
+            possible.append(fmt)
+    return possible
 
 
 def options_of(opt: Namespace, model: Model, trained: dict[str, Any]) -> ExportOptions:
@@ -123,11 +123,11 @@ def options_of(opt: Namespace, model: Model, trained: dict[str, Any]) -> ExportO
         return options
     opt.single_cls = bool((trained.get("opt") or {}).get("single_cls"))
     if not opt.data:
-        known = trained_data(trained, opt.weights, opt.single_cls)
-        if known is None:
+        own_data = trained_data(trained, opt.weights, opt.single_cls)
+        if own_data is None:
             raise UserError(f"--int8: {opt.weights} does not say what it was trained on; "
                             "give the --data whose train images activations are measured on")
-        opt.data = str(known.file)
+        opt.data = str(own_data.file)
     config = read_data(opt.data, needed=("train",))
     if not opt.single_cls:
         require_same_classes(opt, model.names, config.names)
@@ -153,9 +153,9 @@ def largest_difference(model: Model, detector: Detector, options: ExportOptions)
         images = torch.rand(shape)
         with torch.no_grad():
             expected = reference(images)
-            found = detector(images.to(options.device, detector.dtype))[0].float().cpu()
-        require_finite(found, detector)
-        worst = max(worst, float((found - expected).abs().max() / expected.abs().max()))
+            actual = detector(images.to(options.device, detector.dtype))[0].float().cpu()
+        require_finite(actual, detector)
+        worst = max(worst, float((actual - expected).abs().max() / expected.abs().max()))
     return worst
 
 
@@ -169,10 +169,10 @@ def validation(opt: Namespace, options: ExportOptions, stride: int) -> Detection
                              single_cls=opt.single_cls, rect=False)
 
 
-def compare(model: Model, written: dict[str, Path], loader: DetectionLoader, keep: list[str]) -> None:
+def compare(model: Model, files: dict[str, Path], loader: DetectionLoader, keep: list[str]) -> None:
     """Print the mAP of the int8 files beside that of the model, and a warning for those that lose too much."""
     rows = [("fp32", *_accuracy(on_device(fused(model), CPU), loader))]
-    rows += [(f"{name} int8", *_accuracy(formats.load(path, CPU)[0], loader)) for name, path in written.items()]
+    rows += [(f"{name} int8", *_accuracy(formats.load(path, CPU)[0], loader)) for name, path in files.items()]
     whole = rows[0][2]
     print(f"on square images of {loader.dataset.imgsz} px, which these files take (val.py has rectangles):")
     print(text_table([[name, f"{map50:.3f}", f"{mean:.3f}", f"{mean - whole:+.3f}"] for name, map50, mean in rows],
@@ -229,9 +229,9 @@ def main(argv: Argv = None) -> list[Path]:
     if opt.int8_sensitivity:
         return sensitivity(model, chosen, options, validation(opt, options, stride), weights)
     loader = validation(opt, options, stride) if opt.int8 and not opt.noval and not opt.nms else None
-    written = {}
+    files = {}
     for fmt in chosen:
-        path = written[fmt.name] = fmt.path(weights, opt.precision)
+        path = files[fmt.name] = fmt.path(weights, opt.precision)
         try:
             fmt.write(model, path, options)
         except OSError as error:  # of what is written on the way
@@ -244,8 +244,8 @@ def main(argv: Argv = None) -> list[Path]:
             worst = largest_difference(model, formats.load(path, options.device)[0], options)
             print(f"{fmt.name}: largest difference to torch {worst:.1e} (relative to the largest output)")
     if loader is not None:
-        compare(model, written, loader, opt.int8_keep)
-    return list(written.values())
+        compare(model, files, loader, opt.int8_keep)
+    return list(files.values())
 
 
 def megabytes(path: Path) -> float:

@@ -124,8 +124,8 @@ def rank(model: Model, opt: Namespace, device: torch.device, loader: Loader) -> 
                   keep=tuple(opt.keep))
 
     def evaluate(candidate: Model) -> dict[str, float]:
-        found = accuracy(candidate, loader(), opt, device)
-        return {key: found[key] for key in ("mAP50", "mAP50-95")}
+        metrics = accuracy(candidate, loader(), opt, device)
+        return {key: metrics[key] for key in ("mAP50", "mAP50-95")}
 
     try:
         pruner = model_pruner(model, opt.imgsz, device, evaluate, TrainingSample(opt, model, IMAGES, device).losses,
@@ -144,14 +144,16 @@ def cut(pruner: Pruner[Model], opt: Namespace) -> PruneResult[Model]:
         result = pruner.cut(target=opt.target) if opt.target else pruner.cut(opt.percent)
     except ValueError as error:
         raise UserError(f"{error}; nothing was written") from None
-    if (found := result.target) and found.name == "latency" and not found.reached:
-        raise UserError(f"--target latency={found.goal:g}: with all that the rules let go it is still "
-                        f"{found.value:.3f}; nothing was written. Give more, or lower --min-share")
+    if (target := result.target) and target.name == "latency" and not target.reached:
+        raise UserError(f"--target latency={target.goal:g}: with all that the rules let go it is still "
+                        f"{target.value:.3f}; nothing was written. Give more, or lower --min-share")
     percent, requested = opt.percent, f"{opt.percent:.1%} of the prunable channels"
-    if found:
-        percent, requested = result.achieved, f"{found.name}={found.goal:g}"
-        again = TARGETS[found.name].value(pruner, pruner.graph.kept(result.masks)) if found.name == "latency" else None
-        print(report.target_note(found, again))
+    if target:
+        percent, requested = result.achieved, f"{target.name}={target.goal:g}"
+        again = None
+        if target.name == "latency":
+            again = TARGETS[target.name].value(pruner, pruner.graph.kept(result.masks))
+        print(report.target_note(target, again))
     if opt.score != result.score:
         print(report.score_note(result.score, IMAGES))
     channels = "channels" if opt.min_channels > 1 else "channel"
@@ -236,9 +238,9 @@ def measure(result: PruneResult[Model], models: dict[str, Model], folder: Path, 
 def write_page(folder: Path, opt: Namespace, score: str, stages: list[dict[str, Any]], costs: list[dict[str, Any]],
                pairs: list[tuple[str, list[np.ndarray]]]) -> None:
     """report.html, the run as one file. score: what the channels were ranked by."""
-    asked = "{}={:g}".format(*opt.target) if opt.target else f"{opt.percent:.1%} of the prunable channels"
+    request = "{}={:g}".format(*opt.target) if opt.target else f"{opt.percent:.1%} of the prunable channels"
     drawn = {"BatchNorm scales": folder / "gammas.png", "Channels kept": folder / "channels.png"}
-    Page(f"Pruned: {Path(opt.weights).name}", [f"Asked: {asked}, ranked by {score}. Before any fine-tuning."],
+    Page(f"Pruned: {Path(opt.weights).name}", [f"Asked: {request}, ranked by {score}. Before any fine-tuning."],
          {"Stages": stages, "Cost": costs}, drawn, pairs, [command_line()]).write(folder / "report.html")
 
 

@@ -129,11 +129,11 @@ class SparsityHook(Hook):
 
     def record(self) -> dict[str, Any]:
         """For prune.py: a cut follows the sparsity training's blocks and shortcuts. For a resumed run: what is cut."""
-        known: dict[str, Any] = {"sparsity": {"round_to": self.plan.round_to, "shortcuts": self.run.opt.shortcuts,
-                                              "layers": self.run.opt.layers}}
+        entries: dict[str, Any] = {"sparsity": {"round_to": self.plan.round_to, "shortcuts": self.run.opt.shortcuts,
+                                                "layers": self.run.opt.layers}}
         if self.remaining.fewer:
-            known["shrunk"] = {"before": self.remaining.before, "done": self.settled, "difference": self.difference}
-        return known
+            entries["shrunk"] = {"before": self.remaining.before, "done": self.settled, "difference": self.difference}
+        return entries
 
 
 def settle(opt: Namespace) -> Namespace:

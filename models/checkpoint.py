@@ -240,19 +240,19 @@ def _from_official(data: Any) -> dict[str, Any]:
 
 def _tensors(whole: Any) -> dict[str, Tensor]:
     """Every parameter and buffer below a stand-in module, as state_dict would name them; each module counts once."""
-    found, seen, waiting, left = {}, {id(whole)}, [("", whole)], MOST
+    state, seen, waiting, budget = {}, {id(whole)}, [("", whole)], MOST
     while waiting:
         prefix, module = waiting.pop()
         tensors = [*(vars(module).get("_parameters") or {}).items(), *(vars(module).get("_buffers") or {}).items()]
         children = (vars(module).get("_modules") or {}).items()
-        left -= len(tensors) + len(children)
-        if len(prefix) > LONGEST_NAME or left < 0:
+        budget -= len(tensors) + len(children)
+        if len(prefix) > LONGEST_NAME or budget < 0:
             raise ValueError("its modules are nested without end")
         for key, value in tensors:
             if isinstance(value, Tensor) and key != "anchor_grid":  # which is in older files
-                found[f"{prefix}{key}"] = sound(value.detach(), f"{prefix}{key}")
+                state[f"{prefix}{key}"] = sound(value.detach(), f"{prefix}{key}")
         for name, child in children:
             if isinstance(child, _Inert) and id(child) not in seen:
                 seen.add(id(child))
                 waiting.append((f"{prefix}{name}.", child))
-    return found
+    return state

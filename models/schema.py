@@ -60,10 +60,10 @@ def one_of(*words: str) -> Kind:
 
 def tensor(dtypes: Iterable[torch.dtype], dim: int | None = None) -> Kind:
     """Tensors of these types, and of so many dimensions."""
-    known = tuple(dtypes)
+    types = tuple(dtypes)
     shape = "" if dim is None else f" with {dim} dimension"
-    return Kind(f"a tensor of {str(known[0]).removeprefix('torch.')}{shape}", lambda value: (
-        isinstance(value, Tensor) and value.dtype in known and dim in (None, value.dim())))
+    return Kind(f"a tensor of {str(types[0]).removeprefix('torch.')}{shape}", lambda value: (
+        isinstance(value, Tensor) and value.dtype in types and dim in (None, value.dim())))
 
 
 def maybe(form: Any) -> tuple:
@@ -162,12 +162,12 @@ def tree(data: Any, most: int = MOST) -> Any:
 
     Tensors stay what they are. ValueError where it is cyclic, too deep or too large, or holds something else.
     """
-    left = most
+    budget = most
 
     def copy(value: Any, where: str, depth: int) -> Any:
-        nonlocal left
-        left -= 1
-        if left < 0 or depth > DEEPEST:
+        nonlocal budget
+        budget -= 1
+        if budget < 0 or depth > DEEPEST:
             raise ValueError(f"'{where}' is nested too deeply, or without end")
         if isinstance(value, dict):
             return {copy(key, where, depth): copy(inner, _below(where, key), depth + 1) for key, inner in value.items()}

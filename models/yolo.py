@@ -185,21 +185,21 @@ class _Shapes(TorchFunctionMode):
             x, weight, bias, *how, groups = args
             if x.shape[1] == weight.shape[1] * groups and (bias is None or len(bias) == len(weight)):
                 return torch.conv2d(x[:, :1], weight[:1, :1], None, *how, 1).repeat(1, len(weight), 1, 1)
-        found = func(*args, **(kwargs or {}))
-        if isinstance(found, Tensor) and found.numel() > MOST_PARAMETERS:
-            raise ValueError(f"a map of {tuple(found.shape)} is too large")
-        return found
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and result.numel() > MOST_PARAMETERS:
+            raise ValueError(f"a map of {tuple(result.shape)} is too large")
+        return result
 
 
 class _Budget(TorchFunctionMode):
     """Within it at most MOST_PARAMETERS numbers are made: what asks for more is refused before memory is taken."""
 
-    left = MOST_PARAMETERS
+    remaining = MOST_PARAMETERS
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if func in (torch.empty, torch.zeros, torch.ones):
-            self.left -= math.prod(args[0] if isinstance(args[0], (tuple, list)) else args)
-            if self.left < 0:
+            self.remaining -= math.prod(args[0] if isinstance(args[0], (tuple, list)) else args)
+            if self.remaining < 0:
                 raise ValueError(f"the model would have more than {MOST_PARAMETERS:,} parameters")
         return func(*args, **(kwargs or {}))
 
@@ -284,22 +284,22 @@ class Model(nn.Module):
 
     def _set_activation(self, name: str) -> None:
         """Replace every block's SiLU by the class that the yaml names: `nn.ReLU()` or `nn.LeakyReLU(0.1)`, say."""
-        written = re.fullmatch(r"(nn\.\w+)(?:\((-?(?:\d+\.?\d*|\.\d+)(?:e-?\d\d?)?)?\))?", name.strip())
-        cls = ACTIVATIONS.get(written[1]) if written else None
-        if written is None or cls is None:
+        match = re.fullmatch(r"(nn\.\w+)(?:\((-?(?:\d+\.?\d*|\.\d+)(?:e-?\d\d?)?)?\))?", name.strip())
+        cls = ACTIVATIONS.get(match[1]) if match else None
+        if match is None or cls is None:
             raise UserError(f"model yaml: activation '{name[:60]}' is not one of {', '.join(ACTIVATIONS)}, with at "
                             "most a number, as in nn.LeakyReLU(0.1)")
         for module in self.modules():
             if isinstance(module, Conv) and isinstance(module.act, nn.SiLU):
-                module.act = cls(float(written[2])) if written[2] else cls()
+                module.act = cls(float(match[2])) if match[2] else cls()
 
     def _require_small_steps(self) -> None:
         """UserError where a layer makes its map so much larger that no memory would hold it."""
         for i, layer in enumerate(self.model):
             for module in layer.modules():
-                given = [getattr(module, key, None) for key in ("size", "scale_factor", "padding", "output_padding")]
-                given += [module.stride] if isinstance(module, nn.ConvTranspose2d) else []
-                numbers = [n for value in given for n in (value if isinstance(value, (tuple, list)) else [value])]
+                settings = [getattr(module, key, None) for key in ("size", "scale_factor", "padding", "output_padding")]
+                settings += [module.stride] if isinstance(module, nn.ConvTranspose2d) else []
+                numbers = [n for value in settings for n in (value if isinstance(value, (tuple, list)) else [value])]
                 if any(isinstance(n, (int, float)) and not n <= MOST_PIXELS for n in numbers):
                     raise UserError(f"model yaml, row {i}: adds more than {MOST_PIXELS} pixels to a map, or makes it "
                                     "more than so many times as large")

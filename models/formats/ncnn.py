@@ -97,10 +97,10 @@ def _convert(traced: torch.jit.ScriptModule, folder: Path, shape: list[int], pre
 
 def _compare(detector: NcnnDetector, image: Tensor, expected: Tensor) -> None:
     """UserError where the file computes something else than the model: pnnx has misunderstood a block."""
-    found = detector(image)[0]
+    actual = detector(image)[0]
     wrong = float("inf")
-    if found.shape == expected.shape:
-        away = (found - expected).abs()
+    if actual.shape == expected.shape:
+        away = (actual - expected).abs()
         wrong = max(float(away[..., :4].max()) / max(image.shape[2:]), float(away[..., 4:].max()))
     if not wrong < WRONG:  # NaN, too
         raise UserError(f"--include ncnn: a block of this model computes something else there (by {wrong:.2g}); "
@@ -157,8 +157,8 @@ class NcnnDetector(FileDetector):
         code, decoded = extractor.extract(self.net.output_names()[0])
         if failed or code:
             raise UserError(f"{self.file}: ncnn can't run it (code {failed or code}); export it again")
-        found = np.array(decoded)  # a copy: ncnn takes its memory back
-        return found.reshape(1, -1, found.shape[-1])
+        array = np.array(decoded)  # a copy: ncnn takes its memory back
+        return array.reshape(1, -1, array.shape[-1])
 
 
 FORMAT = Format("ncnn", "_ncnn_model", write, NcnnDetector, precisions=("fp32", "fp16"), packages=("ncnn", "pnnx"),

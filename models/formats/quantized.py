@@ -41,12 +41,12 @@ def matching_nodes(nodes: Iterable[str], patterns: Collection[str]) -> set[str]:
     UserError for a pattern that none fits.
     """
     modules = {node: module_of(node) for node in nodes}
-    found: set[str] = set()
+    matches: set[str] = set()
     for pattern in patterns:
         fitting = {node for node, module in modules.items() if fnmatch(module, pattern) or
                    fnmatch(module, f"{pattern}.*")}
         if not fitting:
             raise UserError(f"--int8-keep: no part of the model is called '{pattern}'; give names such as model.0 "
                             "or 'model.2.m.*'")
-        found |= fitting
-    return found
+        matches |= fitting
+    return matches
