@@ -102,12 +102,12 @@ EXPERIMENTS = {
 
 def commands(plan: Experiment, weights: Path) -> list[dict[str, str]]:
     """For each sparse model of an experiment: product of a command -> command, in order."""
-    found = {name: common.sparse_command(name, f"{flags} --weights '{weights}' {plan.train}")
-             for name, flags in plan.sparse.items()}
+    chains = {name: common.sparse_command(name, f"{flags} --weights '{weights}' {plan.train}")
+              for name, flags in plan.sparse.items()}
     for name, (sparse, cut, tune) in plan.cuts.items():
-        found[sparse] |= common.cut_commands(sparse, name, f"{cut} {plan.prune}",
-                                             None if tune is None else f"{tune} {plan.tune}")
-    return list(found.values())
+        chains[sparse] |= common.cut_commands(sparse, name, f"{cut} {plan.prune}",
+                                              None if tune is None else f"{tune} {plan.tune}")
+    return list(chains.values())
 
 
 def stages(folder: Path) -> None:
@@ -115,8 +115,8 @@ def stages(folder: Path) -> None:
     rows = []
     for split in ("val", "test"):
         flags = f"--data bccd/data.yaml --task {split} --batch-size 32"
-        found = common.measure(common.stage_files("l1", "target", "blocks"), folder, flags, f"-{split}")
-        rows += [{"sr": "0.01", "split": split, **row} for row in found]
+        measurements = common.measure(common.stage_files("l1", "target", "blocks"), folder, flags, f"-{split}")
+        rows += [{"sr": "0.01", "split": split, **row} for row in measurements]
     publish("bccd", rows)
     img, runs = ROOT / "img", folder / "runs"
     dense, l1, blocks = (np.load(runs / "train" / name / "gammas.npy", allow_pickle=False)
@@ -160,11 +160,11 @@ def sparsity_row(folder: Path, name: str) -> tuple[Row, Model]:
 
 def sparsity(folder: Path) -> None:
     """A row per run, and the picture. The first run of each share is timed."""
-    found = [sparsity_row(folder, name) for name in RUNS]
-    timed = [(row, model) for row, model in found if row["run"].startswith("share") and row["seed"] == 0]
+    pairs = [sparsity_row(folder, name) for name in RUNS]
+    timed = [(row, model) for row, model in pairs if row["run"].startswith("share") and row["seed"] == 0]
     for (row, _), speed in zip(timed, common.times_faster([model for _, model in timed])):
         row |= speed
-    rows = [row for row, _ in found]
+    rows = [row for row, _ in pairs]
     publish("sparsity", rows)
     plot_shares([row for row in rows if row["run"].startswith("share")], ROOT / "img" / "sparsity.png")
 
@@ -188,9 +188,9 @@ def absorb(folder: Path) -> None:
     rows = []
     for name in EXPERIMENTS["absorb"].cuts:
         report = json.loads((folder / f"runs/prune/{name}/report.json").read_text(encoding="utf-8"))
-        found = {row["stage"]: row["mAP50-95"] for row in report["stages"]}
+        maps = {row["stage"]: row["mAP50-95"] for row in report["stages"]}
         rows.append({"share": float(name.removeprefix("absorb-")), "threshold": report["threshold"],
-                     **{stage: found[stage] for stage in ("before", "slim", "absorbed")}})
+                     **{stage: maps[stage] for stage in ("before", "slim", "absorbed")}})
     publish("absorb", rows)
 
 

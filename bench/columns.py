@@ -54,20 +54,20 @@ def spread(runs: Sequence[Row], key: str, texts: tuple[str, str] = SPREAD) -> tu
 
 def grouped(rows: Sequence[Row], *keys: str) -> dict[tuple, list[Row]]:
     """The rows by their values under `keys`."""
-    found: dict[tuple, list[Row]] = {}
+    groups: dict[tuple, list[Row]] = {}
     for row in rows:
-        found.setdefault(tuple(row[key] for key in keys), []).append(row)
-    return found
+        groups.setdefault(tuple(row[key] for key in keys), []).append(row)
+    return groups
 
 
 def stage_rows(split: str, rows: Sequence[Row]) -> list[Row]:
     """bccd.csv's stages on the val or the test images, with titles."""
-    found = {row["stage"]: row for row in rows if row["split"] == split}
-    made = [found["dense"]]
+    by_stage = {row["stage"]: row for row in rows if row["split"] == split}
+    made = [by_stage["dense"]]
     for way, (flags, percent) in WAYS.items():
         titles = {"sparse": f"{flags}: sparse", "cut": f"{percent}% of its channels cut", "tuned": "fine-tuned"}
         for stage, title in titles.items():
-            row = found[f"{way}-{stage}"]
+            row = by_stage[f"{way}-{stage}"]
             made.append({**row, "stage": title.format(**row)})
     return made
 

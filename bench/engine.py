@@ -104,8 +104,8 @@ def half_of(method: str, name: str) -> dict[str, Any]:
             model(images)
     except Exception as error:  # whatever their code and the models' raise
         return {"seconds": "", "left": "", "error": f"{type(error).__name__}: {str(error).splitlines()[0][:90]}"}
-    left = sum(p.numel() for p in model.parameters()) / before
-    return {"seconds": time.perf_counter() - start, "left": left, "error": ""}
+    share = sum(p.numel() for p in model.parameters()) / before
+    return {"seconds": time.perf_counter() - start, "left": share, "error": ""}
 
 
 METHODS = {"ours": prune_ours, "Torch-Pruning": prune_theirs}
@@ -161,8 +161,8 @@ def main() -> None:
         for _ in range(opt.runs):  # in turns, so that a busy moment of the machine hits all methods
             for method in methods:
                 samples[method].append(one_sample(method, name))
-        for method, found in samples.items():
-            medians = {key: float(np.median([one[key] for one in found])) for key in ("seconds", "memory", "left")}
+        for method, points in samples.items():
+            medians = {key: float(np.median([one[key] for one in points])) for key in ("seconds", "memory", "left")}
             rows.append({"model": name, "method": method, **medians})
     publish("engine", rows)
 

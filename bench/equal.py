@@ -88,11 +88,11 @@ def measure(folder: Path, data: str, pipeline: str, epochs: int, seed: int) -> R
     saved = checkpoint.read(folder / SPARSE.format(name))
     whole = profile(Model("yolov5n.yaml", nc=len(saved["names"])), SIZES[data]).flops
     pruner = model_pruner(checkpoint.build(saved), SIZES[data]).rank()
-    left = pruner.preview(pruner.ranking.leading_share(pruner.ranking.scores == 0))[2]
+    flops = pruner.preview(pruner.ranking.leading_share(pruner.ranking.scores == 0))[2]
     yaml = folder / data / "data.yaml"
     test = common.map_on(checkpoint.build(saved), yaml, "test", SIZES[data]) if read_data(str(yaml)).test else ""
     return {"data": data, "epochs": epochs, "pipeline": pipeline, "seed": seed, "map": values[-1],
-            "mean5": sum(values[-5:]) / len(values[-5:]), "best": max(values), "test": test, "flops": left / whole}
+            "mean5": sum(values[-5:]) / len(values[-5:]), "best": max(values), "test": test, "flops": flops / whole}
 
 
 def prepare(opt: Namespace) -> None:
@@ -119,13 +119,14 @@ def narrower_yaml(flops: int | float, nc: int) -> dict[str, Any]:
 
 def prepare_scratch(folder: Path, data: str, epochs: int) -> None:
     """The start of "scratch", where it is not there yet: the shape of blocks-16's first run, with new weights."""
-    found, start = folder / SPARSE.format(run_name(data, "blocks-16", epochs, 0)), folder / SCRATCH.format(data, epochs)
-    if not found.is_file():
-        raise UserError(f"scratch takes the shape of {found}, which is not there; run blocks-16 with seed 0 first")
+    sparse = folder / SPARSE.format(run_name(data, "blocks-16", epochs, 0))
+    start = folder / SCRATCH.format(data, epochs)
+    if not sparse.is_file():
+        raise UserError(f"scratch takes the shape of {sparse}, which is not there; run blocks-16 with seed 0 first")
     if start.is_file():
         return
     torch.manual_seed(0)
-    saved = checkpoint.read(found)
+    saved = checkpoint.read(sparse)
     fresh = checkpoint.build(saved)
     for module in fresh.modules():
         if isinstance(module, (nn.Conv2d, nn.BatchNorm2d)):

@@ -79,7 +79,7 @@ def main() -> None:
     torch.backends.cudnn.benchmark = True
     name = torch.cuda.get_device_name()
     for cfg in opt.models:  # written after each model: a time limit does not take what is measured
-        publish("gpu", [{"gpu": name, **found} for found in measure(cfg, opt.runs)], "model")
+        publish("gpu", [{"gpu": name, **row} for row in measure(cfg, opt.runs)], "model")
 
 
 if __name__ == "__main__":

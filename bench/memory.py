@@ -33,11 +33,11 @@ TRAIN = ["--weights", "", "--cfg", "models/yolov5n.yaml", "--imgsz", "64", "--ba
 
 def children() -> list[int]:
     """Processes that this one has started."""
-    found: list[int] = []
+    pids: list[int] = []
     for task in Path("/proc/self/task").iterdir():
         with suppress(FileNotFoundError):  # a thread that has ended meanwhile
-            found += map(int, (task / "children").read_text().split())
-    return found
+            pids += map(int, (task / "children").read_text().split())
+    return pids
 
 
 def megabytes(pid: int) -> float:
@@ -46,7 +46,7 @@ def megabytes(pid: int) -> float:
     return sum(int(line.split()[1]) for line in lines if line.startswith(("Pss_Anon:", "Pss_Shmem:"))) / 1024
 
 
-def held() -> Row:
+def footprint() -> Row:
     """What this process holds."""
     processes = children()
     return {"MB": sum(map(megabytes, [os.getpid(), *processes])), "threads": threading.active_count(),
@@ -67,7 +67,7 @@ class Watch(Hook):
         done = self.run.epoch + 1
         if done in (FIRST // 2, FIRST) or (done > FIRST and (done - FIRST) % self.period == 0):
             validate(self.run, dict(log))
-            self.rows.append({"part": "training", "what": f"training, epoch {done}", **held()})
+            self.rows.append({"part": "training", "what": f"training, epoch {done}", **footprint()})
 
 
 def data_yaml(folder: Path, count: int) -> Path:

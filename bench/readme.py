@@ -68,16 +68,16 @@ def filled(pages: dict[Path, str]) -> dict[Path, str]:
 
     UserError for a mark without a table, and for a table that no page shows.
     """
-    known, chinese = tables(), tables(chinese=True)
+    english, chinese = tables(), tables(chinese=True)
     marks = set(re.findall(MARK, "".join(pages.values())))
-    if wrong := known.keys() ^ marks:
+    if wrong := english.keys() ^ marks:
         raise UserError(f"<!-- table {min(wrong)} -->: a mark without a table, or a table without a mark in a page")
-    return {page: fill(text, chinese if page.name.endswith(".zh-CN.md") else known) for page, text in pages.items()}
+    return {page: fill(text, chinese if page.name.endswith(".zh-CN.md") else english) for page, text in pages.items()}
 
 
-def fill(text: str, known: dict[str, str]) -> str:
+def fill(text: str, texts: dict[str, str]) -> str:
     """A page with the tables between its marks replaced."""
-    return re.sub(f"({MARK}).*?({END})", lambda m: f"{m[1]}{known[m[2]]}\n{m[3]}", text, flags=re.DOTALL)
+    return re.sub(f"({MARK}).*?({END})", lambda m: f"{m[1]}{texts[m[2]]}\n{m[3]}", text, flags=re.DOTALL)
 
 
 def main() -> None:

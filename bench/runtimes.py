@@ -44,11 +44,11 @@ def random_model(cfg: str) -> Model:
 def models_of(cfg: str, imgsz: int, blocks: Sequence[int] = BLOCKS) -> dict[int, Model]:
     """Block size -> the model without half of its FLOPs; 0 is the dense one."""
     dense = random_model(cfg)
-    found = {0: dense}
+    models = {0: dense}
     for block in blocks:
         pruner = model_pruner(dense, imgsz).rank("gamma", Rules(min_share=0.1, round_to=block), per_flop=True)
-        found[block] = pruner.cut(target=("flops", 0.5)).slim
-    return found
+        models[block] = pruner.cut(target=("flops", 0.5)).slim
+    return models
 
 
 def measure(cfg: str, imgsz: int, runs: int) -> list[Row]:

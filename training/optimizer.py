@@ -65,8 +65,8 @@ class Schedule:
     @property
     def warmup(self) -> int:
         """Iterations of warm-up."""
-        wanted = max(round(self.hyp["warmup_epochs"] * self.batches), 100) if self.hyp["warmup_epochs"] > 0 else 0
-        return min(wanted, self.epochs * self.batches // 4)
+        iterations = max(round(self.hyp["warmup_epochs"] * self.batches), 100) if self.hyp["warmup_epochs"] > 0 else 0
+        return min(iterations, self.epochs * self.batches // 4)
 
     @property
     def steps(self) -> int:

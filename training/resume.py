@@ -131,8 +131,8 @@ def resume_file(opt: Namespace) -> Path:
     if isinstance(opt.resume, str):
         path = Path(opt.resume)
         return path / "weights" / "last.pt" if path.is_dir() else path
-    if found := newest(f"{opt.project}/*/weights/last.pt"):
-        return found
+    if last := newest(f"{opt.project}/*/weights/last.pt"):
+        return last
     raise UserError(f"--resume: no run under {opt.project}; give the file: --resume path/to/last.pt")
 
 
@@ -142,11 +142,11 @@ def newest_run(script: str) -> Path:
         options = weights.parent.parent / "opt.yaml"
         return options.is_file() and read_yaml_mapping(options, "").get("script") == script
 
-    found = [weights for weights in Path().glob("runs/*/*/weights/last.pt") if made_by_script(weights)]
-    if not found:
+    files = [weights for weights in Path().glob("runs/*/*/weights/last.pt") if made_by_script(weights)]
+    if not files:
         raise UserError(f"--weights: no sparsity run under runs/ yet; make one with {script}, "
                         "or give a checkpoint: --weights path/to/last.pt")
-    return max(found, key=lambda weights: weights.stat().st_mtime)
+    return max(files, key=lambda weights: weights.stat().st_mtime)
 
 
 def fitting(put_back: Callable[[Run, dict[str, Any]], None]) -> Callable[[Run, dict[str, Any]], None]:

@@ -120,12 +120,12 @@ def data_of_model(saved: Mapping[str, Any], file: str, names: Mapping[int, str],
 
     saved: read()'s dict of `file`, or what formats.load() knows of it. UserError where there is none.
     """
-    known = trained_data(saved, file, single_cls or bool((saved.get("opt") or {}).get("single_cls")))
-    found = known.file if known else set_of_classes(names, (BUILT_IN_DATA, STOCK_DATA))
-    if found is None:
+    own_data = trained_data(saved, file, single_cls or bool((saved.get("opt") or {}).get("single_cls")))
+    data_file = own_data.file if own_data else set_of_classes(names, (BUILT_IN_DATA, STOCK_DATA))
+    if data_file is None:
         raise UserError(f"--data: {file} does not say what it was trained on; give the data yaml of its "
                         f"{len(names)} classes: --data my.yaml")
-    return str(found)
+    return str(data_file)
 
 
 def checked_defaults(config: DataConfig) -> dict[str, Any]:

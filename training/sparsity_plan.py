@@ -53,8 +53,8 @@ class SparsityPlan:
         # Their scales and shifts are those of the average, over the channels of the start: see look().
         self.shown = {name: self.pruner.norms[name] for name in self._chosen_norms()}
         self.round_to = 1
-        given = opt.round_to or round_to
-        sizes = (given,) if given else BLOCK_SIZES
+        block = opt.round_to or round_to
+        sizes = (block,) if block else BLOCK_SIZES
         self.target = self._build_target(sizes) if opt.target_sparsity or opt.target else None
         start.cpu()  # the target has its tables on the device
 
@@ -65,9 +65,9 @@ class SparsityPlan:
         norms = list(self.norms.values())
         self.penalty = GammaL1(norms, self.opt.sr, self.opt.epochs, self.opt.sr_bias)
         if self.target:
-            left = [remaining.left[name].numpy() for name in self.shown] if remaining.left else None
+            masks = [remaining.masks[name].numpy() for name in self.shown] if remaining.masks else None
             self.target.follow([self.norms.get(name) for name in self.shown],
-                               [averaged.get(name) for name in self.shown], left)
+                               [averaged.get(name) for name in self.shown], masks)
 
     @torch.no_grad()
     def look(self, average: Model, remaining: RemainingChannels) -> None:
@@ -111,21 +111,21 @@ class SparsityPlan:
         place = {name: i for i, name in enumerate(self.shown)}
         branches = {place[last]: [place[name] for name in graph.branches[last].norms if name in place and name != last]
                     for last in self.whole}
-        wanted = opt.target_sparsity or 1 - opt.target[1]  # share of the channels, or of the figure, that is to go
+        share = opt.target_sparsity or 1 - opt.target[1]  # share of the channels, or of the figure, that is to go
         for size in sizes:
             target = TargetSparsity(list(self.shown.values()), opt.target_sparsity, (), costs, groups, size,
                                     branches=branches)
             most = target.most if opt.target_sparsity else 1 - self.figure_without(target.most_gone)
-            if wanted <= 0.9 * most:
+            if share <= 0.9 * most:
                 break
         self.round_to = size
-        if wanted > most:
-            asked, of_what, mend = f"--target-sparsity {wanted:g}", "channels", "less"
+        if share > most:
+            request, of_what, mend = f"--target-sparsity {share:g}", "channels", "less"
             if opt.target:
-                asked, of_what, mend = "--target {}={:g}".format(*opt.target), opt.target[0], "more"
+                request, of_what, mend = "--target {}={:g}".format(*opt.target), opt.target[0], "more"
             end = f" in blocks of {size}; give {mend}, or a smaller --round-to" if size > 1 else (
                 f"; every layer keeps some; give {mend}")
-            raise UserError(f"{asked}: at most {math.floor(1000 * most) / 1000} of the {of_what} can go{end}")
+            raise UserError(f"{request}: at most {math.floor(1000 * most) / 1000} of the {of_what} can go{end}")
         return target
 
     def figure_without(self, gone: Sequence[np.ndarray], name: str = "") -> float:
@@ -152,16 +152,16 @@ class SparsityPlan:
         FLOPs and parameters are counted. Milliseconds are measured, so many times at most: a share of the FLOPs stands
         for the latency, and each measurement says on the line through the whole model which share is the right one.
         """
-        name, wanted = self.opt.target
+        name, goal = self.opt.target
         if name != "latency":
-            target.aim(lambda gone: self.figure_without(gone) <= wanted)
+            target.aim(lambda gone: self.figure_without(gone) <= goal)
             return
         for _ in range(measurements):
             gone = target.aim(lambda gone: self.figure_without(gone, "flops") <= self.flops)
-            flops, left = self.figure_without(gone, "flops"), self.figure_without(gone)
-            if abs(left / wanted - 1) < CLOSE_ENOUGH:
+            flops, figure = self.figure_without(gone, "flops"), self.figure_without(gone)
+            if abs(figure / goal - 1) < CLOSE_ENOUGH:
                 return
-            self.flops = min(1 - (1 - flops) * (1 - wanted) / max(1 - left, 0.01), 0.999)
+            self.flops = min(1 - (1 - flops) * (1 - goal) / max(1 - figure, 0.01), 0.999)
         target.aim(lambda gone: self.figure_without(gone, "flops") <= self.flops)
 
 

@@ -43,9 +43,9 @@ class SparsityReport:
 
     def columns(self) -> dict[str, Cell]:
         """What the line of an epoch shows: see explanation()."""
-        found = {"zero": cell("sparsity/zero", "{:.1%}"), "<0.1": cell("sparsity/below_1e-1", "{:.1%}"),
+        cells = {"zero": cell("sparsity/zero", "{:.1%}"), "<0.1": cell("sparsity/below_1e-1", "{:.1%}"),
                  "limit": cell("sparsity/limit", "{:.1%}"), "cut GFLOPs": cell("sparsity/gflops_left", "{:.3f}")}
-        return found | ({"cut mAP": cell("sparsity/masked_mAP_0.5:0.95", "{:.3f}")} if self.run.opt.masked_val else {})
+        return cells | ({"cut mAP": cell("sparsity/masked_mAP_0.5:0.95", "{:.3f}")} if self.run.opt.masked_val else {})
 
     def explanation(self) -> str:
         """The columns, in two lines."""

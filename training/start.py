@@ -131,11 +131,11 @@ def seed_and_kernels(opt: Namespace) -> None:
 
 def freeze(model: Model, layers: Sequence[int]) -> None:
     """--freeze 10 freezes layers 0 to 9, --freeze 0 3 5 those three."""
-    wanted: Sequence[int] = range(layers[0]) if len(layers) == 1 else sorted(layers)
-    if wanted and wanted[-1] >= len(model.model):
+    indices: Sequence[int] = range(layers[0]) if len(layers) == 1 else sorted(layers)
+    if indices and indices[-1] >= len(model.model):
         raise UserError(f"--freeze {' '.join(map(str, layers))}: the model has {len(model.model)} layers, "
                         f"0 to {len(model.model) - 1}; give fewer")
-    for i in wanted:
+    for i in indices:
         model.model[i].requires_grad_(False)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UserError("--freeze: nothing is left to train; freeze fewer layers")
