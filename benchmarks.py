@@ -53,7 +53,7 @@ class Entry:
     ms: float | None = None            # an image
     reason: str = ""                   # why there is no figure
 
-    def said(self) -> str:
+    def summary(self) -> str:
         """What is known of it before the timing, in a line."""
         parts = [f"{self.megabytes:.2f} MB"] if self.megabytes else []
         parts += [f"mAP50-95 {self.accuracy:.3f}"] if self.accuracy is not None else []
@@ -105,8 +105,8 @@ def main(argv: Argv = None) -> Path:
                         "give others, or install what is missing (pip install -r requirements-export.txt)")
     folder = new_run_folder(opt.project, opt.name, opt.exist_ok)
     calibration = Calibration(opt)
-    rows = measured((made(name, model, *kind, opt, folder, device, calibration)
-                     for name, model in models.items() for kind in kinds), opt)
+    rows = measured_rows((made(name, model, *kind, opt, folder, device, calibration)
+                          for name, model in models.items() for kind in kinds), opt)
     print(table(rows))
     print(f"{opt.imgsz} px, batch {opt.batch_size}, {device}, {torch.get_num_threads()} threads on the CPU; "
           f"medians of {opt.runs} turns")
@@ -172,12 +172,12 @@ def in_torch(name: str, model: Model, imgsz: int, device: torch.device, precisio
     return Entry(name, TORCH, precision, ready.half() if half else ready, device, imgsz, size / 2 if half else size)
 
 
-def measured(entries: Iterable[Entry], opt: Namespace) -> list[dict[str, Any]]:
+def measured_rows(entries: Iterable[Entry], opt: Namespace) -> list[dict[str, Any]]:
     """Rows with accuracy and time. Says what is known of each as soon as it is: all may take minutes."""
     ready = []
     for entry in entries:
         measure_accuracy(entry, opt)
-        print(entry.said(), flush=True)
+        print(entry.summary(), flush=True)
         ready.append(entry)
     time_in_turns(ready, opt)
     return [row(entry, ready[0]) for entry in ready]
@@ -203,7 +203,7 @@ def measured_files(models: Mapping[str, tuple[Model, int]], files: Sequence[Path
             attempt(entry, partial(load, entry, path), opt.hard_fail)
             yield entry
 
-    return measured(entries(), opt)
+    return measured_rows(entries(), opt)
 
 
 def load(entry: Entry, path: Path) -> None:

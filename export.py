@@ -139,7 +139,7 @@ def options_of(opt: Namespace, model: Model, trained: dict[str, Any]) -> ExportO
     return replace(options, calibration=images, keep=tuple(opt.int8_keep))
 
 
-def largest_difference(model: Model, detector: Detector, options: ExportOptions) -> float:
+def output_difference(model: Model, detector: Detector, options: ExportOptions) -> float:
     """Largest |file - PyTorch| over decoded outputs of random images, relative to the largest output.
 
     NonFiniteError where the file computes NaN or infinity.
@@ -159,7 +159,7 @@ def largest_difference(model: Model, detector: Detector, options: ExportOptions)
     return worst
 
 
-def validation(opt: Namespace, options: ExportOptions, stride: int) -> DetectionLoader:
+def square_val_loader(opt: Namespace, options: ExportOptions, stride: int) -> DetectionLoader:
     """The val images in the shape that the files take."""
     height, width = options.metadata["imgsz"]
     if height != width:
@@ -169,7 +169,7 @@ def validation(opt: Namespace, options: ExportOptions, stride: int) -> Detection
                              single_cls=opt.single_cls, rect=False)
 
 
-def compare(model: Model, files: dict[str, Path], loader: DetectionLoader, keep: list[str]) -> None:
+def print_accuracy(model: Model, files: dict[str, Path], loader: DetectionLoader, keep: list[str]) -> None:
     """Print the mAP of the int8 files beside that of the model, and a warning for those that lose too much."""
     rows = [("fp32", *_accuracy(on_device(fused(model), CPU), loader))]
     rows += [(f"{name} int8", *_accuracy(formats.load(path, CPU)[0], loader)) for name, path in files.items()]
@@ -194,8 +194,8 @@ def _accuracy(detector: Detector, loader: DetectionLoader) -> tuple[float, float
     return ap.map50, ap.map
 
 
-def sensitivity(model: Model, chosen: list[Format], options: ExportOptions, loader: DetectionLoader,
-                weights: Path) -> list[Path]:
+def int8_sensitivity(model: Model, chosen: list[Format], options: ExportOptions, loader: DetectionLoader,
+                     weights: Path) -> list[Path]:
     """Quantize with each stage of the model left in float, and show which one costs the mAP. Returns the csv."""
     stages = {f"model.{i} ({type(layer).__name__})": f"model.{i}" for i, layer in enumerate(model.model)
               if any(True for _ in layer.parameters())}
@@ -227,8 +227,8 @@ def main(argv: Argv = None) -> list[Path]:
     with torch.inference_mode():
         require_finite(fused(model)(options.image)[0], model)
     if opt.int8_sensitivity:
-        return sensitivity(model, chosen, options, validation(opt, options, stride), weights)
-    loader = validation(opt, options, stride) if opt.int8 and not opt.noval and not opt.nms else None
+        return int8_sensitivity(model, chosen, options, square_val_loader(opt, options, stride), weights)
+    loader = square_val_loader(opt, options, stride) if opt.int8 and not opt.noval and not opt.nms else None
     files = {}
     for fmt in chosen:
         path = files[fmt.name] = fmt.path(weights, opt.precision)
@@ -241,10 +241,10 @@ def main(argv: Argv = None) -> list[Path]:
         if fmt.name == "onnx" and opt.nms:
             print(f"{fmt.name}: gives ({opt.batch_size}, {opt.max_det}, 6): x1 y1 x2 y2 in pixels, confidence, class")
         elif fmt.load is not None and not opt.int8:
-            worst = largest_difference(model, formats.load(path, options.device)[0], options)
+            worst = output_difference(model, formats.load(path, options.device)[0], options)
             print(f"{fmt.name}: largest difference to torch {worst:.1e} (relative to the largest output)")
     if loader is not None:
-        compare(model, files, loader, opt.int8_keep)
+        print_accuracy(model, files, loader, opt.int8_keep)
     return list(files.values())
 
 

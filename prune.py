@@ -27,7 +27,7 @@ from models.pruning import model_pruner
 from models.yolo import Model, whole_strides
 from training.repair import repair
 from training.resume import newest_run
-from training.sample import IMAGES, TrainingSample
+from training.sample import SAMPLE_IMAGES, TrainingSample
 from training.settings import read_hyp, resolve
 from utils.data.loader import DetectionLoader
 from utils.device import select_device
@@ -128,7 +128,8 @@ def rank(model: Model, opt: Namespace, device: torch.device, loader: Loader) -> 
         return {key: metrics[key] for key in ("mAP50", "mAP50-95")}
 
     try:
-        pruner = model_pruner(model, opt.imgsz, device, evaluate, TrainingSample(opt, model, IMAGES, device).losses,
+        pruner = model_pruner(model, opt.imgsz, device, evaluate,
+                              TrainingSample(opt, model, SAMPLE_IMAGES, device).losses,
                               stopwatch(opt.runtime, opt.imgsz, device, opt.latency_batch,
                                         "int8" if opt.int8 else "fp32"))
         return pruner.rank(opt.score, rules, opt.per_flop)
@@ -155,7 +156,7 @@ def cut(pruner: Pruner[Model], opt: Namespace) -> PruneResult[Model]:
             again = TARGETS[target.name].value(pruner, pruner.graph.kept(result.masks))
         print(report.target_note(target, again))
     if opt.score != result.score:
-        print(report.score_note(result.score, IMAGES))
+        print(report.score_note(result.score, SAMPLE_IMAGES))
     channels = "channels" if opt.min_channels > 1 else "channel"
     floors = f"at least {opt.min_channels} {channels} and {opt.min_share:.0%} of its own"
     print(report.describe(result, percent, requested, floors))
@@ -169,7 +170,7 @@ def explore(pruner: Pruner[Model], opt: Namespace) -> Path:
     """--sweep and --sensitivity: what cuts would give, as a table, a csv and a picture. No model is written."""
     rows = pruner.sweep([0.0, *opt.sweep]) if opt.sweep else pruner.sensitivity(opt.percent)
     if opt.score == "auto":
-        print(report.score_note(rows[-1]["score"] if opt.sweep else pruner.score_for(opt.percent), IMAGES))
+        print(report.score_note(rows[-1]["score"] if opt.sweep else pruner.score_for(opt.percent), SAMPLE_IMAGES))
     folder = new_run_folder(opt.project, opt.name, opt.exist_ok)
     if opt.sweep:
         best = knee([row["percent"] for row in rows], [row["mAP50-95"] for row in rows])
@@ -186,14 +187,14 @@ def explore(pruner: Pruner[Model], opt: Namespace) -> Path:
     return folder
 
 
-def write(result: PruneResult[Model], opt: Namespace, saved: dict[str, Any]) -> Path:
+def save_result(result: PruneResult[Model], opt: Namespace, saved: dict[str, Any]) -> Path:
     """The slim checkpoint and the pictures into the run's folder."""
     folder = new_run_folder(opt.project, opt.name, opt.exist_ok)
     repaired = opt.reconstruct or opt.absorb or opt.recalibrate  # which a start from the model before would undo
     here = {key: getattr(opt, key) for key in ("data", "imgsz", "single_cls")}
     carried = {"opt": {**(saved.get("opt") or {}), **here}, "data": opt.data, "hyp": saved.get("hyp")}
     carried |= {"sparsity": saved["sparsity"]} if "sparsity" in saved else {}
-    carried |= {"parent": str(Path(opt.weights).resolve()), "gradual": not (result.small_gammas or repaired)}
+    carried |= {"parent": str(Path(opt.weights).resolve()), "gradual": not (result.gammas_separate or repaired)}
     checkpoint.save(folder / OUTPUT, result.slim, imgsz=opt.imgsz, command=command_line(), **carried,
                     metrics={"difference": result.difference, "percent": result.achieved})
     plot_gammas(result.gammas.numpy(), folder / "gammas.png", cut=~result.kept.numpy(),
@@ -212,8 +213,8 @@ def copy_here(folder: Path) -> None:
         print(f"note: no copy in the working directory ({error}); use {folder / OUTPUT}")
 
 
-def measure(result: PruneResult[Model], models: dict[str, Model], folder: Path, opt: Namespace,
-            device: torch.device, loader: Loader) -> None:
+def report_result(result: PruneResult[Model], models: dict[str, Model], folder: Path, opt: Namespace,
+                  device: torch.device, loader: Loader) -> None:
     """Accuracy of the stages (name -> model), cost before and after: printed, as report.json and report.html."""
     model, stages, ms, pairs = result.model, [], {}, []
     if not opt.noval:
@@ -265,10 +266,10 @@ def main(argv: Argv = None, copy: bool = True) -> Path:
         return explore(pruner, opt)
     result = cut(pruner, opt)
     models = repair(pruner, result, opt, device)
-    folder = write(result, opt, saved)  # before the measurements: whatever becomes of them, the model is there
+    folder = save_result(result, opt, saved)  # before the measurements: whatever becomes of them, the model is there
     if copy:
         copy_here(folder)
-    measure(result, models, folder, opt, device, loader)
+    report_result(result, models, folder, opt, device, loader)
     print(f"Slim model: {folder / OUTPUT}{f' (and {OUTPUT})' if copy else ''}; report.html and pictures in {folder}")
     if argv is None:
         print(f"now: python finetune_pruned.py --weights {shlex.quote(str(folder / OUTPUT))}")

@@ -34,7 +34,7 @@ from utils.slimming.cost import profile
 from utils.slimming.ranking import MIN_SHARE
 
 DATA = "--data bccd/data.yaml --imgsz 320"
-TRAIN = f"{DATA} --batch-size 16 --nbs 16 --cache ram --workers 2"
+TRAIN_FLAGS = f"{DATA} --batch-size 16 --nbs 16 --cache ram --workers 2"
 # Share of zeros, --round-to, number of seeds, whether the zeros are cut and what is left is fine-tuned.
 SHARES = ((0, 1, 3, False), (0.3, 1, 3, False), (0.5, 1, 3, True), (0.65, 1, 1, True), (0.8, 1, 1, False),
           (0.5, 16, 2, False), (0.55, 16, 3, True), (0.6, 16, 1, True))
@@ -85,19 +85,19 @@ EXPERIMENTS = {
          "blocks": "--target-sparsity 0.55"},  # in blocks of 16 as many FLOPs are left with 0.55 as without with 0.5
         {"l1": ("l1", "--percent 0.5", ""), "target": ("target", "--percent 0.5", ""),
          "blocks": ("blocks", "--percent 0.55", "")},
-        train=f"{TRAIN} --adam --epochs 40", tune=f"{TRAIN} --adam --epochs 40"),
+        train=f"{TRAIN_FLAGS} --adam --epochs 40", tune=f"{TRAIN_FLAGS} --adam --epochs 40"),
     "sparsity": Experiment(
         RUNS, {name: (name, f"--percent {share}", "") for name, share in TUNED.items()},
-        train=f"{TRAIN} --noplots --epochs 40", prune="--score gamma --noval",
-        tune=f"{TRAIN} --noplots --epochs 40 --adam --teacher none --no-gradual"),
+        train=f"{TRAIN_FLAGS} --noplots --epochs 40", prune="--score gamma --noval",
+        tune=f"{TRAIN_FLAGS} --noplots --epochs 40 --adam --teacher none --no-gradual"),
     "pruning": Experiment(
         {SOURCE: RUNS[SOURCE]}, {name: (SOURCE, *flags) for name, flags in CUTS.items()},
-        train=f"{TRAIN} --noplots --epochs 40", prune=f"{DATA} --batch-size 16 --noval",
-        tune=f"{TRAIN} --noplots --epochs 20 --adam"),
+        train=f"{TRAIN_FLAGS} --noplots --epochs 40", prune=f"{DATA} --batch-size 16 --noval",
+        tune=f"{TRAIN_FLAGS} --noplots --epochs 20 --adam"),
     "absorb": Experiment(
         {"sgd-sr0.1-bias0": "--sr 0.1 --sr-bias 0 --optimizer SGD"},
         {f"absorb-{share}": ("sgd-sr0.1-bias0", f"--percent {share}", None) for share in (0.3, 0.5, 0.65, 0.8)},
-        train=f"{TRAIN} --noplots --epochs 40", prune=f"{DATA} --score gamma --absorb")}
+        train=f"{TRAIN_FLAGS} --noplots --epochs 40", prune=f"{DATA} --score gamma --absorb")}
 
 
 def commands(plan: Experiment, weights: Path) -> list[dict[str, str]]:
@@ -115,7 +115,7 @@ def stages(folder: Path) -> None:
     rows = []
     for split in ("val", "test"):
         flags = f"--data bccd/data.yaml --task {split} --batch-size 32"
-        measurements = common.measure(common.stage_files("l1", "target", "blocks"), folder, flags, f"-{split}")
+        measurements = common.measure_stages(common.stage_files("l1", "target", "blocks"), folder, flags, f"-{split}")
         rows += [{"sr": "0.01", "split": split, **row} for row in measurements]
     publish("bccd", rows)
     img, runs = ROOT / "img", folder / "runs"

@@ -149,11 +149,11 @@ class Table(NamedTuple):
 
 
 MAP = ("mAP50-95", "map", THREE)
-CUTS = [("cut by 50%", "cut_0.5", THREE), ("cut by 65%", "cut_0.65", THREE)]
+CUT_COLUMNS = [("cut by 50%", "cut_0.5", THREE), ("cut by 65%", "cut_0.65", THREE)]
 FASTER = [("faster, torch", "torch", TIMES), ("faster, onnxruntime", "onnxruntime", TIMES)]
 MS = (("ms an image", "每张耗时（毫秒）"), "ms", ONE)
-STAGES: Columns = [("model", "stage", str), ("mAP50", "map50", THREE), MAP, ("parameters", "parameters", COUNT),
-                   ("GFLOPs", "flops", lambda flops: f"{flops / 1e9:.3f}"), ("MB", "mb", TWO), MS]
+STAGE_COLUMNS: Columns = [("model", "stage", str), ("mAP50", "map50", THREE), MAP, ("parameters", "parameters", COUNT),
+                          ("GFLOPs", "flops", lambda flops: f"{flops / 1e9:.3f}"), ("MB", "mb", TWO), MS]
 DEVICE: Columns = ["model", "format", "precision", ("MB", "MB", TWO), ("mAP50-95", "mAP50-95", THREE), MS,
                    ("faster", "faster", TIMES)]
 EQUAL_MAIN: Columns = [
@@ -162,15 +162,15 @@ EQUAL_MAIN: Columns = [
     (("FLOPs left", "剩余 FLOPs"), "flops", SHARE)]
 
 TABLES: dict[str, Table] = {  # name of a mark in the pages -> table
-    "demo": Table("demo", STAGES),
-    "bccd val": Table("bccd", STAGES, partial(stage_rows, "val")),
-    "bccd test": Table("bccd", STAGES, partial(stage_rows, "test")),
+    "demo": Table("demo", STAGE_COLUMNS),
+    "bccd val": Table("bccd", STAGE_COLUMNS, partial(stage_rows, "val")),
+    "bccd test": Table("bccd", STAGE_COLUMNS, partial(stage_rows, "test")),
     "sparsity": Table("sparsity", [
         ("--target-sparsity", "share", str), "runs", ("mAP50", "map50", str), ("mAP50-95", "map", str),
-        ("fine-tuned", "tuned", str), *CUTS, ("parameters left", "parameters", SHARE), ("FLOPs left", "flops", SHARE),
-        *FASTER], share_rows),
+        ("fine-tuned", "tuned", str), *CUT_COLUMNS, ("parameters left", "parameters", SHARE),
+        ("FLOPs left", "flops", SHARE), *FASTER], share_rows),
     "l1": Table("sparsity", ["optimizer", ("--sr", "sr", str), ("gammas at 0", "zero", SHARE),
-                             ("below 0.1", "below_0.1", SHARE), MAP, *CUTS], l1_rows),
+                             ("below 0.1", "below_0.1", SHARE), MAP, *CUT_COLUMNS], l1_rows),
     "pruning": Table("pruning", ["cut", MAP, ("fine-tuned", "tuned", THREE), ("parameters", "parameters", SHARE),
                                  ("FLOPs", "flops", SHARE), *FASTER]),
     "absorb": Table("absorb", [
@@ -218,14 +218,14 @@ UNSHOWN = {  # tables that no page shows
 
 def formatted(rows: Sequence[Row], columns: Columns, chinese: bool = False) -> tuple[list[list[str]], list[str]]:
     """(cells, header) for text_table and markdown_table. A figure that a row does not have, '', is an empty cell."""
-    def said(text: Any, show: Callable[[Any], str] = str) -> str:
+    def cell(text: Any, show: Callable[[Any], str] = str) -> str:
         return text[chinese] if isinstance(text, tuple) else "" if text == "" else show(text)
 
     whole = [(column, column, str) if isinstance(column, str) else column for column in columns]
-    return [[said(row[key], show) for _, key, show in whole] for row in rows], [said(header) for header, *_ in whole]
+    return [[cell(row[key], show) for _, key, show in whole] for row in rows], [cell(header) for header, *_ in whole]
 
 
-def read_results(name: str) -> list[Row]:
+def read_table(name: str) -> list[Row]:
     """The rows of bench/results/<name>.csv, numbers as numbers."""
     def value(text: str) -> int | float | str:
         for kind in (int, float):
@@ -244,7 +244,7 @@ def publish(name: str, rows: Sequence[Row], *keys: str, order: Callable[[Row], A
     """
     if keys and (RESULTS / f"{name}.csv").is_file():
         made = grouped(rows, *keys)
-        rows = [*(row for row in read_results(name) if tuple(row[key] for key in keys) not in made), *rows]
+        rows = [*(row for row in read_table(name) if tuple(row[key] for key in keys) not in made), *rows]
     rows = sorted(rows, key=order) if order else list(rows)
     write_csv(RESULTS / f"{name}.csv", rows)
     for table in (table for table in {**TABLES, **UNSHOWN}.values() if table.results == name):

@@ -110,7 +110,7 @@ def need_onnxruntime() -> None:
         raise UserError("onnxruntime is missing; pip install -r requirements-export.txt")
 
 
-def measure(files: Mapping[str, str], folder: Path, flags: str = "", suffix: str = "") -> list[Row]:
+def measure_stages(files: Mapping[str, str], folder: Path, flags: str = "", suffix: str = "") -> list[Row]:
     """A row per stage (stage -> checkpoint): accuracy by val.py, cost, milliseconds of one image, measured in turns."""
     rows: list[Row] = []
     models = []

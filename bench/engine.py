@@ -143,8 +143,8 @@ def main() -> None:
     parser.add_argument("--sample", nargs=2, metavar=("METHOD", "MODEL"), help="internal: print one sample as JSON")
     opt = parser.parse_args()
     if opt.sample:
-        measure = half_of if "/" in opt.sample[1] else sample
-        print(json.dumps(measure(*opt.sample)))
+        sampler = half_of if "/" in opt.sample[1] else sample
+        print(json.dumps(sampler(*opt.sample)))
         return
     methods = [method for method in METHODS if method == "ours" or find_spec("torch_pruning")]
     if len(methods) == 1:

@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import fmean
 
 import common
-from columns import ROOT, Row, grouped, publish, read_results
+from columns import ROOT, Row, grouped, publish, read_table
 from equal import run_name
 
 import benchmarks
@@ -79,7 +79,7 @@ def main() -> None:
     made = benchmarks.main(["--weights", *map(str, titles), "--data", str(opt.folder / "bccd" / "data.yaml"),
                             "--imgsz", "320", "--include", "openvino", "--precisions", "fp32", "int8",
                             "--threads", "2", "--noplots", "--project", str(opt.folder / "front")])
-    measured = read_results(str(made / "benchmarks"))
+    measured = read_table(str(made / "benchmarks"))
     if failed := [row["reason"] for row in measured if row["ms"] == "" or row["mAP50-95"] == ""]:
         raise UserError(f"{made}: not all could be measured, the first: {failed[0]}")
     rows = averages(measured, {file.stem: title for file, title in titles.items()})

@@ -27,8 +27,8 @@ from utils.files import scratch, write_yaml
 from utils.parser import HelpfulParser
 
 FIRST = 10  # the epoch after which nothing should grow any more
-TRAIN = ["--weights", "", "--cfg", "models/yolov5n.yaml", "--imgsz", "64", "--batch-size", "4", "--workers", "2",
-         "--noval", "--noplots", "--noautoanchor", "--patience", "0"]
+TRAIN_FLAGS = ["--weights", "", "--cfg", "models/yolov5n.yaml", "--imgsz", "64", "--batch-size", "4", "--workers", "2",
+               "--noval", "--noplots", "--noautoanchor", "--patience", "0"]
 
 
 def children() -> list[int]:
@@ -40,7 +40,7 @@ def children() -> list[int]:
     return pids
 
 
-def megabytes(pid: int) -> float:
+def process_megabytes(pid: int) -> float:
     """Memory of a process without its libraries' files; what it shares with its relatives counts in parts."""
     lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     return sum(int(line.split()[1]) for line in lines if line.startswith(("Pss_Anon:", "Pss_Shmem:"))) / 1024
@@ -49,7 +49,7 @@ def megabytes(pid: int) -> float:
 def footprint() -> Row:
     """What this process holds."""
     processes = children()
-    return {"MB": sum(map(megabytes, [os.getpid(), *processes])), "threads": threading.active_count(),
+    return {"MB": sum(map(process_megabytes, [os.getpid(), *processes])), "threads": threading.active_count(),
             "files": len(os.listdir("/proc/self/fd")), "processes": len(processes)}
 
 
@@ -81,7 +81,7 @@ def soak(folder: Path, epochs: int) -> list[Row]:
     """A training, in this process."""
     data = data_yaml(folder, 32)
     watch = Watch(max((epochs - FIRST) // 8, 1))
-    train([*TRAIN, "--data", str(data), "--epochs", str(epochs), "--project", str(folder)], [watch])
+    train([*TRAIN_FLAGS, "--data", str(data), "--epochs", str(epochs), "--project", str(folder)], [watch])
     return watch.rows
 
 

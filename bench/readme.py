@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 
 import flags
-from columns import ROOT, TABLES, formatted, grouped, read_results, spread
+from columns import ROOT, TABLES, formatted, grouped, read_table, spread
 
 from utils.errors import UserError, run_cli
 from utils.files import write_text
@@ -23,7 +23,7 @@ PAGES = (ROOT / "README.md", ROOT / "README.zh-CN.md", *sorted((ROOT / "docs").g
          ROOT / "bench" / "README.md")
 MARK, END = r"<!-- table ([\w ]+) -->\n", "<!-- /table -->"
 # In English and in Chinese.
-RUNS = ("{:.3f} ({:.3f} to {:.3f}, {} runs)", "{:.3f}（{:.3f}～{:.3f}，{} 次运行）")
+SPREAD_OF_RUNS = ("{:.3f} ({:.3f} to {:.3f}, {} runs)", "{:.3f}（{:.3f}～{:.3f}，{} 次运行）")
 SUMMARY = ("""\
 - **Half of the FLOPs may cost nothing.** BCCD, yolov5n, 320 px, 80 epochs in all: mAP50-95 on val is
   {} dense and {} slim.
@@ -48,16 +48,16 @@ fp32 稠密模型为 {dense_fp32[mAP50-95]:.3f}。""")
 
 def summary(chinese: bool) -> str:
     """The main result of equal.py and front.py, in three sentences."""
-    equal = grouped(read_results("equal"), "epochs", "data", "pipeline")
-    maps = [spread(equal[80, data, pipeline], "map", RUNS)[chinese]
+    equal = grouped(read_table("equal"), "epochs", "data", "pipeline")
+    maps = [spread(equal[80, data, pipeline], "map", SPREAD_OF_RUNS)[chinese]
             for data in ("bccd", "aquarium") for pipeline in ("dense", "blocks-16")]
-    points = {f"{row['model']}_{row['precision']}": row for row in read_results("front")}
+    points = {f"{row['model']}_{row['precision']}": row for row in read_table("front")}
     return SUMMARY[chinese].format(*maps, **points)
 
 
 def tables(chinese: bool = False) -> dict[str, str]:
     """Name of a mark -> what stands behind it."""
-    made = {name: formatted(table.rows(read_results(table.results)), table.columns, chinese)
+    made = {name: formatted(table.rows(read_table(table.results)), table.columns, chinese)
             for name, table in TABLES.items()}
     made["flags"] = flags.table(chinese)
     return {"summary": summary(chinese), **{name: markdown_table(*table) for name, table in made.items()}}

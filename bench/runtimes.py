@@ -51,7 +51,7 @@ def models_of(cfg: str, imgsz: int, blocks: Sequence[int] = BLOCKS) -> dict[int,
     return models
 
 
-def measure(cfg: str, imgsz: int, runs: int) -> list[Row]:
+def measure_model(cfg: str, imgsz: int, runs: int) -> list[Row]:
     """A row per model, runtime and precision."""
     rows: list[Row] = []
     calls = []
@@ -78,7 +78,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=30, help="turns")
     opt = parser.parse_args()
     torch.set_num_threads(opt.threads)
-    publish("runtimes", [row for cfg in opt.models for row in measure(cfg, SIZES[cfg], opt.runs)])
+    publish("runtimes", [row for cfg in opt.models for row in measure_model(cfg, SIZES[cfg], opt.runs)])
 
 
 if __name__ == "__main__":

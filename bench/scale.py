@@ -90,7 +90,7 @@ def forget(images: Path) -> None:
         file.unlink()
 
 
-def measure(images: Path, count: int, commands: dict[str, list[str]], runs: int) -> list[Row]:
+def measure_set(images: Path, count: int, commands: dict[str, list[str]], runs: int) -> list[Row]:
     """A row per loader."""
     cold: dict[str, list[Row]] = {by: [] for by in commands}
     warm: dict[str, list[Row]] = {by: [] for by in commands}
@@ -128,7 +128,7 @@ def main() -> None:
             if opt.stock:
                 program = STOCK.format(stock=str(opt.stock.resolve()), images=str(images))
                 commands["YOLOv5"] = [opt.stock_python, "-c", program]
-            publish("scale", measure(images, count, commands, opt.runs), "images", "by",
+            publish("scale", measure_set(images, count, commands, opt.runs), "images", "by",
                     order=lambda row: row["images"])
 
 

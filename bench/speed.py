@@ -251,7 +251,7 @@ def make_weights(folder: Path, names: dict[int, str]) -> tuple[Path, Path]:
     return folder / "untrained.pt", folder / "yolov5x.pt"
 
 
-def measure(opt: Namespace, groups: list[str]) -> list[Row]:
+def measure_groups(opt: Namespace, groups: list[str]) -> list[Row]:
     """The rows of speed.csv."""
     missing = [f"--{name}" for name in ("data", "coco", "weights") if getattr(opt, name) is None]
     if missing:
@@ -289,7 +289,7 @@ def main() -> None:
         print(json.dumps(internal(*opt.internal)))
         return
     if groups := [group for group in opt.only if group != "overhead"]:
-        publish("speed", measure(opt, groups), "group", order=lambda row: GROUPS.index(row["group"]))
+        publish("speed", measure_groups(opt, groups), "group", order=lambda row: GROUPS.index(row["group"]))
     if "overhead" in opt.only:
         publish("overhead", [overhead(name) for name in ("yolov5n", "yolov5s")])
 

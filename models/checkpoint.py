@@ -18,7 +18,7 @@ from torch import Tensor
 
 from models.common import Conv
 from models.config import read_yaml
-from models.schema import ANY, FORMAT, MOST, checked, require, sound, tree
+from models.schema import ANY, FORMAT, MOST_VALUES, checked, require, sound, tree
 from models.yolo import BUILD_ERRORS, Model, fused
 from utils.downloads import fetch
 from utils.errors import NonFiniteError, UserError, first_line
@@ -240,7 +240,7 @@ def _from_official(data: Any) -> dict[str, Any]:
 
 def _tensors(whole: Any) -> dict[str, Tensor]:
     """Every parameter and buffer below a stand-in module, as state_dict would name them; each module counts once."""
-    state, seen, waiting, budget = {}, {id(whole)}, [("", whole)], MOST
+    state, seen, waiting, budget = {}, {id(whole)}, [("", whole)], MOST_VALUES
     while waiting:
         prefix, module = waiting.pop()
         tensors = [*(vars(module).get("_parameters") or {}).items(), *(vars(module).get("_buffers") or {}).items()]

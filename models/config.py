@@ -9,22 +9,23 @@ from models.schema import is_number, tree, whole
 from utils.errors import UserError
 from utils.text import read_yaml_mapping
 
-FOLDER = Path(__file__).resolve().parent
-MOST = 100_000  # values in a description
+MODEL_FOLDER = Path(__file__).resolve().parent
+MOST_VALUES = 100_000  # values in a description
 
 
 def read_yaml(cfg: str | Path | dict) -> dict:
     """A model description as a dict. A name is looked for as given, then in models/ and models/hub/."""
     if isinstance(cfg, dict):
         try:
-            return _checked(tree(cfg, MOST), "the model's yaml")
+            return _checked(tree(cfg, MOST_VALUES), "the model's yaml")
         except ValueError as error:
             raise UserError(f"the model's yaml: {error}") from None
-    for path in (Path(cfg), FOLDER / cfg, FOLDER / Path(cfg).name, FOLDER / "hub" / Path(cfg).name):
+    name = Path(cfg).name
+    for path in (Path(cfg), MODEL_FOLDER / cfg, MODEL_FOLDER / name, MODEL_FOLDER / "hub" / name):
         if path.is_file():
             break
     else:
-        models = ", ".join(sorted(p.name for p in FOLDER.glob("*.yaml")))
+        models = ", ".join(sorted(p.name for p in MODEL_FOLDER.glob("*.yaml")))
         raise UserError(f"--cfg {cfg}: no such file; the models here are {models}")
     return _checked(read_yaml_mapping(path, "--cfg"), str(path))
 

@@ -55,8 +55,8 @@ def require_rgb(model: Detector, name: str, mend: str = "give one whose yaml say
         raise UserError(f"{name}: takes images of {channels} channels, not RGB; {mend}")
 
 
-def prepare(images: Sequence[np.ndarray], imgsz: int | tuple[int, int], stride: int, square: bool, device: torch.device,
-            dtype: torch.dtype) -> Tensor:
+def to_batch(images: Sequence[np.ndarray], imgsz: int | tuple[int, int], stride: int, square: bool,
+             device: torch.device, dtype: torch.dtype) -> Tensor:
     """uint8 (h, w, 3) BGR each -> (B, 3, H, W) in 0..1: letterboxed to `imgsz`, or to (H, W).
 
     The shorter side is only as long as the images need it, unless they are to be `square`. Images of several shapes
@@ -82,8 +82,8 @@ def detect(model: Detector, images: Sequence[np.ndarray], imgsz: int | tuple[int
     """
     start = time.perf_counter()
     height, width = model.input_shape[2:]
-    x = prepare(images, (height, width) if height else imgsz,  # a file of a fixed size has its own
-                model.divisor, bool(height), device, model.dtype)
+    x = to_batch(images, (height, width) if height else imgsz,  # a file of a fixed size has its own
+                 model.divisor, bool(height), device, model.dtype)
     synchronize(device)
     prepared = time.perf_counter()
     decoded = model(x)[0].float()

@@ -30,7 +30,7 @@ BUILD_ERRORS = (TypeError, ValueError, IndexError, KeyError, AttributeError, Ass
                 ArithmeticError)
 # Of a model. The largest of the repository's yamls has 144,000,000 parameters; the loss weighs five levels.
 MOST_PARAMETERS, MOST_LAYERS, MOST_CHANNELS, MOST_LEVELS = 500_000_000, 500, 1_000_000, 5
-MOST_PIXELS = 64  # that a layer adds to a map, or the times by which it makes it larger
+MOST_GROWTH = 64  # that a layer adds to a map, or the times by which it makes it larger
 ACTIVATIONS = {"nn.SiLU": nn.SiLU, "nn.ReLU": nn.ReLU, "nn.LeakyReLU": nn.LeakyReLU, "nn.Hardswish": nn.Hardswish,
                "nn.ReLU6": nn.ReLU6, "nn.Mish": nn.Mish, "nn.GELU": nn.GELU, "nn.Identity": nn.Identity}
 
@@ -300,8 +300,8 @@ class Model(nn.Module):
                 settings = [getattr(module, key, None) for key in ("size", "scale_factor", "padding", "output_padding")]
                 settings += [module.stride] if isinstance(module, nn.ConvTranspose2d) else []
                 numbers = [n for value in settings for n in (value if isinstance(value, (tuple, list)) else [value])]
-                if any(isinstance(n, (int, float)) and not n <= MOST_PIXELS for n in numbers):
-                    raise UserError(f"model yaml, row {i}: adds more than {MOST_PIXELS} pixels to a map, or makes it "
+                if any(isinstance(n, (int, float)) and not n <= MOST_GROWTH for n in numbers):
+                    raise UserError(f"model yaml, row {i}: adds more than {MOST_GROWTH} pixels to a map, or makes it "
                                     "more than so many times as large")
 
     def set_strides(self) -> None:

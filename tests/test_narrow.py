@@ -51,7 +51,7 @@ def test_the_next_step_is_that_of_the_masked_run(cfg, name, coupled):
     other = build_optimizer(wide, name, 0.01, 0.9, 0.001)
     other.load_state_dict(deepcopy(optimizer.state_dict()))
     narrow_optimizer(other, wide, narrow, masks, graph)
-    average.follow(narrow, slim(average.ema, masks, graph))
+    average.attach(narrow, slim(average.ema, masks, graph))
     step(narrow, other, batches[3])
     step(wide, optimizer, batches[3])
     expected = slim(masked(wide, masks), masks, graph).state_dict()

@@ -13,7 +13,7 @@ from torch import nn
 import prune
 import train_sparsity
 from models import checkpoint
-from models.config import FOLDER, read_yaml
+from models.config import MODEL_FOLDER, read_yaml
 from models.yolo import Model
 from tests import crash
 from tests.blocks import NETWORKS, Net, randomised
@@ -67,7 +67,7 @@ def outputs(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
 
 def narrow_models() -> dict[str, dict]:
     """Models of the repository at an eighth of the width, a few layers deep."""
-    files = {path.stem: path for path in (*FOLDER.glob("*.yaml"), *(FOLDER / "hub").glob("*.yaml"))}
+    files = {path.stem: path for path in (*MODEL_FOLDER.glob("*.yaml"), *(MODEL_FOLDER / "hub").glob("*.yaml"))}
     names = ("yolov5n", "yolov3-tiny", "yolov5s-ghost", "yolov5-bifpn")
     return {name: read_yaml(files[name]) | {"width_multiple": 0.125, "depth_multiple": 0.1} for name in names}
 
@@ -108,7 +108,7 @@ def check(first: nn.Module, optimizer: str, monkeypatch: pytest.MonkeyPatch, wea
     gone = sum(int((~mask).sum()) for mask in shrinking.remaining.masks.values())
     assert cuts > 1 and gone == sum(int(flags.sum()) for flags in hook.plan.target.gone)
     for run, one in ((wide, hook), (narrow, shrinking)):
-        one.plan.look(run.ema.ema, one.remaining)
+        one.plan.update_pruner(run.ema.ema, one.remaining)
     shown = shrinking.plan.shown
     assert all(torch.equal(shown[name].weight == 0, norm.weight == 0) for name, norm in hook.plan.shown.items())
     return shrinking

@@ -58,9 +58,9 @@ class RemainingChannels:
 
     def __init__(self, before: Masks, model: Model):
         self.before = dict(before)
-        self.follow(model)
+        self.update(model)
 
-    def follow(self, model: Model) -> None:
+    def update(self, model: Model) -> None:
         """`model` is the present one."""
         self.masks: Masks = last_masks(self.before, model.masks)
 
@@ -69,7 +69,7 @@ class RemainingChannels:
         """Has anything been cut since the start?"""
         return not all(bool(mask.all()) for mask in self.masks.values())
 
-    def present(self, masks: Masks) -> Masks:
+    def to_present(self, masks: Masks) -> Masks:
         """Masks over the channels of the start -> over those that are left."""
         return last_masks(self.masks, masks)
 
@@ -77,7 +77,7 @@ class RemainingChannels:
         """Has the present model this BatchNorm of the start? It has not where a whole branch was cut."""
         return name not in self.masks or bool(self.masks[name].any())
 
-    def spread(self, name: str, values: Tensor) -> Tensor:
+    def to_start(self, name: str, values: Tensor) -> Tensor:
         """Values of a BatchNorm's channels -> of its channels at the start, on the CPU; 0 where one was cut."""
         values = values.detach().cpu()
         if name not in self.masks:

@@ -130,7 +130,7 @@ class Run:
     def replace_model(self, model: Model, ema: Model) -> None:
         """Go on with another model and its average. The optimizer must hold its parameters already."""
         self.model, self.wrapped = model, wrapped(model, self.world)
-        self.ema.follow(model, ema)
+        self.ema.attach(model, ema)
         self.loss.detect = model.detect
         self._statistics = None
         for hook in self.hooks:

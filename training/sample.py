@@ -15,7 +15,7 @@ from utils.data.dataset import DetectionDataset
 from utils.data.loader import build_loader
 from utils.errors import UserError
 
-IMAGES = 128  # that scores on data and --absorb look at
+SAMPLE_IMAGES = 128  # that scores on data and --absorb look at
 
 
 class TrainingSample:

@@ -50,7 +50,7 @@ class SparsityPlan:
         except ValueError as error:
             raise UserError(f"sparsity: {error}") from None
         self.whole: list[str] = []  # the last BatchNorms of branches that may go as a whole
-        # Their scales and shifts are those of the average, over the channels of the start: see look().
+        # Their scales and shifts are those of the average, over the channels of the start: see update_pruner().
         self.shown = {name: self.pruner.norms[name] for name in self._chosen_norms()}
         self.round_to = 1
         block = opt.round_to or round_to
@@ -66,18 +66,18 @@ class SparsityPlan:
         self.penalty = GammaL1(norms, self.opt.sr, self.opt.epochs, self.opt.sr_bias)
         if self.target:
             masks = [remaining.masks[name].numpy() for name in self.shown] if remaining.masks else None
-            self.target.follow([self.norms.get(name) for name in self.shown],
+            self.target.attach([self.norms.get(name) for name in self.shown],
                                [averaged.get(name) for name in self.shown], masks)
 
     @torch.no_grad()
-    def look(self, average: Model, remaining: RemainingChannels) -> None:
+    def update_pruner(self, average: Model, remaining: RemainingChannels) -> None:
         """Show the pruner the average's scales and shifts, which is what is saved."""
         present = batch_norms(average, filter(remaining.holds, self.pruner.norms))
         for name, shown in self.pruner.norms.items():
             for key in ("weight", "bias"):
                 tensor = getattr(shown, key)
                 if name in present:
-                    tensor.copy_(remaining.spread(name, getattr(present[name], key)))
+                    tensor.copy_(remaining.to_start(name, getattr(present[name], key)))
                 else:
                     tensor.zero_()
 

@@ -12,7 +12,7 @@ from utils.errors import UserError
 # Bytes a pixel of RGB images: of themselves, and of them in fp32 with the first layer's output in the smallest of
 # YOLOv5's models, 16 channels at half the size, before and after its activation. Larger models take more.
 IMAGE, LEAST_MODEL = 3, 12 + 2 * 16
-FEW = 1e9  # bytes that nobody asks about
+UNCHECKED_BYTES = 1e9  # bytes that nobody asks about
 
 
 def select_device(name: str) -> torch.device:
@@ -81,7 +81,7 @@ def require_memory(pixels: float, device: str, flags: str = "--imgsz, --batch-si
     than refuse memory, so this is asked before.
     """
     need = pixels * (LEAST_MODEL if device == "cpu" else IMAGE)
-    free = available_memory() if need > FEW else None
+    free = available_memory() if need > UNCHECKED_BYTES else None
     if free is not None and need > free:
         raise UserError(f"{flags}: {pixels / 1e6:,.0f} million pixels at once take {need / 1e9:,.0f} GB at the least, "
                         f"{free / 1e9:,.0f} GB are free; give less")

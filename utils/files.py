@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 STALE = 3600  # seconds; what is half written and older than this belongs to a killed process
 # What atomic() writes first: a machine, a process and a thread. The first two are missing in files of older versions.
 HALF_WRITTEN = re.compile(r"\..+\.(?:slimming-(?P<machine>[0-9a-f]{8})-)?(?P<process>\d+)-\d+\.tmp")
-LONGEST = 150    # bytes of a name that a temporary one repeats: file systems take 255
+MOST_REPEATED = 150  # bytes of a name that a temporary one repeats: file systems take 255
 MOST_BYTES = 240  # of a result's name: file systems take 255, and _frame_crop.jpg may follow
 RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # devices on Windows, whatever the ending
 
@@ -111,7 +111,7 @@ def atomic(path: Path) -> Iterator[Path]:
     Whatever happens, `path` is the old file or the new one, whole. What killed processes have left beside it goes.
     UserError where the disk refuses.
     """
-    begin = clipped(path.name, LONGEST)
+    begin = clipped(path.name, MOST_REPEATED)
     temporary = path.with_name(f".{begin}.slimming-{_machine()}-{os.getpid()}-{threading.get_ident()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

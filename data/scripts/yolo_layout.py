@@ -1,7 +1,7 @@
 """What the converters share: common flags, the plan of what is converted, writing it in YOLO layout, the report.
 
-A converter fills a Plan, and write() does what it says. Only files that an earlier call has made are ever replaced, and
-the input is only read.
+A converter fills a Plan, and write_data_set() does what it says. Only files that an earlier call has made are ever
+replaced, and the input is only read.
 """
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SPLIT_WORDS = {"train": "train", "training": "train", "val": "val", "valid": "va
                "trainval": "trainval", "test": "test", "testing": "test"}
 MARKER = ".converted.json"     # in the output folder: lists the files that a converter has written
 YAML_TITLE = "# Written by data/scripts/"
-TRAINING = "python train.py --data {} --weights yolov5n.pt --adam"  # what comes next; the README has it, too
+TRAIN_COMMAND = "python train.py --data {} --weights yolov5n.pt --adam"  # what comes next; the README has it, too
 LONGEST_STEM = 250             # bytes of a file name: file systems take 255, with the suffix
 SAME_SHAPE = 0.01              # by how much the aspect of an image that was scaled may differ: rounding
 MOST_REASONS = 5               # that a message gives
@@ -240,7 +240,7 @@ def write_data_set(plan: Plan, names: Sequence[str], opt: argparse.Namespace, sc
         raise UserError(f"{where}: can't be written ({error.strerror}); choose another --out") from None
     splits = [split for split in SPLITS if any(item.split == split for item in plan.items)]
     write_text(opt.yaml, _yaml_text(opt.out, splits, names, script))
-    return f"{_report(plan, splits, names)}\nnow: {TRAINING.format(shlex.quote(str(opt.yaml)))}"
+    return f"{_report(plan, splits, names)}\nnow: {TRAIN_COMMAND.format(shlex.quote(str(opt.yaml)))}"
 
 
 def _write_files(items: Sequence[Item], names: Sequence[str], out: Path, how: str) -> None:

@@ -153,13 +153,13 @@ class FileDetector:
         """(B, C, h, w) of the input's shape and type -> decoded (B, N, nc + 5)."""
         raise NotImplementedError
 
-    def check(self, images: Tensor) -> None:
+    def check_images(self, images: Tensor) -> None:
         """UserError for images (B, C, h, w) of a size that the file does not take."""
         if any(want and want != have for want, have in zip(self.input_shape[1:], images.shape[1:])):
             raise UserError(f"{self.file}: takes images of shape {self.input_shape[1:]} only, not "
                             f"{tuple(images.shape[1:])}; give this --imgsz, or export it with --dynamic")
 
-    def checked(self, decoded: Any) -> Tensor:
+    def check_output(self, decoded: Any) -> Tensor:
         """What the file computed, as (B, N, nc + 5). UserError for what other kinds of models give.
 
         The boxes of a file with NMS inside, (B, N, 6), become predictions again: NMS leaves them as they are.
@@ -179,7 +179,7 @@ class FileDetector:
 
     def __call__(self, images: Tensor) -> tuple[Tensor, None]:
         """(B, C, h, w) -> (decoded (B, N, nc + 5), None). A fixed batch is filled up, and a larger one cut."""
-        self.check(images)
+        self.check_images(images)
         batch, parts = self.input_shape[0] or len(images), []
         for part in images.split(batch):
             full = torch.cat((part, part.new_zeros(batch - len(part), *part.shape[1:]))) if len(part) < batch else part
@@ -190,7 +190,7 @@ class FileDetector:
             except Exception as error:  # of the runtime's own kinds
                 raise UserError(f"{self.file}: can't be run on images alone, as a detector is ({first_line(error)}); "
                                 "export it again") from None
-            parts.append(self.checked(decoded)[:len(part)])
+            parts.append(self.check_output(decoded)[:len(part)])
         return torch.cat(parts), None
 
 

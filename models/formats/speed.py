@@ -64,13 +64,13 @@ def stopwatch(runtime: str, imgsz: int, device: torch.device, batch: int = 1,
         raise UserError(f"--int8: --runtime {runtime} has none here")
     fmt.need(f"--runtime {runtime}", precision)
 
-    def measure(models: Sequence[Model]) -> list[float]:
+    def ms_per_image(models: Sequence[Model]) -> list[float]:
         ms = runtime_latency(models, fmt.name, imgsz, batch, precision=precision)
         if ms is None:
             raise UserError(f"--runtime {runtime}: can't run this model; the note above says why")
         return ms
 
-    return measure
+    return ms_per_image
 
 
 def runtime_latency(models: Sequence[Model], name: str, imgsz: int, batch: int = 1, runs: int = 20,

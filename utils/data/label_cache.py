@@ -25,9 +25,9 @@ from utils.data.scan import Scan
 from utils.errors import UserError
 from utils.files import atomic
 
-VERSION = 4                          # raise it with every change of what a scan finds
-FOLDER = "~/.cache/yolov5-slimming"  # the variable YOLO_CACHE names another
-PART = 10_000                        # images
+VERSION = 4                                # raise it with every change of what a scan finds
+CACHE_FOLDER = "~/.cache/yolov5-slimming"  # the variable YOLO_CACHE names another
+PART = 10_000                              # images
 # Of the arrays in a file: type and shape of a row. The last two have the rows of all images.
 COLUMNS = {"stamps": (np.int64, (4,)), "sizes": (np.int32, (2,)), "orientations": (np.uint8, ()),
            "boxes": (np.int64, ()), "lengths": (np.int64, ()), "labels": (np.float32, (5,)), "notes": (np.uint8, ())}
@@ -47,7 +47,7 @@ class _Part:
 def cache_folder(kind: str) -> Path:
     """Where cached files of a kind ("labels", "images") are. Who has no home has a folder that takes no files."""
     try:
-        return Path(os.environ.get("YOLO_CACHE") or FOLDER).expanduser() / kind
+        return Path(os.environ.get("YOLO_CACHE") or CACHE_FOLDER).expanduser() / kind
     except RuntimeError:
         return Path(os.devnull) / kind
 

@@ -24,7 +24,7 @@ POLYGONS, POINTS = "polygons (their boxes are used)", "boxes with points (the bo
 MALFORMED, OUTSIDE = "malformed rows skipped", "rows outside the image skipped (pixels? divide by its width and height)"
 NO_AREA = "boxes dropped (no area in the image)"
 NO_TEXT = "label files skipped (no text; save them as UTF-8)"
-LOSSES = (MALFORMED, OUTSIDE, NO_AREA, NO_TEXT)  # problems that leave out labels
+LABEL_LOSSES = (MALFORMED, OUTSIDE, NO_AREA, NO_TEXT)  # problems that leave out labels
 
 
 def parse_labels(text: str, path: Path, nc: int | None = None, single_cls: bool = False,

@@ -18,7 +18,7 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from utils.data.image_files import LEAST_SIDE, Record, label_files
+from utils.data.image_files import LEAST_IMAGE_SIDE, Record, label_files
 from utils.data.ragged import Ragged
 from utils.errors import UserError
 
@@ -75,7 +75,7 @@ class Scan:
         return bool(((classes >= 0) & (classes < (nc or math.inf)) & (np.floor(classes) == classes)).all()
                     and ((boxes >= 0) & (boxes <= 1)).all() and (boxes[:, 2:] > 0).all()
                     and ((self.orientations >= 1) & (self.orientations <= 8)).all()
-                    and (self.sizes[~refused] >= LEAST_SIDE).all())
+                    and (self.sizes[~refused] >= LEAST_IMAGE_SIDE).all())
 
     def __len__(self) -> int:
         return len(self.sizes)

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from utils.slimming.equivalence import EQUIVALENCE_BOUND, Sizes, UnfitImagesError, difference, outputs
 from utils.slimming.graph import Masks
 from utils.slimming.ranking import SCORES, NothingToCutError, Ranking, Rules, SafeThreshold, TracedModel
-from utils.slimming.result import PruneResult, TargetOutcome, gammas_tell
+from utils.slimming.result import PruneResult, TargetOutcome, separates
 from utils.slimming.surgery import M, masked_view, slim
 from utils.slimming.targets import TARGETS, is_target
 
@@ -75,7 +75,7 @@ class Pruner(TracedModel[M]):
         ranking, keep, outcome = self._choose(percent, target)
         masks, (gammas, kept) = self.graph.masks(keep), self._gammas_and_kept(ranking, keep)
         narrow = slim(self.model, masks, self.graph)
-        difference = self.check(masked_view(self.model, masks), narrow)
+        difference = self.check_equivalence(masked_view(self.model, masks), narrow)
         return PruneResult(
             self.model, narrow, masks, [branch.module for branch in self.graph.gone(keep)],
             prunable=ranking.prunable, gammas=gammas, kept=kept,
@@ -94,7 +94,7 @@ class Pruner(TracedModel[M]):
             return ranking, ranking.keep_percent(percent or 0.0), None
 
         choice = choose(self.ranking)
-        if self.score == "auto" and not gammas_tell(*self._gammas_and_kept(*choice[:2])):
+        if self.score == "auto" and not separates(*self._gammas_and_kept(*choice[:2])):
             return choose(self.ranked_by("taylor", self.per_flop))
         return choice
 
@@ -123,7 +123,7 @@ class Pruner(TracedModel[M]):
         safe = min((float(gammas.max()) for gammas in self.gammas(alone).values()), default=0.0)
         return SafeThreshold(safe, ranking.leading_share(self.largest("weight") < safe))
 
-    def check(self, zeroed: M, narrow: M) -> float:
+    def check_equivalence(self, zeroed: M, narrow: M) -> float:
         """The equivalence check: the largest relative |narrow - zeroed| in float64. ValueError if it is too large.
 
         The images are small ones of two shapes; for a model that does not compute these, of `imgsz`. Of example inputs

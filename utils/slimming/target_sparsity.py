@@ -59,7 +59,7 @@ class TargetSparsity:
         trained = self.trained = [i for i, norm in enumerate(norms) if norm.weight.requires_grad]
         self.sizes = [self.lengths[i] for i in trained]
         self.total = sum(self.sizes)  # channels
-        self.follow(norms, copies)
+        self.attach(norms, copies)
         sizes, device = np.asarray(self.sizes, int), self.gammas[0].device if self.gammas else None
 
         def of_all(values: Sequence[np.ndarray] | None, default: np.ndarray) -> np.ndarray:
@@ -85,7 +85,7 @@ class TargetSparsity:
         self.score = torch.zeros(len(self.groups), device=device)  # (groups,) importances
         self.dead = torch.zeros(len(self.groups), dtype=torch.bool, device=device)  # (groups,) they are 0 for good
 
-    def follow(self, norms: Sequence[_BatchNorm | None], copies: Sequence[_BatchNorm | None] = (),
+    def attach(self, norms: Sequence[_BatchNorm | None], copies: Sequence[_BatchNorm | None] = (),
                kept: Sequence[np.ndarray] | None = None) -> None:
         """Act on these BatchNorms from now on: the same ones, of which dead channels have been cut; None: all of one.
 
@@ -110,19 +110,19 @@ class TargetSparsity:
         blocks, order, channels, protected = self._arranged()
         low, high = 0, int((~protected).sum())
 
-        def gone(number: int) -> list[np.ndarray]:
+        def gone_with(number: int) -> list[np.ndarray]:
             flags = torch.zeros_like(protected)
             flags[order[:number]] = True
             return self._per_norm(self._groups_of(flags, blocks))
 
         while low < high:
             middle = (low + high) // 2
-            if reached(gone(middle)):
+            if reached(gone_with(middle)):
                 high = middle
             else:
                 low = middle + 1
         self.share = int(channels[order[:high]].sum()) / self.total
-        return gone(high)
+        return gone_with(high)
 
     @property
     def most_gone(self) -> list[np.ndarray]:
