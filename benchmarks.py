@@ -144,7 +144,7 @@ class Calibration:
 
 
 def chosen(opt: Namespace, device: torch.device) -> list[tuple[str, str]]:
-    """Format and precision of every row of a model. PyTorch's fp32 is the measure, whatever precision is asked for."""
+    """Format and precision of every row of a model. PyTorch's fp32 is always there: the others are compared with it."""
     names = opt.include or [TORCH, *formats.runtimes()]
     kinds = [(TORCH, "fp32")] if TORCH in names else []
     if kinds and device.type == "cuda" and "fp16" in opt.precisions:
@@ -173,7 +173,7 @@ def in_torch(name: str, model: Model, imgsz: int, device: torch.device, precisio
 
 
 def measured_rows(entries: Iterable[Entry], opt: Namespace) -> list[dict[str, Any]]:
-    """Rows with accuracy and time. Says what is known of each as soon as it is: all may take minutes."""
+    """Rows with accuracy and time. Prints the accuracy of each as soon as it is known: all may take minutes."""
     ready = []
     for entry in entries:
         measure_accuracy(entry, opt)

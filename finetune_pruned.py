@@ -36,8 +36,9 @@ from utils.slimming.surgery import last_masks
 def known_teacher(data: dict[str, Any]) -> str | None:
     """The best by stored mAP50-95 of the models that this one comes from, as far as their files are still there.
 
-    They are the teacher of the sparsity training, which stays where it holds no metrics (a file of YOLOv5's); the model
-    that was cut; and the weights that the sparsity training started from, if they hold metrics for the same classes.
+    They are: the teacher of the sparsity training, which counts as the best where its file holds no metrics (a file of
+    YOLOv5's); the model that was cut; and the weights that the sparsity training started from, if they hold metrics for
+    the same classes.
     """
     opt = data.get("opt") or {}
     teacher, cut, start = opt.get("teacher"), data.get("parent"), None if opt.get("cfg") else opt.get("weights")
@@ -76,7 +77,7 @@ def gradual_cut(data: dict[str, Any], frozen: bool) -> tuple[GradualCut, str | N
         return GradualCut(), None
     masks = _last_cut(data, checkpoint.load(parent))
     if masks is None:
-        print(f"note: {parent} is not the model any more that was cut; starting with the slim one")
+        print(f"note: {parent} is no longer the model that was cut; starting with the slim one")
         return GradualCut(), None
     print(f"starting from {parent}; its channels go in the first third of the run (--no-gradual: all at once)")
     return GradualCut(masks), parent

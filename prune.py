@@ -107,7 +107,7 @@ def settle(opt: Namespace, saved: dict[str, Any], model: Model) -> Namespace:
     nothing_left = saved.get("shrunk", {}).get("done") and not {"percent", "target", "sweep", "sensitivity"} & set(
         opt.given)
     if nothing_left:
-        print(f"{opt.weights}: its zeros were cut in the training, nothing more is (--percent 0.2: a fifth more)")
+        print(f"{opt.weights}: its zeros were cut in the training, so nothing is cut now (--percent 0.2: a fifth more)")
     trained = {**(saved.get("opt") or {}), **saved.get("sparsity", {})}
     opt = resolve(opt, saved)
     return Namespace(**{**vars(opt), "percent": 0.0 if nothing_left else opt.percent,

@@ -148,7 +148,7 @@ def dataset_loader(model: Detector, opt: Namespace, task: str = "val", square: b
 def require_same_classes(opt: Namespace, names: Mapping[int, str], data_names: Mapping[int, str]) -> None:
     """UserError where the model of opt.weights knows another number of classes than opt.data names.
 
-    Other names are said: they may be translations.
+    Other names make a note only: they may be translations.
     """
     if len(names) != len(data_names):
         raise UserError(f"{opt.weights}: knows {len(names)} classes, {opt.data} names {len(data_names)}; "

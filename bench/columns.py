@@ -19,7 +19,7 @@ from utils.tables import text_table, write_csv  # noqa: E402
 
 Row = dict[Any, Any]
 Words = str | tuple[str, str]  # English, and Chinese where a page in Chinese shows it
-# Header, key of the row, format; or a name that is the first two, whose values are shown as they are.
+# (header, key of the row, format); or one text that is header and key, whose values are shown as they are.
 Columns = Sequence[str | tuple[Words, str, Callable[[Any], str]]]
 
 COUNT, SHARE, TIMES = "{:,}".format, "{:.0%}".format, "{:.2f}x".format
@@ -142,7 +142,7 @@ def int8_rows(rows: Sequence[Row]) -> list[Row]:
 
 
 class Table(NamedTuple):
-    """results: name of its file in bench/results. rows: from those of the file, for several runs may be one row."""
+    """results: name of its file in bench/results. rows: makes the rows of the table from those of the file."""
     results: str
     columns: Columns
     rows: Callable[[list[Row]], list[Row]] = list

@@ -139,7 +139,7 @@ def sampled(sample: str, argument: str, runs: int) -> list[float]:
 
 
 def row(what: str, unit: str, times: dict[str, float]) -> Row:
-    """A line of the table. times: ours is the one without a name; another one is what it is compared with."""
+    """A row of the table. times: "" -> this project's figure; a name -> the figure that it is compared with."""
     line = {"what": what, "unit": unit, "ours": times[""], "beside": "", "other": "", "ratio": ""}
     for beside, other in times.items():
         line |= {"beside": beside, "other": other, "ratio": other / times[""]} if beside else {}

@@ -129,7 +129,7 @@ class AutoShape(nn.Module):
             batch = [cv2.cvtColor(image, cv2.COLOR_RGB2BGR) for image, _ in loaded[start:start + at_once]]
             with torch.inference_mode(), self._precision():
                 result = detect(model, batch, size, self.device, suppress)
-            boxes += [b.clone() for b in result.boxes]  # a clone may be changed in place; what inference_mode makes not
+            boxes += [b.clone() for b in result.boxes]  # tensors of inference_mode can't be changed in place
             seconds, shape = seconds + result.seconds, result.shape
         unique = UniqueNames()
         files = [f"{unique(i, safe_name(Path(name).stem), i)}.jpg" for i, (_, name) in enumerate(loaded)]

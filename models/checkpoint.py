@@ -118,7 +118,7 @@ def build(data: dict[str, Any], device: str | torch.device = "cpu", path: str | 
 
 
 def _assemble(data: dict[str, Any], path: str | Path, ema: bool = True, place: str = "meta") -> Model:
-    """Built from its yaml, narrowed to the shapes of its weights, and given these: they are data's own tensors.
+    """A model of data's yaml, narrowed to the shapes of its weights, that holds these very tensors.
 
     On the meta device a yaml allocates nothing, whatever width it asks for: only what is in the file takes memory. A
     block that computes with values while it is built, or keeps some that are not in the file, needs a real device.
@@ -168,7 +168,7 @@ def require_finite(state: dict[str, Tensor], before: str, after: str) -> None:
 
 
 def load_fitting(model: Model, path: str | Path) -> int:
-    """Give `model` those weights of a checkpoint that have the same name and shape, its anchors not; how many."""
+    """Give `model` the weights of a checkpoint that have the same name and shape, but no anchors; returns how many."""
     theirs, mine = load(path).state_dict(), model.state_dict()
     same = {k: v for k, v in theirs.items() if k in mine and v.shape == mine[k].shape and not k.endswith("anchors")}
     model.load_state_dict(same, strict=False)

@@ -49,7 +49,7 @@ def image_size(model: Detector, size: int | Sequence[int] | None, usual: int | N
 
 
 def require_rgb(model: Detector, name: str, mend: str = "give one whose yaml says ch: 3") -> None:
-    """UserError where a model takes another kind of images than pictures are. name: of the model, for the message."""
+    """UserError where a model does not take RGB images. name: of the model, for the message."""
     channels = model.input_shape[1]
     if channels not in (0, 3):
         raise UserError(f"{name}: takes images of {channels} channels, not RGB; {mend}")

@@ -95,7 +95,7 @@ REDUCTION = Kind("flops or params, and a number between 0 and 1", lambda value: 
 
 # The file -------------------------------------------------------------------------------------------------------------
 
-# A training's options. What is not named here decides nothing in a run that goes on, nor in another script.
+# A training's options. Those that are not named here have no effect on a resumed run, nor on another script.
 OPTIONS: dict[Any, Any] = {
     **dict.fromkeys(("weights", "cfg", "data", "teacher", "project", "name", "script"), maybe(TEXT)),
     **dict.fromkeys(("batch_size", "nbs", "round_to"), SIZE), "imgsz": maybe(whole(32, 65_536)),
@@ -158,7 +158,7 @@ def checked(data: Any) -> dict[str, Any]:
 
 
 def tree(data: Any, most: int = MOST_VALUES) -> Any:
-    """A copy of nested mappings and lists in which nothing is shared: printing or copying it comes to an end.
+    """A copy of nested mappings and lists in which nothing is shared, so that printing or copying it ends.
 
     Tensors stay what they are. ValueError where it is cyclic, too deep or too large, or holds something else.
     """

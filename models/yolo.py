@@ -25,7 +25,7 @@ from models.summary import show
 from utils.errors import UserError, first_line, run_cli
 
 LEAST_DIVISOR = 32  # as in YOLOv5, also where the strides are smaller
-# What a block raises that is given the wrong arguments.
+# What blocks raise for wrong arguments.
 BUILD_ERRORS = (TypeError, ValueError, IndexError, KeyError, AttributeError, AssertionError, RuntimeError,
                 ArithmeticError)
 # Of a model. The largest of the repository's yamls has 144,000,000 parameters; the loss weighs five levels.

@@ -81,7 +81,7 @@ CHANGEABLE = ("resume", "data", "amp", "patience", "sync_bn", "workers", "cache"
 def go_on(opt: Namespace, locks: ExitStack) -> tuple[Namespace, dict[str, Any]]:
     """--resume: resumed_options() of its last.pt. `locks` gets the lock of the run's folder.
 
-    First the lock: a process that has it may still write what is read here.
+    The lock comes first: a process that has it may still write what is read here.
     """
     path = resume_file(opt)
     if path.is_file() and first_process():

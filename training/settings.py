@@ -76,9 +76,9 @@ def _flag(key: str, value: Any) -> str:
 
 
 def trained_recipe(opt: Namespace, saved: Mapping[str, Any], file: str) -> dict[str, Any]:
-    """What the training that made a checkpoint (read()'s dict of `file`) was told of RECIPE, as far as it holds.
+    """The settings of RECIPE that made a checkpoint (read()'s dict of `file`), as far as they still apply.
 
-    Rates belong to their optimizer: where another one was given they do not hold. Empty for files of others.
+    Hyper-parameters belong to their optimizer: with another one they do not apply. Empty for files of other programs.
     """
     earlier = saved.get("opt") or {}
     recipe = {"imgsz": saved.get("imgsz"), **{key: earlier.get(key) for key in RECIPE if earlier.get(key)}}

@@ -71,7 +71,7 @@ class SparsityPlan:
 
     @torch.no_grad()
     def update_pruner(self, average: Model, remaining: RemainingChannels) -> None:
-        """Show the pruner the average's scales and shifts, which is what is saved."""
+        """Copy the scales and shifts of the average, which is the model that is saved, into the pruner's model."""
         present = batch_norms(average, filter(remaining.holds, self.pruner.norms))
         for name, shown in self.pruner.norms.items():
             for key in ("weight", "bias"):
@@ -100,7 +100,7 @@ class SparsityPlan:
         return names
 
     def _build_target(self, sizes: Sequence[int]) -> TargetSparsity:
-        """The rule of --target-sparsity, in blocks of the first, largest, of `sizes` that leaves a choice of blocks."""
+        """The rule of --target-sparsity, in blocks of the first of the falling `sizes` that leaves a choice."""
         opt, graph = self.opt, self.pruner.graph
         costs, groups = None, graph.groups(self.shown, self.whole)
         if opt.per_flop:
@@ -129,7 +129,7 @@ class SparsityPlan:
         return target
 
     def figure_without(self, gone: Sequence[np.ndarray], name: str = "") -> float:
-        """A figure, that of --target, 0..1 of the start's, without these channels: bool (channels,) per BatchNorm."""
+        """Share of a figure (of --target) that is left without these channels: bool (channels,) per BatchNorm."""
         return TARGETS[name or self.opt.target[0]].value(self.pruner, self.kept_without(gone))
 
     def kept_without(self, gone: Sequence[np.ndarray]) -> np.ndarray:
@@ -149,8 +149,8 @@ class SparsityPlan:
     def aim(self, target: TargetSparsity, measurements: int = MEASUREMENTS) -> None:
         """Choose how many channels of `target` go, so that --target is reached.
 
-        FLOPs and parameters are counted. Milliseconds are measured, so many times at most: a share of the FLOPs stands
-        for the latency, and each measurement says on the line through the whole model which share is the right one.
+        FLOPs and parameters are counted. Milliseconds are measured, so many times at most: channels go by a share of
+        the FLOPs, and each measurement corrects that share, on the line through this cut and the whole model.
         """
         name, goal = self.opt.target
         if name != "latency":

@@ -46,7 +46,7 @@ class HelpfulParser(OneLineParser):
         self._apart += [(flag, other, why.format(other)) for other in others]
 
     def needs(self, flags: Collection[str], *others: str) -> None:
-        """Refuse each of the flags where none of the others holds, be it given or by default."""
+        """Refuse each of `flags` unless one of the others is on, given or by default."""
         self._needs += [(flag, others) for flag in flags]
 
     def _refuse_ignored(self, opt: Namespace) -> None:
@@ -86,7 +86,7 @@ class HelpfulParser(OneLineParser):
                 raise UserError(f"{flag}: is empty; give it a value, or leave it out")
 
     def _in_full(self, word: str) -> str:
-        """A flag that is abbreviated, as it is; others, and what no flag begins with, unchanged."""
+        """An abbreviated flag in full; a full one, and a word that no flag begins with, as it is."""
         start, equals, value = word.partition("=")
         start = start.replace("_", "-")  # keyword arguments have no other way
         actions = {flag: action for action in self._actions for flag in action.option_strings}

@@ -147,8 +147,8 @@ def _children(node: yaml.Node) -> list[yaml.Node]:
 class _Loader(yaml.SafeLoader):
     """PyYAML's safe loader, without what it reads in silence or fails on. All it raises for a text is YAMLError.
 
-    Refused are keys that are given twice, aliases of what they are in, or of so much that it can't be written out, and
-    scalars that are not what they look like or say.
+    It refuses keys that are given twice, an alias inside of what it stands for, aliases that make the text too large,
+    and scalars that are not of the type that they look like or name.
     """
 
     def __init__(self, text: str):

@@ -57,8 +57,9 @@ class VocFolder:
     def find_image(self, name: str, filename: str) -> Path | None:
         """The image of an annotation: that of its stem, or else the one that the XML names.
 
-        Of several, those count whose folders are called most alike; of several in a folder the XML's, or the first.
-        Skipped where that leaves a choice, or only images that are called like other XML.
+        Of several images that one counts whose folders agree most with the annotation's; of several in one folder, that
+        which the XML names, or else the first. Skipped where several folders agree equally well, and where every image
+        belongs to another XML.
         """
         fitting = self._like.get(_stem(name)) or self._like.get(normal(filename), [])
         if not fitting:

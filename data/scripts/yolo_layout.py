@@ -164,9 +164,9 @@ def displayed_size(path: Path) -> tuple[int, int]:
 
 
 def size_of_boxes(stated: Sequence[Any], size: tuple[int, int]) -> tuple[int, int]:
-    """The (width, height) whose pixels boxes count: what the annotation states, where the image was only scaled since.
+    """The (width, height) that an annotation's boxes refer to, in pixels.
 
-    Else, and where nothing usable is stated, the `size` of the image.
+    It is what the annotation states if the image has only been scaled since; otherwise the `size` of the image.
     """
     try:
         width, height = (float(side) for side in stated)

@@ -25,7 +25,7 @@ from utils.files import atomic_folder, write_yaml
 from utils.text import read_text, read_yaml_mapping
 
 PARAM, BIN, METADATA = "model.ncnn.param", "model.ncnn.bin", "metadata.yaml"
-WRONG = 0.1  # confidences, or boxes as a share of the image's side: what rounding to fp16 does not come near to
+WRONG = 0.1  # difference of confidences, or of boxes as a share of the image's side: rounding to fp16 stays far below
 
 
 class FlatDetect(Detect):
@@ -60,7 +60,7 @@ class FlatDetect(Detect):
 def write(model: Model, path: Path, options: ExportOptions) -> None:
     """Convert a model by pnnx. The folder is there whole or not at all.
 
-    UserError where the model has something that ncnn has no word for, or computes otherwise.
+    UserError where ncnn lacks an operation of the model, or computes something else.
     """
     FORMAT.need("--include ncnn")
     image, decoded = options.image[:1], Decoded(fused(model)).eval()

@@ -149,7 +149,7 @@ def _quantize(path: Path, proto: Any, options: ExportOptions) -> Path:
 
 
 def _unshare(graph: Any) -> None:
-    """Values of its own for every node, in place: the exporter writes equal ones once, and reads them by an Identity.
+    """Give every node constants of its own, in place: the exporter writes equal ones once, for an Identity to share.
 
     In int8 a bias has the scale of its convolution. Of those that share it one would run in int8, the others in float.
     """
@@ -189,10 +189,10 @@ def _quiet() -> Iterator[None]:
 
 
 def cores_of_workers(threads: int) -> str:
-    """A core, counted from 1, for each thread but the caller's, if they take all cores: "2;3". Else, or off Linux, "".
+    """The cores, counted from 1, of all threads but the caller's: "2;3". "" where cores are left over, or off Linux.
 
-    Without, two of them share a core now and then, which takes up to twice the time. Where cores are left over, the
-    system finds free ones, and knows which of them are halves of one core.
+    Where threads take all cores and are not pinned, two of them share a core now and then, which takes up to twice the
+    time. Where cores are left over the system finds free ones, and knows which of them are halves of one core.
     """
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     return ";".join(str(core + 1) for core in cores[1:]) if threads == len(cores) else ""

@@ -10,8 +10,8 @@ from utils.errors import UserError
 def without_convolution_after(readers: Mapping[str, Collection[str]], convolutions: Collection[str]) -> set[str]:
     """The nodes of a graph that no convolution follows: the head's convolutions and the decoding of boxes.
 
-    Decoding is sums and squares of pixels, which 256 steps can't tell apart. It includes what does not follow the head
-    but meets it there, the places of the grid: in steps of a 255th of its width a box would be half a pixel off.
+    Decoding is sums and squares of pixels, which 256 steps can't tell apart. The places of the grid are part of it,
+    though they do not follow the head: in steps of a 255th of the grid's width a box would be half a pixel off.
     The nodes are found by position, so names do not matter.
 
     readers: node -> the nodes that read what it computes.

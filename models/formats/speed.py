@@ -20,7 +20,7 @@ BATCHES = (1, 16)
 
 def milliseconds(models: Sequence[Model], imgsz: int, device: torch.device, runtime: str = "torch",
                  precision: str = "fp32") -> dict[str, list[float]]:
-    """How measured -> median milliseconds per image of each model, in turns.
+    """How they were measured -> median milliseconds per image of each model, timed in turns.
 
     In PyTorch, in onnxruntime where it is installed, and in another one of runtimes(), or another precision, as well.
     """
@@ -77,8 +77,8 @@ def runtime_latency(models: Sequence[Model], name: str, imgsz: int, batch: int =
                     precision: str = "fp32") -> list[float] | None:
     """Median milliseconds per image of the models in another format (a name of formats()), on the CPU.
 
-    The runtime has as many threads as PyTorch; the models are measured in turns. None, with a note where it is not for
-    want of a package, if a model can't be written or run.
+    The runtime has as many threads as PyTorch; the models are measured in turns. None if a package is missing, or,
+    with a note, if a model can't be written or run.
     """
     fmt = formats()[name]
     if fmt.missing(precision):
@@ -103,7 +103,7 @@ class Timed(NamedTuple):
 
 
 def in_turns(timed: Sequence[Timed], device: torch.device, runs: int = 20) -> list[float]:
-    """Median milliseconds of an image, of one after the other in turns; on `device` in PyTorch, else on the CPU."""
+    """Median milliseconds per image of each, timed in turns; on `device` in PyTorch, else on the CPU."""
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
         return medians([_call(one, Path(folder) / f"{i}.pt", device) for i, one in enumerate(timed)], runs)
 

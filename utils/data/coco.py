@@ -106,11 +106,11 @@ def _run_lengths(text: str) -> list[int]:
 class CocoResults:
     """Detections in COCO's format, .rows, and what pycocotools says of them.
 
-    Without an annotation file an image's id is its name (a number, where all `images` have one of their own; the path,
-    where names repeat), a category's the class, or COCO's own
-    number where the classes are COCO's; the truth is the data set's labels. With one, ids and truth are the file's:
-    categories go by name, images by file name. .unknown counts images that it does not list, which are left out.
-    UserError where it can't be read or lacks a class.
+    With an annotation file, ids and labels are the file's: categories are found by name, images by file name. .unknown
+    counts images that it does not list; they are left out. UserError where it can't be read or lacks a class.
+    Without one, the labels are the data set's. The id of an image is its name (as a number where all `images` have
+    different numbers, as a path where names repeat); that of a category is the class, or COCO's own number for COCO's
+    classes.
     """
 
     def __init__(self, names: dict[int, str], annotations: Path | None = None, images: Iterable[Path] = ()):

@@ -86,7 +86,7 @@ class DetectionDataset(Dataset[Sample]):
     first two are sequences over one array each, not lists (see ragged.py). .problems counts what was repaired or left
     out, .refused lists (path, reason) of the images that were left out, .notes and summary() are for the log.
     .broken are those that turned out to be broken when they were used: each stays in its place as a grey image without
-    labels, for another order of the others would be another training than that before a resume.
+    labels, because without it the others would have other places, and a resumed training would differ.
 
     UserError where a source is missing or none of the images can be used.
     """

@@ -28,7 +28,7 @@ UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Us
 
 
 class DamagedImageError(UserError):
-    """An image can't be decoded. A file that can't be read at all is another error: the next one may not be either."""
+    """An image can't be decoded. A file that can't be read at all is another error: all files may be so."""
 
 
 class Header(NamedTuple):
@@ -297,7 +297,7 @@ def scan_image(path: Path, nc: int | None = None, single_cls: bool = False, read
                whole: bool = True, labels: Path | None = None) -> Record:
     """Read an image and its labels. UserError for a class not below `nc`, or a label file that can't be read.
 
-    reading: see parse_labels(). whole: decode the image whatever its format; without it, where its header does not
+    reading: see parse_labels(). whole: decode the image whatever its format; else only where its header does not
     tell most damage. labels: label_path() where it is known.
     """
     no_labels = np.zeros((0, 5), np.float32)

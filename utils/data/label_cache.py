@@ -115,7 +115,7 @@ def _write(part: _Part) -> None:
 
 
 def _read(file: Path, images: int, nc: int | None) -> tuple[np.ndarray, Scan]:
-    """(stamps, what the file knows). Any exception where that is not of so many images, or not what a scan finds."""
+    """(stamps, scan) of a file. Some exception where it is not of so many images, or not what a scan can find."""
     with np.load(file, allow_pickle=False) as arrays:
         columns = {name: arrays[name] for name in COLUMNS}
     stamps, sizes, orientations, boxes, lengths, labels, notes = columns.values()

@@ -90,7 +90,7 @@ def scan_groups(scan: Callable[..., Record], groups: Sequence[Sequence[str]], ti
     """A Scan of each group of images, by scan_image(), in order; a progress bar appears after a second.
 
     Many images are read in as many processes as there are cores: what takes the time is Python. Where processes can't
-    be forked it is threads, which have the files' waiting times in common at least.
+    be forked there are threads, which at least wait for files at the same time.
     """
     total = sum(map(len, groups))
     readers = min(cores() // int(os.environ.get("LOCAL_WORLD_SIZE") or 1), MOST_READERS)  # torchrun's, on this machine

@@ -42,9 +42,9 @@ def frames(source: str, every: int = 1, skipped: Counter[str] | None = None) -> 
     """The images that `source` names; of videos and streams every `every`-th frame.
 
     source: an image, a video, a folder of them, a pattern such as 'photos/*.jpg', a .txt list, the URL of an image or
-    a stream, a camera's number, or a .streams file of such, which are read in turns. What is there counts first: a
-    folder may be called 2024. UserError where there is nothing; among several sources one that can't be read is
-    reported on stdout, counted in `skipped` by its reason, and left out.
+    a stream, a camera's number, or a .streams file of such, which are read in turns. A file or folder of that name
+    comes first: a folder may be called 2024. UserError where there is nothing; among several sources one that can't be
+    read is reported on stdout, counted in `skipped` by its reason, and left out.
     """
     skipped = Counter() if skipped is None else skipped
     path = Path(source)
@@ -179,8 +179,8 @@ def _video_frames(source: str, every: int, stream: str = STREAM) -> Iterator[Fra
 def _in_turns(path: Path, every: int, skipped: Counter[str]) -> Iterator[Frame]:
     """The frames of all sources in a .streams file, one of each in a turn; each is read by a thread of its own.
 
-    Of a stream or camera the newest frame counts, so that none lags behind; of a video every frame. Who has none yet is
-    not waited for.
+    Of a stream or camera the newest frame counts, so that none lags behind; of a video every frame. A source
+    that has no new frame is left out of the turn.
     """
     lines = list(dict.fromkeys(_lines(path)))
     lines = [line if _is_live(line) else str(listed_path(path.parent, line)) for line in lines]

@@ -100,12 +100,12 @@ def _is_passthrough(modules: dict[str, nn.Module], node: fx.Node) -> bool:
 
 
 def take_out(model: nn.Module, branches: Iterable[Branch]) -> None:
-    """Exchange the modules of these branches, in place, for what is behind their additions; mostly nothing is."""
+    """Replace the modules of these branches, in place, by what follows their additions: mostly nothing."""
     for branch in branches:
         old = model.get_submodule(branch.module)
         behind = [deepcopy(model.get_submodule(name)) for name in branch.after]
         for module in behind:
-            if "inplace" in vars(module):  # its input is no sum any more, but what others may read, too
+            if "inplace" in vars(module):  # it gets no sum any more, but x, which others may read, too
                 vars(module)["inplace"] = False
         new = behind[0] if len(behind) == 1 else nn.Sequential(*behind) if behind else nn.Identity()
         for parent in list(model.modules()):  # it may be registered under several names

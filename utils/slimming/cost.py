@@ -36,7 +36,7 @@ class Cost:
 
 
 def profile(model: nn.Module, imgsz: int = 640, channels: int = 3, inputs: Inputs | None = None) -> Cost:
-    """Cost of one square image of `imgsz` pixels, or of example inputs. Nothing is computed: it is a meta device's."""
+    """Cost of one square image of `imgsz` pixels, or of example inputs, on the meta device: nothing is computed."""
     _, flops = _meta_pass(model, (), imgsz, channels, inputs)
     floats = [t for t in model.state_dict().values() if t.is_floating_point()]
     return Cost(parameters=sum(p.numel() for p in model.parameters()), flops=flops,

@@ -26,8 +26,8 @@ Masks = dict[str, Tensor]  # BatchNorm name -> bool (channels,) over the channel
 class ChannelGraph:
     """Ids are integers 0..n-1. `group[id]` is equal for ids that can only be kept or cut together.
 
-    A branch is cut where its id is, whatever becomes of the ids of its channels, of which others may have some. In
-    masks it is cut where those of all of its BatchNorms are all False.
+    A branch has an id of its own and is cut where that is cut. The ids of its channels do not matter then: other layers
+    may have them, too. In masks a branch is cut where the masks of all of its BatchNorms are all False.
     """
 
     inputs: dict[str, np.ndarray] = field(default_factory=dict)   # layer name -> ids of its input channels
@@ -42,7 +42,7 @@ class ChannelGraph:
     notes: list[str] = field(default_factory=list)                # what the graph does not know, for the user
 
     def add_branches(self, branches: dict[str, Branch]) -> None:
-        """Note branches, numbered from the number of ids on. They are frozen: who lets branches go says so."""
+        """Note branches, numbered from the number of ids on. They are frozen, unless rules let branches go."""
         ids = np.array([branch.number for branch in branches.values()], int)
         self.branches, self.group = branches, np.append(self.group, ids)
         self.frozen = np.append(self.frozen, np.ones(len(ids), bool))

@@ -134,7 +134,7 @@ class TracedModel(Generic[M]):
 
 
 def _refuse_unfit(model: nn.Module, inputs: Inputs | None) -> None:
-    """ValueError for what is no model with values that are finite, and for inputs that are missing."""
+    """ValueError for what is no model, for values that are not finite, and for inputs that are missing."""
     if not isinstance(model, nn.Module):
         raise ValueError(f"an nn.Module is needed, not {type(model).__name__}; a checkpoint is loaded first")
     inside = WRAPPERS.get(type(model).__name__)

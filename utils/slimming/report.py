@@ -76,7 +76,7 @@ def score_note(score: str, images: int) -> str:
 
 
 def _floor(share: float) -> str:
-    """Three digits that are not above `share`, so that a cut of so much keeps what is said of it."""
+    """`share`, rounded down to three digits: what the report says of it holds for a cut of the rounded share."""
     return f"{math.floor(1000 * share + 1e-9) / 1000:.3f}"
 
 

@@ -87,10 +87,10 @@ class TargetSparsity:
 
     def attach(self, norms: Sequence[_BatchNorm | None], copies: Sequence[_BatchNorm | None] = (),
                kept: Sequence[np.ndarray] | None = None) -> None:
-        """Act on these BatchNorms from now on: the same ones, of which dead channels have been cut; None: all of one.
+        """Act on these BatchNorms from now on: the same ones after a cut of dead channels; None: all of one were cut.
 
-        kept: bool (channels,) per BatchNorm, over the channels of the first ones: these are left. All that is counted
-        and ranked here goes on being over the first ones' channels, so that a cut changes no choice.
+        kept: bool (channels,) per BatchNorm, over the channels of the first ones: those that are left. What is counted
+        and ranked here still refers to the channels of the first ones, so that a cut changes no choice.
         """
         active = [norm for i in self.trained if (norm := norms[i])]
         self.gammas: list[Tensor] = [norm.weight for norm in active]
@@ -105,7 +105,7 @@ class TargetSparsity:
     def aim(self, reached: Callable[[list[np.ndarray]], bool]) -> list[np.ndarray]:
         """Choose the smallest share with which `reached` is true, by the present ranking. Returns what goes with it.
 
-        reached: of what goes, bool (channels,) per BatchNorm. Taken to stay true where more goes.
+        reached: of what goes, bool (channels,) per BatchNorm. It is assumed to stay true where more goes.
         """
         blocks, order, channels, protected = self._arranged()
         low, high = 0, int((~protected).sum())

@@ -95,7 +95,7 @@ def refuse_made_weights(model: nn.Module) -> None:
 
 
 def _inputs(model: nn.Module, inputs: Inputs | None) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The inputs of a model that are given, and those that need not be, as they are when they are not."""
+    """The arguments of a model by name: those that are given, and the plain defaults of the others."""
     args, kwargs = as_call(inputs)
     parameters = inspect.signature(model.forward).parameters
     arguments = {**dict(zip(parameters, args)), **kwargs}
