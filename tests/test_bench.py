@@ -143,7 +143,7 @@ def test_the_experiments_on_bccd_make_what_their_tables_show(bench):
     assert [command.split()[0] for command in made] == ["train_sparsity.py", "prune.py", "finetune_pruned.py"]
     assert "--percent 0.55 " in made[1] and "--target-sparsity 0.55 --round-to 16 --adam --seed 1 " in made[0]
     for name in ("sparsity", "pruning"):
-        assert {row.get("run", "share0.5") for row in bench("columns").read_results(name)} <= {
+        assert {row.get("run", "share0.5") for row in bench("columns").read_table(name)} <= {
             run.rsplit("-seed")[0] for run in bccd.EXPERIMENTS[name].sparse}
 
 

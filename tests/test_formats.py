@@ -201,7 +201,7 @@ def test_boxes_of_a_file_are_those_of_nms(cfg, tmp_path, batch, dynamic, opset, 
 def test_metadata_tells_boxes_from_predictions():
     """Of one class both have six columns."""
     rows = torch.tensor([[[10.0, 20, 30, 60, 0.5, 0], [0, 0, 0, 0, 0, 0]]])
-    plain, boxes = (FileDetector({"names": ["a"], "stride": 32, **more}, (1, 3, 64, 64)).checked(rows)
+    plain, boxes = (FileDetector({"names": ["a"], "stride": 32, **more}, (1, 3, 64, 64)).check_output(rows)
                     for more in ({}, {"nms": "True"}))
     assert torch.equal(plain, rows) and boxes[0, 0].tolist() == [20, 40, 20, 40, 0.5, 1]
 
