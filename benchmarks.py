@@ -92,20 +92,20 @@ def main(argv: Argv = None) -> Path:
     if opt.threads:
         torch.set_num_threads(opt.threads)
     opt.weights = opt.weights or [weights_or_newest()]
-    read = [checkpoint.read(path) for path in opt.weights]
-    if not opt.noval and not opt.data and not (read[0].get("opt") or {}).get("data"):
-        opt.data = data_of_model(read[0], opt.weights[0], read[0]["names"], opt.single_cls)
-    opt = resolve(opt, read[0])
+    saved = [checkpoint.read(path) for path in opt.weights]
+    if not opt.noval and not opt.data and not (saved[0].get("opt") or {}).get("data"):
+        opt.data = data_of_model(saved[0], opt.weights[0], saved[0]["names"], opt.single_cls)
+    opt = resolve(opt, saved[0])
     device = select_device(opt.device)
     models = {name: checkpoint.build(data, path=path)
-              for name, path, data in zip(titles(opt.weights), opt.weights, read)}
+              for name, path, data in zip(titles(opt.weights), opt.weights, saved)}
     opt.imgsz = whole_strides(opt.imgsz, max(model.divisor for model in models.values()))
     if not (kinds := chosen(opt, device)):
         raise UserError("--include, --precisions: none of these formats has one of these precisions here; "
                         "give others, or install what is missing (pip install -r requirements-export.txt)")
     folder = new_run_folder(opt.project, opt.name, opt.exist_ok)
     calibration = Calibration(opt)
-    rows = measured_rows((made(name, model, *kind, opt, folder, device, calibration)
+    rows = measured_rows((entry_of(name, model, *kind, opt, folder, device, calibration)
                           for name, model in models.items() for kind in kinds), opt)
     print(table(rows))
     print(f"{opt.imgsz} px, batch {opt.batch_size}, {device}, {torch.get_num_threads()} threads on the CPU; "
@@ -154,8 +154,8 @@ def chosen(opt: Namespace, device: torch.device) -> list[tuple[str, str]]:
                     if precision in opt.precisions and (opt.include or not fmt.missing(precision))]
 
 
-def made(name: str, model: Model, kind: str, precision: str, opt: Namespace, folder: Path, device: torch.device,
-         calibration: Calibration) -> Entry:
+def entry_of(name: str, model: Model, kind: str, precision: str, opt: Namespace, folder: Path, device: torch.device,
+             calibration: Calibration) -> Entry:
     """The model in one format and precision. Where that fails the entry has a reason."""
     if kind == TORCH:
         return in_torch(name, model, opt.imgsz, device, precision)

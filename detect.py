@@ -183,8 +183,8 @@ class Output:
 def _write_image(path: Path, image: np.ndarray) -> None:
     """cv2.imwrite, whole or not at all, and for names that OpenCV can't handle."""
     suffix = path.suffix.lower() if path.suffix.lower() in (".jpg", ".jpeg", ".png", ".bmp", ".webp") else ".jpg"
-    done, data = cv2.imencode(suffix, image)
-    if not done:
+    success, data = cv2.imencode(suffix, image)
+    if not success:
         raise UserError(f"{path}: {image.shape[1]} x {image.shape[0]} pixels don't fit into a {suffix}; add --nosave")
     with atomic(path.with_suffix(suffix)) as temporary:
         temporary.write_bytes(data.tobytes())

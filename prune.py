@@ -191,11 +191,11 @@ def save_result(result: PruneResult[Model], opt: Namespace, saved: dict[str, Any
     """The slim checkpoint and the pictures into the run's folder."""
     folder = new_run_folder(opt.project, opt.name, opt.exist_ok)
     repaired = opt.reconstruct or opt.absorb or opt.recalibrate  # which a start from the model before would undo
-    here = {key: getattr(opt, key) for key in ("data", "imgsz", "single_cls")}
-    carried = {"opt": {**(saved.get("opt") or {}), **here}, "data": opt.data, "hyp": saved.get("hyp")}
-    carried |= {"sparsity": saved["sparsity"]} if "sparsity" in saved else {}
-    carried |= {"parent": str(Path(opt.weights).resolve()), "gradual": not (result.gammas_separate or repaired)}
-    checkpoint.save(folder / OUTPUT, result.slim, imgsz=opt.imgsz, command=command_line(), **carried,
+    settings = {key: getattr(opt, key) for key in ("data", "imgsz", "single_cls")}
+    metadata = {"opt": {**(saved.get("opt") or {}), **settings}, "data": opt.data, "hyp": saved.get("hyp")}
+    metadata |= {"sparsity": saved["sparsity"]} if "sparsity" in saved else {}
+    metadata |= {"parent": str(Path(opt.weights).resolve()), "gradual": not (result.gammas_separate or repaired)}
+    checkpoint.save(folder / OUTPUT, result.slim, imgsz=opt.imgsz, command=command_line(), **metadata,
                     metrics={"difference": result.difference, "percent": result.achieved})
     plot_gammas(result.gammas.numpy(), folder / "gammas.png", cut=~result.kept.numpy(),
                 title=f"BatchNorm scales before the cut; channels are ranked by {result.score}")

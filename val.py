@@ -306,10 +306,10 @@ def plot_curves(result: Evaluation, names: dict[int, str], folder: Path) -> None
     from utils.plots.detections import plot_confusion, plot_metric_curve, plot_pr_curve
 
     ap = result.ap
-    listed = [names.get(int(c), str(c)) for c in ap.classes]
-    plot_pr_curve(np.linspace(0, 1, 1000), ap.precision_at_recall, ap.ap50, listed, folder / "PR_curve.png")
+    labels = [names.get(int(c), str(c)) for c in ap.classes]
+    plot_pr_curve(np.linspace(0, 1, 1000), ap.precision_at_recall, ap.ap50, labels, folder / "PR_curve.png")
     for name, curve, label in (("F1", ap.f1_curve, "F1"), ("P", ap.p_curve, "precision"), ("R", ap.r_curve, "recall")):
-        plot_metric_curve(ap.px, curve, listed, folder / f"{name}_curve.png", ylabel=label)
+        plot_metric_curve(ap.px, curve, labels, folder / f"{name}_curve.png", ylabel=label)
     if result.confusion is not None:
         plot_confusion(result.confusion.matrix, names, folder / "confusion_matrix.png")
 

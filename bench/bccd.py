@@ -203,9 +203,9 @@ def main() -> None:
     if opt.experiment in ("sparsity", "pruning"):
         common.need_onnxruntime()
     common.run_missing(common.bccd_commands(opt.voc), opt.folder)
-    for number, made in enumerate(commands(EXPERIMENTS[opt.experiment], opt.weights)):
+    for number, chain in enumerate(commands(EXPERIMENTS[opt.experiment], opt.weights)):
         if not opt.only or number in opt.only:
-            common.run_missing(made, opt.folder)
+            common.run_missing(chain, opt.folder)
     if not opt.only:
         {"stages": stages, "sparsity": sparsity, "pruning": pruning, "absorb": absorb}[opt.experiment](opt.folder)
 

@@ -63,26 +63,26 @@ def grouped(rows: Sequence[Row], *keys: str) -> dict[tuple, list[Row]]:
 def stage_rows(split: str, rows: Sequence[Row]) -> list[Row]:
     """bccd.csv's stages on the val or the test images, with titles."""
     by_stage = {row["stage"]: row for row in rows if row["split"] == split}
-    made = [by_stage["dense"]]
+    table = [by_stage["dense"]]
     for way, (flags, percent) in WAYS.items():
         titles = {"sparse": f"{flags}: sparse", "cut": f"{percent}% of its channels cut", "tuned": "fine-tuned"}
         for stage, title in titles.items():
             row = by_stage[f"{way}-{stage}"]
-            made.append({**row, "stage": title.format(**row)})
-    return made
+            table.append({**row, "stage": title.format(**row)})
+    return table
 
 
 def share_rows(rows: Sequence[Row]) -> list[Row]:
     """sparsity.csv's runs with --target-sparsity, a row per share: means over the seeds. Only the first was timed."""
-    made = []
+    table = []
     groups = grouped([row for row in rows if row["run"].startswith("share")], "share", "round_to")
     for share, block in sorted(groups, key=lambda key: (key[0] > 0, -key[1], key[0])):  # dense, then the larger blocks
         runs = groups[share, block]
         title = f"{share:g}{' --round-to 1' if block == 1 else ''}" if share else "none"
         means = {key: np.mean([run[key] for run in runs]) for key in ("cut_0.5", "cut_0.65", "parameters", "flops")}
         spreads = {key: spread(runs, key) for key in ("map50", "map", "tuned")}
-        made.append({**runs[0], **means, **spreads, "share": title, "runs": len(runs)})
-    return made
+        table.append({**runs[0], **means, **spreads, "share": title, "runs": len(runs)})
+    return table
 
 
 def l1_rows(rows: Sequence[Row]) -> list[Row]:
@@ -243,8 +243,8 @@ def publish(name: str, rows: Sequence[Row], *keys: str, order: Callable[[Row], A
     keys: rows of the file that have other values under these stay in it, in front of the new ones. order: sorts all.
     """
     if keys and (RESULTS / f"{name}.csv").is_file():
-        made = grouped(rows, *keys)
-        rows = [*(row for row in read_table(name) if tuple(row[key] for key in keys) not in made), *rows]
+        groups = grouped(rows, *keys)
+        rows = [*(row for row in read_table(name) if tuple(row[key] for key in keys) not in groups), *rows]
     rows = sorted(rows, key=order) if order else list(rows)
     write_csv(RESULTS / f"{name}.csv", rows)
     for table in (table for table in {**TABLES, **UNSHOWN}.values() if table.results == name):

@@ -129,8 +129,8 @@ def sample(method: str, name: str) -> dict[str, float]:
 def one_sample(method: str, name: str) -> dict[str, Any]:
     """One measurement, in a process of its own."""
     command = [sys.executable, __file__, "--sample", method, name]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
+    process = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(process.stdout.splitlines()[-1])
 
 
 def main() -> None:

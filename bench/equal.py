@@ -60,19 +60,19 @@ def stages(pipeline: str, epochs: int) -> list[tuple[str, int, str]]:
 
 def commands(data: str, pipeline: str, epochs: int, seed: int, weights: Path) -> dict[str, str]:
     """Product of a command -> command, in order. The last is the results.csv of the pipeline."""
-    made, before = {}, {"narrow": "", "scratch": SCRATCH.format(data, epochs)}.get(pipeline, str(weights))
+    by_product, before = {}, {"narrow": "", "scratch": SCRATCH.format(data, epochs)}.get(pipeline, str(weights))
     parts = stages(pipeline, epochs)
     for number, (script, length, flags) in enumerate(parts, 1):
         name = run_name(data, pipeline, epochs, seed) + (f"-{number}" if number < len(parts) else "")
         if script == "finetune_pruned.py":
-            made[CUT.format(name)] = f"prune.py --weights {before} {PRUNE_FLAGS[pipeline]} --noval --name {name}"
+            by_product[CUT.format(name)] = f"prune.py --weights {before} {PRUNE_FLAGS[pipeline]} --noval --name {name}"
             before = CUT.format(name)
-        made[f"runs/train/{name}/results.csv"] = (
+        by_product[f"runs/train/{name}/results.csv"] = (
             f"{script} --data {data}/data.yaml --imgsz {SIZES[data]} --weights '{before}' --epochs {length} --adam "
             f"--batch-size 16 --seed {seed} --cache ram --workers 2 --noplots {flags.format(before=before)} "
             f"--name {name}")
         before = SPARSE.format(name)
-    return made
+    return by_product
 
 
 def run_name(data: str, pipeline: str, epochs: int, seed: int) -> str:

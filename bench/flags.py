@@ -63,9 +63,9 @@ def table(chinese: bool = False) -> tuple[list[list[str]], list[str]]:
 
     rows = []
     for script, flags in FLAGS.items():
-        here, groups = flags_of(script), dict[Words, list[str]]()
+        ours, groups = flags_of(script), dict[Words, list[str]]()
         for flag in flags:
-            groups.setdefault(SAME if flag in here else LEFT_OUT.get(flag, UNNAMED), []).append(flag)
+            groups.setdefault(SAME if flag in ours else LEFT_OUT.get(flag, UNNAMED), []).append(flag)
         cells = [(" ".join(f"`{flag}`" for flag in names), why) for why, names in groups.items()]
         rows += [[script, names, spans(why[chinese])] for names, why in [*cells, *VALUES.get(script, [])]]
     return rows, HEADER[chinese]

@@ -64,10 +64,10 @@ class Watch(Hook):
         self.run = run
 
     def epoch_end(self, log: dict[str, float]) -> None:
-        done = self.run.epoch + 1
-        if done in (FIRST // 2, FIRST) or (done > FIRST and (done - FIRST) % self.period == 0):
+        epochs = self.run.epoch + 1
+        if epochs in (FIRST // 2, FIRST) or (epochs > FIRST and (epochs - FIRST) % self.period == 0):
             validate(self.run, dict(log))
-            self.rows.append({"part": "training", "what": f"training, epoch {done}", **footprint()})
+            self.rows.append({"part": "training", "what": f"training, epoch {epochs}", **footprint()})
 
 
 def data_yaml(folder: Path, count: int) -> Path:

@@ -57,10 +57,10 @@ def summary(chinese: bool) -> str:
 
 def tables(chinese: bool = False) -> dict[str, str]:
     """Name of a mark -> what stands behind it."""
-    made = {name: formatted(table.rows(read_table(table.results)), table.columns, chinese)
-            for name, table in TABLES.items()}
-    made["flags"] = flags.table(chinese)
-    return {"summary": summary(chinese), **{name: markdown_table(*table) for name, table in made.items()}}
+    cells = {name: formatted(table.rows(read_table(table.results)), table.columns, chinese)
+             for name, table in TABLES.items()}
+    cells["flags"] = flags.table(chinese)
+    return {"summary": summary(chinese), **{name: markdown_table(*table) for name, table in cells.items()}}
 
 
 def filled(pages: dict[Path, str]) -> dict[Path, str]:

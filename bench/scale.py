@@ -77,10 +77,10 @@ def sample(images: Path) -> Row:
 
 def start(command: list[str], cache: Path) -> Row:
     """A sample in a process of its own."""
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "YOLO_CACHE": str(cache)})
-    if done.returncode:
-        raise UserError(f"{command[0]}: the loader ended with exit code {done.returncode}; its message is above")
-    return json.loads(done.stdout.splitlines()[-1])
+    process = subprocess.run(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "YOLO_CACHE": str(cache)})
+    if process.returncode:
+        raise UserError(f"{command[0]}: the loader ended with exit code {process.returncode}; its message is above")
+    return json.loads(process.stdout.splitlines()[-1])
 
 
 def forget(images: Path) -> None:

@@ -114,11 +114,11 @@ def internal(sample: str, argument: str) -> list[float]:
 def timed(command: list[str]) -> tuple[float, str]:
     """Seconds of a process, and what it printed. UserError where it fails."""
     start = time.perf_counter()
-    done = subprocess.run(command, cwd=Path(command[1]).parent if command[1].endswith(".py") else ROOT,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    if done.returncode:
-        raise UserError(f"'{shlex.join(command)}' ended with exit code {done.returncode}: {done.stdout[-300:]}")
-    return time.perf_counter() - start, done.stdout
+    process = subprocess.run(command, cwd=Path(command[1]).parent if command[1].endswith(".py") else ROOT,
+                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if process.returncode:
+        raise UserError(f"'{shlex.join(command)}' ended with exit code {process.returncode}: {process.stdout[-300:]}")
+    return time.perf_counter() - start, process.stdout
 
 
 def in_turns(commands: dict[str, list[str]], runs: int) -> tuple[dict[str, float], dict[str, float]]:

@@ -22,10 +22,10 @@ def commands(opt: Namespace, data: str) -> dict[str, str]:
     train = f"{data} --epochs {opt.epochs} --batch-size {opt.batch_size} --adam"
     start, cut = f"--weights '{opt.weights}' {train}", f"--percent {opt.percent:g} --noval"
     convert = f"data/scripts/voc_to_yolo.py --voc '{opt.voc}' --out voc --splits {' '.join(opt.splits)}"
-    made = {"voc/data.yaml": convert, "runs/train/dense/results.csv": f"train.py {start} --name dense"}
+    by_product = {"voc/data.yaml": convert, "runs/train/dense/results.csv": f"train.py {start} --name dense"}
     for name, rule in (("l1", f"--st --sr {opt.sr:g}"), ("target", f"--target-sparsity {opt.percent:g}")):
-        made |= {**sparse_command(name, f"{rule} {start}"), **cut_commands(name, name, cut, train)}
-    return made
+        by_product |= {**sparse_command(name, f"{rule} {start}"), **cut_commands(name, name, cut, train)}
+    return by_product
 
 
 def main() -> None:

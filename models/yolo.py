@@ -312,13 +312,13 @@ class Model(nn.Module):
         head.train()
         for size in (64, 256):  # a small image is the faster one, if it is large enough
             try:
-                with torch.no_grad(), _Shapes(), _sides_of(self.model) as made:
+                with torch.no_grad(), _Shapes(), _sides_of(self.model) as sides:
                     maps = [y.shape[2:4] for y in self.forward(torch.zeros(1, self.yaml["ch"], size, size))]
             except BUILD_ERRORS as error:
                 if size == 64:
                     continue
                 raise UserError(f"model yaml: its layers do not fit together ({first_line(error, 120)})") from None
-            if min(made) > 1:  # else it may have been rounded up
+            if min(sides) > 1:  # else it may have been rounded up
                 break
         for module, training in modes:
             module.training = training
@@ -329,7 +329,7 @@ class Model(nn.Module):
         if head.anchors.shape != (head.nl, head.na, 2) or not bool((head.anchors > 0).all()):
             raise UserError(f"model: its anchors are not {head.nl} times {head.na} widths and heights above 0")
         head.stride.copy_(torch.tensor([size / width for _, width in maps]))
-        self.divisor = max(size // min(made), LEAST_DIVISOR)
+        self.divisor = max(size // min(sides), LEAST_DIVISOR)
 
     def _scale_anchors(self) -> None:
         """Bring the anchors into the strides' order, and to grid units."""
@@ -384,10 +384,10 @@ def _sides_of(layers: nn.Sequential) -> Iterator[list[int]]:
     """The shorter side of every map that one of the layers makes while the block runs."""
     sides: list[int] = []
 
-    def note(layer: nn.Module, args: Any, made: Any) -> None:
-        sides.extend(min(y.shape[2:4]) for y in (made if isinstance(made, list) else [made]))
+    def record(layer: nn.Module, args: Any, output: Any) -> None:
+        sides.extend(min(y.shape[2:4]) for y in (output if isinstance(output, list) else [output]))
 
-    hooks = [layer.register_forward_hook(note) for layer in layers]
+    hooks = [layer.register_forward_hook(record) for layer in layers]
     try:
         yield sides
     finally:

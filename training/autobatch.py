@@ -30,8 +30,8 @@ def settle_batch(opt: Namespace, model: Model, imgsz: int, world: World) -> Name
         free = torch.cuda.mem_get_info(world.device)[0]
         amp = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(amp_name(opt, world.device))
         side = whole_strides(imgsz * 3 // 2, model.divisor) if opt.multi_scale else imgsz
-        used = memory_per_batch(model, side, world.device, amp)
-        batch = fitting_batch(used, free * (MEMORY_SHARE_WITH_TEACHER if opt.teacher else MEMORY_SHARE))
+        memory = memory_per_batch(model, side, world.device, amp)
+        batch = fitting_batch(memory, free * (MEMORY_SHARE_WITH_TEACHER if opt.teacher else MEMORY_SHARE))
         why = f"of {free / 2**30:.1f} GiB"
     print(f"--batch-size -1: {batch} ({why})")
     return Namespace(**{**vars(opt), "batch_size": batch})
@@ -39,7 +39,7 @@ def settle_batch(opt: Namespace, model: Model, imgsz: int, world: World) -> Name
 
 def memory_per_batch(model: Model, imgsz: int, device: torch.device, amp: torch.dtype | None) -> dict[int, int]:
     """Images a batch -> bytes that a step with them takes at most, as far as they fit."""
-    copy, used = on_device(deepcopy(model), device).train(), {}
+    copy, memory = on_device(deepcopy(model), device).train(), {}
     try:
         for batch in TRIED_BATCHES:
             torch.cuda.empty_cache()
@@ -48,18 +48,18 @@ def memory_per_batch(model: Model, imgsz: int, device: torch.device, amp: torch.
             with torch.autocast(device.type, amp, enabled=amp is not None):
                 outputs = copy(images.contiguous(memory_format=torch.channels_last))
             sum(out.float().mean() for out in outputs).backward()
-            used[batch] = torch.cuda.max_memory_reserved(device)
+            memory[batch] = torch.cuda.max_memory_reserved(device)
             del images, outputs
     except torch.cuda.OutOfMemoryError:
         pass
     del copy
     torch.cuda.empty_cache()
-    return used
+    return memory
 
 
-def fitting_batch(used: dict[int, int], most: float) -> int:
-    """The largest batch, 1 to MOST_BATCH, that takes at most so many bytes by the last two of `used`, on their line."""
-    if len(used) < 2:
-        return max(used, default=1)
-    (b0, m0), (b1, m1) = list(used.items())[-2:]
+def fitting_batch(memory: dict[int, int], most: float) -> int:
+    """The largest batch, 1 to MOST_BATCH, that takes at most so many bytes on the line through the last of `memory`."""
+    if len(memory) < 2:
+        return max(memory, default=1)
+    (b0, m0), (b1, m1) = list(memory.items())[-2:]
     return min(max(int(b1 + (most - m1) / max((m1 - m0) / (b1 - b0), 1)), 1), MOST_BATCH)

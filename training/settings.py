@@ -46,27 +46,27 @@ def resolve(opt: Namespace, checkpoint: dict[str, Any] | None = None) -> Namespa
     # The architecture is one setting in two flags: who names one does not want the other's default.
     if weights or getattr(opt, "cfg", None):
         defaults = {key: "" if key in ("weights", "cfg") else value for key, value in defaults.items()}
-    taken = {f"from {file}": _fill(opt, trained), f"from {config.file.name}": _fill(opt, defaults),
-             "by default": _fill(opt, {**DEFAULTS, "data": BUILT_IN_DATA})}
+    sources = {f"from {file}": _fill(opt, trained), f"from {config.file.name}": _fill(opt, defaults),
+               "by default": _fill(opt, {**DEFAULTS, "data": BUILT_IN_DATA})}
     opt.data, opt.single_cls = str(config.file), bool(opt.single_cls)
     if hasattr(opt, "hyp"):
-        taken["by default"] |= _fill(opt, {"hyp": HYP_FOR[opt.optimizer]})
+        sources["by default"] |= _fill(opt, {"hyp": HYP_FOR[opt.optimizer]})
         opt.hyp = read_hyp(opt.hyp)
     for key in ("weights", "cfg"):
         if isinstance(value := getattr(opt, key, None), str):
             setattr(opt, key, absolute(value))
-    for source, values in taken.items():
-        if (said := [_flag(key, values[key]) for key in RECIPE if values.get(key)]) and first_process():
-            print(f"{source}: {', '.join(said)}")
+    for source, values in sources.items():
+        if (flags := [_flag(key, values[key]) for key in RECIPE if values.get(key)]) and first_process():
+            print(f"{source}: {', '.join(flags)}")
     return opt
 
 
 def _fill(opt: Namespace, values: Mapping[str, Any]) -> dict[str, Any]:
     """Give options that have none their values; returns these."""
-    taken = {key: value for key, value in values.items()
-             if hasattr(opt, key) and getattr(opt, key) is None and value is not None}
-    vars(opt).update(taken)
-    return taken
+    new = {key: value for key, value in values.items()
+           if hasattr(opt, key) and getattr(opt, key) is None and value is not None}
+    vars(opt).update(new)
+    return new
 
 
 def _flag(key: str, value: Any) -> str:

@@ -60,8 +60,8 @@ class SparsityPlan:
 
     def attach(self, model: Model, average: Model, remaining: RemainingChannels) -> None:
         """Act on these models from now on, of which so many channels are left."""
-        here = [name for name in self.shown if remaining.holds(name)]
-        self.norms, averaged = batch_norms(model, here), batch_norms(average, here)
+        names = [name for name in self.shown if remaining.holds(name)]
+        self.norms, averaged = batch_norms(model, names), batch_norms(average, names)
         norms = list(self.norms.values())
         self.penalty = GammaL1(norms, self.opt.sr, self.opt.epochs, self.opt.sr_bias)
         if self.target:

@@ -93,12 +93,12 @@ class HelpfulParser(OneLineParser):
         if start == "--" or start in actions:
             return start + equals + value
         stock = {flag.replace("_", "-"): flag for flag in self.stock}
-        meant = [stock[start]] if start in stock else [stock[flag] for flag in stock if flag.startswith(start)]
-        if meant and not actions.keys() & meant:
-            why = LEFT_OUT.get(meant[0], ("leave it out",))[0]
-            raise UserError(f"{meant[0]}: YOLOv5 has it, it is left out here: {why}")
+        candidates = [stock[start]] if start in stock else [stock[flag] for flag in stock if flag.startswith(start)]
+        if candidates and not actions.keys() & candidates:
+            why = LEFT_OUT.get(candidates[0], ("leave it out",))[0]
+            raise UserError(f"{candidates[0]}: YOLOv5 has it, it is left out here: {why}")
         matches: dict[int, str] = {}
-        for flags in (meant, actions):  # one name an action: --im is --imgsz and --img
+        for flags in (candidates, actions):  # one name an action: --im is --imgsz and --img
             matches = {id(actions[flag]): flag for flag in reversed([*flags])
                        if flag in actions and flag.startswith(start)}
             if len(matches) == 1:

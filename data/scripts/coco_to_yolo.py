@@ -38,14 +38,14 @@ def class_names(files: Sequence[Annotations], plan: Plan, flag: str = "--json") 
     A category without boxes that is another's supercategory (Roboflow writes one) is left out.
     """
     categories = [category for data in files for category in data["categories"]]
-    used = {annotation["category_id"] for data in files for annotation in data["annotations"]}
+    ids = {annotation["category_id"] for data in files for annotation in data["annotations"]}
     groups = {str(c.get("supercategory")) for c in categories if c.get("supercategory") != c.get("name")}
     names: dict[Any, str] = {}
     for category in categories:
         number, name = category["id"], str(category.get("name") or "")
         if number is None or not name:
             raise UserError(f"{flag}: category '{name or number}' has no {'id' if name else 'name'}")
-        if number not in used and name in groups:
+        if number not in ids and name in groups:
             plan.dropped[f"category '{name}', which only groups others"] = 1
         elif names.setdefault(number, name) != name:
             raise UserError(f"{flag}: category {number} is called '{names[number]}' and '{name}'; "

@@ -83,12 +83,12 @@ def _convert(traced: torch.jit.ScriptModule, folder: Path, shape: list[int], pre
 
     (folder / "model.pt").write_bytes(packed(traced))
     size, half = ",".join(map(str, shape)), int(precision == "fp16")
-    done = subprocess.run([pnnx.EXEC_PATH, "model.pt", f"inputshape=[{size}]", f"fp16={half}"], cwd=folder, text=True,
-                          errors="replace", stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    if done.returncode or not all((folder / name).is_file() for name in (PARAM, BIN)):
-        said = " / ".join(done.stdout.strip().splitlines()[-3:])
-        raise UserError(f"--include ncnn: pnnx can't convert this model (exit code {done.returncode}: {said[-200:]}); "
-                        "export onnx instead")
+    process = subprocess.run([pnnx.EXEC_PATH, "model.pt", f"inputshape=[{size}]", f"fp16={half}"], cwd=folder,
+                             text=True, errors="replace", stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    if process.returncode or not all((folder / name).is_file() for name in (PARAM, BIN)):
+        text = " / ".join(process.stdout.strip().splitlines()[-3:])
+        raise UserError(f"--include ncnn: pnnx can't convert this model (exit code {process.returncode}: "
+                        f"{text[-200:]}); export onnx instead")
     kinds = {line.split()[0] for line in read_text(folder / PARAM).splitlines()[2:]}
     if unknown := sorted(kind for kind in kinds if not kind.isalnum()):  # pnnx leaves such names as PyTorch has them
         raise UserError(f"--include ncnn: ncnn has no {', '.join(unknown)}, which a block of this model needs; "

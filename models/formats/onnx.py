@@ -109,8 +109,8 @@ def _keep_scales(graph: Any) -> None:
             node.input[2], needless[cast.name] = graph.initializer[-1].name, cast
     for cast in needless.values():
         graph.node.remove(cast)
-    read = {name for node in graph.node for name in node.input}
-    for node in [node for node in graph.node if node.op_type == "Constant" and node.output[0] not in read]:
+    inputs = {name for node in graph.node for name in node.input}
+    for node in [node for node in graph.node if node.op_type == "Constant" and node.output[0] not in inputs]:
         graph.node.remove(node)
 
 

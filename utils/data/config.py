@@ -96,9 +96,9 @@ def _find_root(file: Path, content: dict[str, Any]) -> Path:
     default = candidates[1] if relative_to_repository else candidates[0]
     from_elsewhere = tails[-1].is_absolute() or PureWindowsPath(folder).drive
     around = [p / tails[-1].name for p in (file.parent, file.parent.parent)]
-    there = [p for p in candidates if os.path.isdir(p)]
-    holding = [p for p in (*there, *((file.parent, *around) if from_elsewhere else ())) if _holds_images(p, content)]
-    return Path(os.path.realpath((holding or there or [default])[0]))
+    existing = [p for p in candidates if os.path.isdir(p)]
+    holding = [p for p in (*existing, *((file.parent, *around) if from_elsewhere else ())) if _holds_images(p, content)]
+    return Path(os.path.realpath((holding or existing or [default])[0]))
 
 
 def _holds_images(root: Path, content: dict[str, Any]) -> bool:
