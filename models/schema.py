@@ -89,7 +89,7 @@ SIZE, FRACTION, RATES = maybe(whole(1, 65_536)), maybe(number(0, 1)), maybe({...
 WEIGHT, VALUES = tensor(FLOATS + INTEGERS), tensor(FLOATS, 1)
 MASK, BYTES = tensor([torch.bool], 1), tensor([torch.uint8], 1)
 SHORTCUTS = maybe(one_of("skip", "joint"))
-REDUCTION = Kind("flops or params, and a number between 0 and 1", lambda value: (
+TARGET = Kind("flops or params, and a number between 0 and 1", lambda value: (
     isinstance(value, (list, tuple)) and len(value) == 2 and value[0] in ("flops", "params")
     and is_number(value[1]) and 0 < value[1] < 1))
 
@@ -106,7 +106,7 @@ OPTIONS: dict[Any, Any] = {
     **dict.fromkeys(("percent", "target_sparsity", "label_smoothing"), FRACTION),
     **dict.fromkeys(("sr", "sr_bias", "teacher_weight"), maybe(number(0))),
     "optimizer": maybe(one_of("SGD", "Adam", "AdamW")), "amp": maybe(one_of("off", "bf16", "fp16")),
-    "cache": maybe(one_of("auto", "ram", "disk", "none")), "shortcuts": SHORTCUTS, "target": maybe(REDUCTION),
+    "cache": maybe(one_of("auto", "ram", "disk", "none")), "shortcuts": SHORTCUTS, "target": maybe(TARGET),
     "freeze": [whole()], "keep": [TEXT], "only": [TEXT], "hyp": maybe((TEXT, {...: number(0)})), ...: PLAIN}
 SPARSE = maybe({"score": Needed(VALUES), "dead": Needed(MASK), "settled": FLAG, "share": number(0, 1)})
 HOOKS = {"SparsityHook": {"history": Needed([VALUES]), "target": SPARSE, "done": FLAG, ...: ANY},
