@@ -53,11 +53,11 @@ class Entry:
     ms: float | None = None            # an image
     reason: str = ""                   # why there is no figure
 
-    def said(self) -> str:
+    def summary(self) -> str:
         """What is known of it before the timing, in a line."""
-        known = [f"{self.megabytes:.2f} MB"] if self.megabytes else []
-        known += [f"mAP50-95 {self.accuracy:.3f}"] if self.accuracy is not None else []
-        return f"{self.model}, {self.format} {self.precision}: {self.reason or ', '.join(known)}"
+        parts = [f"{self.megabytes:.2f} MB"] if self.megabytes else []
+        parts += [f"mAP50-95 {self.accuracy:.3f}"] if self.accuracy is not None else []
+        return f"{self.model}, {self.format} {self.precision}: {self.reason or ', '.join(parts)}"
 
 
 def parse(argv: Argv = None) -> Namespace:
@@ -92,21 +92,21 @@ def main(argv: Argv = None) -> Path:
     if opt.threads:
         torch.set_num_threads(opt.threads)
     opt.weights = opt.weights or [weights_or_newest()]
-    read = [checkpoint.read(path) for path in opt.weights]
-    if not opt.noval and not opt.data and not (read[0].get("opt") or {}).get("data"):
-        opt.data = data_of_model(read[0], opt.weights[0], read[0]["names"], opt.single_cls)
-    opt = resolve(opt, read[0])
+    saved = [checkpoint.read(path) for path in opt.weights]
+    if not opt.noval and not opt.data and not (saved[0].get("opt") or {}).get("data"):
+        opt.data = data_of_model(saved[0], opt.weights[0], saved[0]["names"], opt.single_cls)
+    opt = resolve(opt, saved[0])
     device = select_device(opt.device)
     models = {name: checkpoint.build(data, path=path)
-              for name, path, data in zip(titles(opt.weights), opt.weights, read)}
+              for name, path, data in zip(titles(opt.weights), opt.weights, saved)}
     opt.imgsz = whole_strides(opt.imgsz, max(model.divisor for model in models.values()))
     if not (kinds := chosen(opt, device)):
         raise UserError("--include, --precisions: none of these formats has one of these precisions here; "
                         "give others, or install what is missing (pip install -r requirements-export.txt)")
     folder = new_run_folder(opt.project, opt.name, opt.exist_ok)
     calibration = Calibration(opt)
-    rows = measured((made(name, model, *kind, opt, folder, device, calibration)
-                     for name, model in models.items() for kind in kinds), opt)
+    rows = measured_rows((entry_of(name, model, *kind, opt, folder, device, calibration)
+                          for name, model in models.items() for kind in kinds), opt)
     print(table(rows))
     print(f"{opt.imgsz} px, batch {opt.batch_size}, {device}, {torch.get_num_threads()} threads on the CPU; "
           f"medians of {opt.runs} turns")
@@ -144,18 +144,18 @@ class Calibration:
 
 
 def chosen(opt: Namespace, device: torch.device) -> list[tuple[str, str]]:
-    """Format and precision of every row of a model. PyTorch's fp32 is the measure, whatever precision is asked for."""
-    wanted = opt.include or [TORCH, *formats.runtimes()]
-    kinds = [(TORCH, "fp32")] if TORCH in wanted else []
+    """Format and precision of every row of a model. PyTorch's fp32 is always there: the others are compared with it."""
+    names = opt.include or [TORCH, *formats.runtimes()]
+    kinds = [(TORCH, "fp32")] if TORCH in names else []
     if kinds and device.type == "cuda" and "fp16" in opt.precisions:
         kinds.append((TORCH, "fp16"))
-    return kinds + [(runtime, precision) for runtime, fmt in formats.runtimes().items() if runtime in wanted
+    return kinds + [(runtime, precision) for runtime, fmt in formats.runtimes().items() if runtime in names
                     for precision in fmt.precisions
                     if precision in opt.precisions and (opt.include or not fmt.missing(precision))]
 
 
-def made(name: str, model: Model, kind: str, precision: str, opt: Namespace, folder: Path, device: torch.device,
-         calibration: Calibration) -> Entry:
+def entry_of(name: str, model: Model, kind: str, precision: str, opt: Namespace, folder: Path, device: torch.device,
+             calibration: Calibration) -> Entry:
     """The model in one format and precision. Where that fails the entry has a reason."""
     if kind == TORCH:
         return in_torch(name, model, opt.imgsz, device, precision)
@@ -172,12 +172,12 @@ def in_torch(name: str, model: Model, imgsz: int, device: torch.device, precisio
     return Entry(name, TORCH, precision, ready.half() if half else ready, device, imgsz, size / 2 if half else size)
 
 
-def measured(entries: Iterable[Entry], opt: Namespace) -> list[dict[str, Any]]:
-    """Rows with accuracy and time. Says what is known of each as soon as it is: all may take minutes."""
+def measured_rows(entries: Iterable[Entry], opt: Namespace) -> list[dict[str, Any]]:
+    """Rows with accuracy and time. Prints the accuracy of each as soon as it is known: all may take minutes."""
     ready = []
     for entry in entries:
         measure_accuracy(entry, opt)
-        print(entry.said(), flush=True)
+        print(entry.summary(), flush=True)
         ready.append(entry)
     time_in_turns(ready, opt)
     return [row(entry, ready[0]) for entry in ready]
@@ -203,7 +203,7 @@ def measured_files(models: Mapping[str, tuple[Model, int]], files: Sequence[Path
             attempt(entry, partial(load, entry, path), opt.hard_fail)
             yield entry
 
-    return measured(entries(), opt)
+    return measured_rows(entries(), opt)
 
 
 def load(entry: Entry, path: Path) -> None:

@@ -88,13 +88,13 @@ class Video:
     def close(self) -> None:
         """Finish the file. UserError where frames are missing in it."""
         self.writer.release()
-        written = cv2.VideoCapture(str(self.half_written))
-        found = int(written.get(cv2.CAP_PROP_FRAME_COUNT)) if written.isOpened() else 0
-        written.release()
-        if found < self.frames:
+        video = cv2.VideoCapture(str(self.half_written))
+        count = int(video.get(cv2.CAP_PROP_FRAME_COUNT)) if video.isOpened() else 0
+        video.release()
+        if count < self.frames:
             with suppress(OSError):
                 self.half_written.unlink()
-            raise UserError(f"{self.path}: can't be written ({found} of {self.frames} frames got into it: is the disk "
+            raise UserError(f"{self.path}: can't be written ({count} of {self.frames} frames got into it: is the disk "
                             "full?); free some space or choose another --project")
         os.replace(self.half_written, self.path)
 
@@ -115,24 +115,24 @@ class Output:
         self.made = self.made or new_run_folder(self.opt.project, self.opt.name, self.opt.exist_ok)
         return self.made
 
-    def add(self, frame: Frame, found: Tensor) -> None:
+    def add(self, frame: Frame, detections: Tensor) -> None:
         """One frame and its (n, 6) detections in its pixels: x1, y1, x2, y2, confidence, class."""
         own = self.stems(frame.path, frame.path.stem)
         stem = own if frame.number is None else f"{own}_{frame.number}"
         if frame.number is not None and frame.path.is_file():  # an image beside it may be called like a frame
             stem = self.stems((frame.path, frame.number), stem)
         if self.opt.save_txt:
-            rows = label_rows(found, frame.image.shape, self.opt.save_conf, pixels=self.opt.save_format == 1)
+            rows = label_rows(detections, frame.image.shape, self.opt.save_conf, pixels=self.opt.save_format == 1)
             write_text(self.folder / "labels" / f"{stem}.txt", rows)
         if self.opt.save_csv:
             self.rows += [{"Image Name": frame.path.name, "Prediction": self._name(cls), "Confidence": f"{score:.2f}"}
-                          for score, cls in found[:, 4:].tolist()]
+                          for score, cls in detections[:, 4:].tolist()]
         if self.opt.save_crop:
-            self._write_crops(stem, found, frame.image)
+            self._write_crops(stem, detections, frame.image)
         if self.opt.nosave and not self.opt.view_img:
             return
-        captions = [self._caption(score, cls) for score, cls in found[:, 4:].tolist()]
-        drawn = draw_boxes(frame.image[..., ::-1], found[:, :4].numpy(), captions, found[:, 5].int().tolist(),
+        captions = [self._caption(score, cls) for score, cls in detections[:, 4:].tolist()]
+        drawn = draw_boxes(frame.image[..., ::-1], detections[:, :4].numpy(), captions, detections[:, 5].int().tolist(),
                            self.opt.line_thickness)[..., ::-1].copy()  # drawn in RGB, written in BGR
         if not self.opt.nosave:
             self._write_picture(frame, own, drawn)
@@ -154,8 +154,8 @@ class Output:
             return ""
         return self._name(cls) if self.opt.hide_conf else f"{self._name(cls)} {score:.2f}"
 
-    def _write_crops(self, stem: str, found: Tensor, image: np.ndarray) -> None:
-        for i, row in enumerate(found.tolist()):
+    def _write_crops(self, stem: str, detections: Tensor, image: np.ndarray) -> None:
+        for i, row in enumerate(detections.tolist()):
             crop = cut_out(image, row)
             if crop.size:
                 name = self._name(row[5])
@@ -183,8 +183,8 @@ class Output:
 def _write_image(path: Path, image: np.ndarray) -> None:
     """cv2.imwrite, whole or not at all, and for names that OpenCV can't handle."""
     suffix = path.suffix.lower() if path.suffix.lower() in (".jpg", ".jpeg", ".png", ".bmp", ".webp") else ".jpg"
-    done, data = cv2.imencode(suffix, image)
-    if not done:
+    success, data = cv2.imencode(suffix, image)
+    if not success:
         raise UserError(f"{path}: {image.shape[1]} x {image.shape[0]} pixels don't fit into a {suffix}; add --nosave")
     with atomic(path.with_suffix(suffix)) as temporary:
         temporary.write_bytes(data.tobytes())
@@ -221,11 +221,11 @@ def main(argv: Argv = None) -> Path:
     seconds, shown, skipped = 0.0, 0, Counter[str]()
     with closing(output):  # Ctrl-C ends a camera's run, and its video is whole
         for frame in tqdm(frames(opt.source, opt.vid_stride, skipped), desc="detecting", disable=None, leave=False):
-            found = detect(model, [frame.image], imgsz, device, suppress)
-            seconds, shown = seconds + sum(found.seconds), shown + 1
-            for cls in found.boxes[0][:, 5].int().tolist():
+            result = detect(model, [frame.image], imgsz, device, suppress)
+            seconds, shown = seconds + sum(result.seconds), shown + 1
+            for cls in result.boxes[0][:, 5].int().tolist():
                 counts[cls] = counts.get(cls, 0) + 1
-            output.add(frame, found.boxes[0])
+            output.add(frame, result.boxes[0])
     if not shown:
         (reason, times), = skipped.most_common(1)
         raise UserError(f"--source {opt.source}: nothing could be looked at: {reason} ({times} of {skipped.total()})")

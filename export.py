@@ -88,26 +88,26 @@ def parse(argv: Argv = None) -> Namespace:
 
 def chosen_formats(opt: Namespace) -> list[Format]:
     """The formats of --include. Those of "all" that can't be written here are named, and left out."""
-    known = formats.formats()
+    every = formats.formats()
     if "all" not in opt.include:
-        wanted = [known[name] for name in dict.fromkeys(opt.include)]
-        for fmt in wanted:
+        include = [every[name] for name in dict.fromkeys(opt.include)]
+        for fmt in include:
             fmt.need(f"--include {fmt.name}", opt.precision)
             if opt.precision not in fmt.precisions:
-                has = [f.name for f in known.values() if opt.precision in f.precisions]
+                has = [f.name for f in every.values() if opt.precision in f.precisions]
                 raise UserError(f"--include {fmt.name}: has no {opt.precision} here; {', '.join(has)} have")
             if opt.dynamic and not fmt.dynamic:
                 print(f"{fmt.name}: is of a fixed size; --dynamic has no effect on it")
-        return wanted
-    found = []
-    for fmt in known.values():
+        return include
+    possible = []
+    for fmt in every.values():
         if opt.precision not in fmt.precisions:
             print(f"{fmt.name}: left out, it has no {opt.precision} here")
         elif missing := fmt.missing(opt.precision):
             print(f"{fmt.name}: left out; pip install {' '.join(missing)}")
         else:
-            found.append(fmt)
-    return found
+            possible.append(fmt)
+    return possible
 
 
 def options_of(opt: Namespace, model: Model, trained: dict[str, Any]) -> ExportOptions:
@@ -123,11 +123,11 @@ def options_of(opt: Namespace, model: Model, trained: dict[str, Any]) -> ExportO
         return options
     opt.single_cls = bool((trained.get("opt") or {}).get("single_cls"))
     if not opt.data:
-        known = trained_data(trained, opt.weights, opt.single_cls)
-        if known is None:
+        own_data = trained_data(trained, opt.weights, opt.single_cls)
+        if own_data is None:
             raise UserError(f"--int8: {opt.weights} does not say what it was trained on; "
                             "give the --data whose train images activations are measured on")
-        opt.data = str(known.file)
+        opt.data = str(own_data.file)
     config = read_data(opt.data, needed=("train",))
     if not opt.single_cls:
         require_same_classes(opt, model.names, config.names)
@@ -139,7 +139,7 @@ def options_of(opt: Namespace, model: Model, trained: dict[str, Any]) -> ExportO
     return replace(options, calibration=images, keep=tuple(opt.int8_keep))
 
 
-def largest_difference(model: Model, detector: Detector, options: ExportOptions) -> float:
+def output_difference(model: Model, detector: Detector, options: ExportOptions) -> float:
     """Largest |file - PyTorch| over decoded outputs of random images, relative to the largest output.
 
     NonFiniteError where the file computes NaN or infinity.
@@ -153,13 +153,13 @@ def largest_difference(model: Model, detector: Detector, options: ExportOptions)
         images = torch.rand(shape)
         with torch.no_grad():
             expected = reference(images)
-            found = detector(images.to(options.device, detector.dtype))[0].float().cpu()
-        require_finite(found, detector)
-        worst = max(worst, float((found - expected).abs().max() / expected.abs().max()))
+            actual = detector(images.to(options.device, detector.dtype))[0].float().cpu()
+        require_finite(actual, detector)
+        worst = max(worst, float((actual - expected).abs().max() / expected.abs().max()))
     return worst
 
 
-def validation(opt: Namespace, options: ExportOptions, stride: int) -> DetectionLoader:
+def square_val_loader(opt: Namespace, options: ExportOptions, stride: int) -> DetectionLoader:
     """The val images in the shape that the files take."""
     height, width = options.metadata["imgsz"]
     if height != width:
@@ -169,10 +169,10 @@ def validation(opt: Namespace, options: ExportOptions, stride: int) -> Detection
                              single_cls=opt.single_cls, rect=False)
 
 
-def compare(model: Model, written: dict[str, Path], loader: DetectionLoader, keep: list[str]) -> None:
+def print_accuracy(model: Model, files: dict[str, Path], loader: DetectionLoader, keep: list[str]) -> None:
     """Print the mAP of the int8 files beside that of the model, and a warning for those that lose too much."""
     rows = [("fp32", *_accuracy(on_device(fused(model), CPU), loader))]
-    rows += [(f"{name} int8", *_accuracy(formats.load(path, CPU)[0], loader)) for name, path in written.items()]
+    rows += [(f"{name} int8", *_accuracy(formats.load(path, CPU)[0], loader)) for name, path in files.items()]
     whole = rows[0][2]
     print(f"on square images of {loader.dataset.imgsz} px, which these files take (val.py has rectangles):")
     print(text_table([[name, f"{map50:.3f}", f"{mean:.3f}", f"{mean - whole:+.3f}"] for name, map50, mean in rows],
@@ -194,8 +194,8 @@ def _accuracy(detector: Detector, loader: DetectionLoader) -> tuple[float, float
     return ap.map50, ap.map
 
 
-def sensitivity(model: Model, chosen: list[Format], options: ExportOptions, loader: DetectionLoader,
-                weights: Path) -> list[Path]:
+def int8_sensitivity(model: Model, chosen: list[Format], options: ExportOptions, loader: DetectionLoader,
+                     weights: Path) -> list[Path]:
     """Quantize with each stage of the model left in float, and show which one costs the mAP. Returns the csv."""
     stages = {f"model.{i} ({type(layer).__name__})": f"model.{i}" for i, layer in enumerate(model.model)
               if any(True for _ in layer.parameters())}
@@ -227,11 +227,11 @@ def main(argv: Argv = None) -> list[Path]:
     with torch.inference_mode():
         require_finite(fused(model)(options.image)[0], model)
     if opt.int8_sensitivity:
-        return sensitivity(model, chosen, options, validation(opt, options, stride), weights)
-    loader = validation(opt, options, stride) if opt.int8 and not opt.noval and not opt.nms else None
-    written = {}
+        return int8_sensitivity(model, chosen, options, square_val_loader(opt, options, stride), weights)
+    loader = square_val_loader(opt, options, stride) if opt.int8 and not opt.noval and not opt.nms else None
+    files = {}
     for fmt in chosen:
-        path = written[fmt.name] = fmt.path(weights, opt.precision)
+        path = files[fmt.name] = fmt.path(weights, opt.precision)
         try:
             fmt.write(model, path, options)
         except OSError as error:  # of what is written on the way
@@ -241,11 +241,11 @@ def main(argv: Argv = None) -> list[Path]:
         if fmt.name == "onnx" and opt.nms:
             print(f"{fmt.name}: gives ({opt.batch_size}, {opt.max_det}, 6): x1 y1 x2 y2 in pixels, confidence, class")
         elif fmt.load is not None and not opt.int8:
-            worst = largest_difference(model, formats.load(path, options.device)[0], options)
+            worst = output_difference(model, formats.load(path, options.device)[0], options)
             print(f"{fmt.name}: largest difference to torch {worst:.1e} (relative to the largest output)")
     if loader is not None:
-        compare(model, written, loader, opt.int8_keep)
-    return list(written.values())
+        print_accuracy(model, files, loader, opt.int8_keep)
+    return list(files.values())
 
 
 def megabytes(path: Path) -> float:

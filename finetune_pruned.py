@@ -36,23 +36,24 @@ from utils.slimming.surgery import last_masks
 def known_teacher(data: dict[str, Any]) -> str | None:
     """The best by stored mAP50-95 of the models that this one comes from, as far as their files are still there.
 
-    They are the teacher of the sparsity training, which stays where it holds no metrics (a file of YOLOv5's); the model
-    that was cut; and the weights that the sparsity training started from, if they hold metrics for the same classes.
+    They are: the teacher of the sparsity training, which counts as the best where its file holds no metrics (a file of
+    YOLOv5's); the model that was cut; and the weights that the sparsity training started from, if they hold metrics for
+    the same classes.
     """
     opt = data.get("opt") or {}
-    taught, cut, start = opt.get("teacher"), data.get("parent"), None if opt.get("cfg") else opt.get("weights")
-    named = [file for file in (taught, cut, start) if file]
-    found = {file: stored_map(file, data["names"]) for file in named if Path(file).is_file()}
-    worth = {file: value if value >= 0 else math.inf if file == taught else -1.0 for file, value in found.items()
-             if value >= 0 or file in (taught, cut)}
+    teacher, cut, start = opt.get("teacher"), data.get("parent"), None if opt.get("cfg") else opt.get("weights")
+    files = [file for file in (teacher, cut, start) if file]
+    maps = {file: stored_map(file, data["names"]) for file in files if Path(file).is_file()}
+    worth = {file: value if value >= 0 else math.inf if file == teacher else -1.0 for file, value in maps.items()
+             if value >= 0 or file in (teacher, cut)}
     if not worth:
-        if named:
-            print(f"note: no teacher, {named[0]} is not there any more; --teacher names one")
+        if files:
+            print(f"note: no teacher, {files[0]} is not there any more; --teacher names one")
         return None
     best = max(worth, key=worth.__getitem__)
-    others = ", ".join(f"{file} ({value:.3f})" for file, value in found.items() if file != best and value >= 0)
-    if others and found[best] >= 0:
-        print(f"mAP50-95 of the model to learn from: {found[best]:.3f}; not taken: {others}")
+    others = ", ".join(f"{file} ({value:.3f})" for file, value in maps.items() if file != best and value >= 0)
+    if others and maps[best] >= 0:
+        print(f"mAP50-95 of the model to learn from: {maps[best]:.3f}; not taken: {others}")
     return best
 
 
@@ -76,7 +77,7 @@ def gradual_cut(data: dict[str, Any], frozen: bool) -> tuple[GradualCut, str | N
         return GradualCut(), None
     masks = _last_cut(data, checkpoint.load(parent))
     if masks is None:
-        print(f"note: {parent} is not the model any more that was cut; starting with the slim one")
+        print(f"note: {parent} is no longer the model that was cut; starting with the slim one")
         return GradualCut(), None
     print(f"starting from {parent}; its channels go in the first third of the run (--no-gradual: all at once)")
     return GradualCut(masks), parent

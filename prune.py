@@ -27,7 +27,7 @@ from models.pruning import model_pruner
 from models.yolo import Model, whole_strides
 from training.repair import repair
 from training.resume import newest_run
-from training.sample import IMAGES, TrainingSample
+from training.sample import SAMPLE_IMAGES, TrainingSample
 from training.settings import read_hyp, resolve
 from utils.data.loader import DetectionLoader
 from utils.device import select_device
@@ -107,7 +107,7 @@ def settle(opt: Namespace, saved: dict[str, Any], model: Model) -> Namespace:
     nothing_left = saved.get("shrunk", {}).get("done") and not {"percent", "target", "sweep", "sensitivity"} & set(
         opt.given)
     if nothing_left:
-        print(f"{opt.weights}: its zeros were cut in the training, nothing more is (--percent 0.2: a fifth more)")
+        print(f"{opt.weights}: its zeros were cut in the training, so nothing is cut now (--percent 0.2: a fifth more)")
     trained = {**(saved.get("opt") or {}), **saved.get("sparsity", {})}
     opt = resolve(opt, saved)
     return Namespace(**{**vars(opt), "percent": 0.0 if nothing_left else opt.percent,
@@ -124,11 +124,12 @@ def rank(model: Model, opt: Namespace, device: torch.device, loader: Loader) -> 
                   keep=tuple(opt.keep))
 
     def evaluate(candidate: Model) -> dict[str, float]:
-        found = accuracy(candidate, loader(), opt, device)
-        return {key: found[key] for key in ("mAP50", "mAP50-95")}
+        metrics = accuracy(candidate, loader(), opt, device)
+        return {key: metrics[key] for key in ("mAP50", "mAP50-95")}
 
     try:
-        pruner = model_pruner(model, opt.imgsz, device, evaluate, TrainingSample(opt, model, IMAGES, device).losses,
+        pruner = model_pruner(model, opt.imgsz, device, evaluate,
+                              TrainingSample(opt, model, SAMPLE_IMAGES, device).losses,
                               stopwatch(opt.runtime, opt.imgsz, device, opt.latency_batch,
                                         "int8" if opt.int8 else "fp32"))
         return pruner.rank(opt.score, rules, opt.per_flop)
@@ -144,16 +145,18 @@ def cut(pruner: Pruner[Model], opt: Namespace) -> PruneResult[Model]:
         result = pruner.cut(target=opt.target) if opt.target else pruner.cut(opt.percent)
     except ValueError as error:
         raise UserError(f"{error}; nothing was written") from None
-    if (found := result.target) and found.name == "latency" and not found.reached:
-        raise UserError(f"--target latency={found.wanted:g}: with all that the rules let go it is still "
-                        f"{found.value:.3f}; nothing was written. Give more, or lower --min-share")
+    if (target := result.target) and target.name == "latency" and not target.reached:
+        raise UserError(f"--target latency={target.goal:g}: with all that the rules let go it is still "
+                        f"{target.value:.3f}; nothing was written. Give more, or lower --min-share")
     percent, requested = opt.percent, f"{opt.percent:.1%} of the prunable channels"
-    if found:
-        percent, requested = result.achieved, f"{found.name}={found.wanted:g}"
-        again = TARGETS[found.name].value(pruner, pruner.graph.kept(result.masks)) if found.name == "latency" else None
-        print(report.target_note(found, again))
+    if target:
+        percent, requested = result.achieved, f"{target.name}={target.goal:g}"
+        again = None
+        if target.name == "latency":
+            again = TARGETS[target.name].value(pruner, pruner.graph.kept(result.masks))
+        print(report.target_note(target, again))
     if opt.score != result.score:
-        print(report.score_note(result.score, IMAGES))
+        print(report.score_note(result.score, SAMPLE_IMAGES))
     channels = "channels" if opt.min_channels > 1 else "channel"
     floors = f"at least {opt.min_channels} {channels} and {opt.min_share:.0%} of its own"
     print(report.describe(result, percent, requested, floors))
@@ -167,7 +170,7 @@ def explore(pruner: Pruner[Model], opt: Namespace) -> Path:
     """--sweep and --sensitivity: what cuts would give, as a table, a csv and a picture. No model is written."""
     rows = pruner.sweep([0.0, *opt.sweep]) if opt.sweep else pruner.sensitivity(opt.percent)
     if opt.score == "auto":
-        print(report.score_note(rows[-1]["score"] if opt.sweep else pruner.score_for(opt.percent), IMAGES))
+        print(report.score_note(rows[-1]["score"] if opt.sweep else pruner.score_for(opt.percent), SAMPLE_IMAGES))
     folder = new_run_folder(opt.project, opt.name, opt.exist_ok)
     if opt.sweep:
         best = knee([row["percent"] for row in rows], [row["mAP50-95"] for row in rows])
@@ -184,15 +187,15 @@ def explore(pruner: Pruner[Model], opt: Namespace) -> Path:
     return folder
 
 
-def write(result: PruneResult[Model], opt: Namespace, saved: dict[str, Any]) -> Path:
+def save_result(result: PruneResult[Model], opt: Namespace, saved: dict[str, Any]) -> Path:
     """The slim checkpoint and the pictures into the run's folder."""
     folder = new_run_folder(opt.project, opt.name, opt.exist_ok)
     repaired = opt.reconstruct or opt.absorb or opt.recalibrate  # which a start from the model before would undo
-    here = {key: getattr(opt, key) for key in ("data", "imgsz", "single_cls")}
-    carried = {"opt": {**(saved.get("opt") or {}), **here}, "data": opt.data, "hyp": saved.get("hyp")}
-    carried |= {"sparsity": saved["sparsity"]} if "sparsity" in saved else {}
-    carried |= {"parent": str(Path(opt.weights).resolve()), "gradual": not (result.small_gammas or repaired)}
-    checkpoint.save(folder / OUTPUT, result.slim, imgsz=opt.imgsz, command=command_line(), **carried,
+    settings = {key: getattr(opt, key) for key in ("data", "imgsz", "single_cls")}
+    metadata = {"opt": {**(saved.get("opt") or {}), **settings}, "data": opt.data, "hyp": saved.get("hyp")}
+    metadata |= {"sparsity": saved["sparsity"]} if "sparsity" in saved else {}
+    metadata |= {"parent": str(Path(opt.weights).resolve()), "gradual": not (result.gammas_separate or repaired)}
+    checkpoint.save(folder / OUTPUT, result.slim, imgsz=opt.imgsz, command=command_line(), **metadata,
                     metrics={"difference": result.difference, "percent": result.achieved})
     plot_gammas(result.gammas.numpy(), folder / "gammas.png", cut=~result.kept.numpy(),
                 title=f"BatchNorm scales before the cut; channels are ranked by {result.score}")
@@ -210,8 +213,8 @@ def copy_here(folder: Path) -> None:
         print(f"note: no copy in the working directory ({error}); use {folder / OUTPUT}")
 
 
-def measure(result: PruneResult[Model], models: dict[str, Model], folder: Path, opt: Namespace,
-            device: torch.device, loader: Loader) -> None:
+def report_result(result: PruneResult[Model], models: dict[str, Model], folder: Path, opt: Namespace,
+                  device: torch.device, loader: Loader) -> None:
     """Accuracy of the stages (name -> model), cost before and after: printed, as report.json and report.html."""
     model, stages, ms, pairs = result.model, [], {}, []
     if not opt.noval:
@@ -236,9 +239,9 @@ def measure(result: PruneResult[Model], models: dict[str, Model], folder: Path, 
 def write_page(folder: Path, opt: Namespace, score: str, stages: list[dict[str, Any]], costs: list[dict[str, Any]],
                pairs: list[tuple[str, list[np.ndarray]]]) -> None:
     """report.html, the run as one file. score: what the channels were ranked by."""
-    asked = "{}={:g}".format(*opt.target) if opt.target else f"{opt.percent:.1%} of the prunable channels"
+    request = "{}={:g}".format(*opt.target) if opt.target else f"{opt.percent:.1%} of the prunable channels"
     drawn = {"BatchNorm scales": folder / "gammas.png", "Channels kept": folder / "channels.png"}
-    Page(f"Pruned: {Path(opt.weights).name}", [f"Asked: {asked}, ranked by {score}. Before any fine-tuning."],
+    Page(f"Pruned: {Path(opt.weights).name}", [f"Asked: {request}, ranked by {score}. Before any fine-tuning."],
          {"Stages": stages, "Cost": costs}, drawn, pairs, [command_line()]).write(folder / "report.html")
 
 
@@ -263,10 +266,10 @@ def main(argv: Argv = None, copy: bool = True) -> Path:
         return explore(pruner, opt)
     result = cut(pruner, opt)
     models = repair(pruner, result, opt, device)
-    folder = write(result, opt, saved)  # before the measurements: whatever becomes of them, the model is there
+    folder = save_result(result, opt, saved)  # before the measurements: whatever becomes of them, the model is there
     if copy:
         copy_here(folder)
-    measure(result, models, folder, opt, device, loader)
+    report_result(result, models, folder, opt, device, loader)
     print(f"Slim model: {folder / OUTPUT}{f' (and {OUTPUT})' if copy else ''}; report.html and pictures in {folder}")
     if argv is None:
         print(f"now: python finetune_pruned.py --weights {shlex.quote(str(folder / OUTPUT))}")

@@ -108,7 +108,7 @@ def complete_epoch(run: Run, table: EpochTable) -> bool:
                   "stopping. --patience 0 goes on.")
         return False
     if not final:
-        signals.check(run.folder)
+        signals.stop_if_requested(run.folder)
     return True
 
 
@@ -232,7 +232,7 @@ def stop_between_steps(run: Run, batches_done: int, mean: Tensor) -> None:
     """A signal has asked for it: save where the epoch stands, and end the script."""
     run.batches_done, run.mean = batches_done, mean
     save(run, "last.pt")
-    run.signals.check(run.folder)
+    run.signals.stop_if_requested(run.folder)
 
 
 def validate(run: Run, log: dict[str, float]) -> float:

@@ -32,7 +32,7 @@ from utils.slimming.surgery import slim
 from val import evaluate
 
 # Of TARGETS: those that are known without a validation.
-FIGURES = ("flops", "params", "latency", "speedup")
+TARGET_NAMES = ("flops", "params", "latency", "speedup")
 ENOUGH_NEW_ZEROS = 0.1  # share of the channels: --shrink cuts when so many more are 0; a cut takes a second or two
 
 
@@ -57,7 +57,7 @@ class SparsityHook(Hook):
         self.report.describe()
 
     def narrowed(self) -> None:
-        self.remaining.follow(self.run.model)
+        self.remaining.update(self.run.model)
         self.plan.attach(self.run.model, self.run.ema.ema, self.remaining)
 
     def columns(self) -> dict[str, Cell]:
@@ -78,7 +78,7 @@ class SparsityHook(Hook):
 
     def epoch_end(self, log: dict[str, float]) -> None:
         plan = self.plan
-        plan.look(self.run.ema.ema, self.remaining)
+        plan.update_pruner(self.run.ema.ema, self.remaining)
         self.report.epoch_end(log)
         if self.run.opt.target and plan.target and not plan.target.settled:
             plan.aim(plan.target, measurements=1)
@@ -89,7 +89,7 @@ class SparsityHook(Hook):
         plan, target = self.plan, self.plan.target
         if not self.run.opt.shrink or target is None or self.settled:
             return
-        new = self.remaining.present(plan.pruner.graph.masks(plan.kept_without(target.gone)))
+        new = self.remaining.to_present(plan.pruner.graph.masks(plan.kept_without(target.gone)))
         channels = sum(int((~new[name]).sum()) for name in plan.norms)
         if not target.settled and channels < ENOUGH_NEW_ZEROS * target.total:
             return
@@ -99,7 +99,7 @@ class SparsityHook(Hook):
         zeroed = self.run.ema.ema
         narrow(self.run, new)
         try:
-            self.difference = max(self.difference, plan.pruner.check(zeroed, self.run.ema.ema))
+            self.difference = max(self.difference, plan.pruner.check_equivalence(zeroed, self.run.ema.ema))
         except ValueError as error:
             raise UserError(f"--shrink: {error}; last.pt is whole, as of the epoch before") from None
         if self.run.world.main:
@@ -129,11 +129,11 @@ class SparsityHook(Hook):
 
     def record(self) -> dict[str, Any]:
         """For prune.py: a cut follows the sparsity training's blocks and shortcuts. For a resumed run: what is cut."""
-        known: dict[str, Any] = {"sparsity": {"round_to": self.plan.round_to, "shortcuts": self.run.opt.shortcuts,
-                                              "layers": self.run.opt.layers}}
+        entries: dict[str, Any] = {"sparsity": {"round_to": self.plan.round_to, "shortcuts": self.run.opt.shortcuts,
+                                                "layers": self.run.opt.layers}}
         if self.remaining.fewer:
-            known["shrunk"] = {"before": self.remaining.before, "done": self.settled, "difference": self.difference}
-        return known
+            entries["shrunk"] = {"before": self.remaining.before, "done": self.settled, "difference": self.difference}
+        return entries
 
 
 def settle(opt: Namespace) -> Namespace:
@@ -162,7 +162,7 @@ def add_sparsity_flags(parser: HelpfulParser) -> None:
     add("--target-sparsity", type=fraction(zero=False, one=False, hint=half),
         help="share of the prunable channels that are exactly 0 in the end, 0..1 "
              "(as many as fill up blocks of --round-to)")
-    add("--target", type=named_fraction(FIGURES, "flops=0.5, params=0.5, latency=0.6 or speedup=1.5"),
+    add("--target", type=named_fraction(TARGET_NAMES, "flops=0.5, params=0.5, latency=0.6 or speedup=1.5"),
         help="instead of a share of channels: as many as leave this share of the FLOPs, of the parameters, or of the "
              "milliseconds of an image; speedup=2 is latency=0.5")
     add("--runtime", choices=["torch", *runtimes()], default="torch", help="what milliseconds are measured in")

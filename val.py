@@ -91,13 +91,13 @@ def evaluate(model: Detector, loader: DetectionLoader, device: torch.device, con
         t3 = _now(device)
         detections = nms(decoded, conf, iou, agnostic=single_cls, multi_label=nc > 1, max_det=max_det)
         if single_cls:
-            for found in detections:
-                found[:, 5] = 0
+            for boxes in detections:
+                boxes[:, 5] = 0
         t4 = _now(device)
         seconds += (t1 - t0, t2 - t1, t4 - t3)
         images += len(x)
-        for found, labels, geometry in zip(detections, labels_per_image(batch), batch.shapes):
-            native = scale_boxes(x.shape[2:], found, *geometry).cpu()
+        for boxes, labels, geometry in zip(detections, labels_per_image(batch), batch.shapes):
+            native = scale_boxes(x.shape[2:], boxes, *geometry).cpu()
             labels[:, 1:] = scale_boxes(x.shape[2:], labels[:, 1:], *geometry)
             matches.append((match(native, labels, IOU_THRESHOLDS), native[:, 4], native[:, 5], labels[:, 0]))
             if matrix is not None:
@@ -145,15 +145,15 @@ def dataset_loader(model: Detector, opt: Namespace, task: str = "val", square: b
     return loader
 
 
-def require_same_classes(opt: Namespace, known: Mapping[int, str], named: Mapping[int, str]) -> None:
+def require_same_classes(opt: Namespace, names: Mapping[int, str], data_names: Mapping[int, str]) -> None:
     """UserError where the model of opt.weights knows another number of classes than opt.data names.
 
-    Other names are said: they may be translations.
+    Other names make a note only: they may be translations.
     """
-    if len(known) != len(named):
-        raise UserError(f"{opt.weights}: knows {len(known)} classes, {opt.data} names {len(named)}; "
+    if len(names) != len(data_names):
+        raise UserError(f"{opt.weights}: knows {len(names)} classes, {opt.data} names {len(data_names)}; "
                         "give the --data it was trained on")
-    if other := other_names(named, known):
+    if other := other_names(data_names, names):
         print(f"note: {opt.data}: {other} as {opt.weights} does; classes are compared by number")
 
 
@@ -175,7 +175,7 @@ def pictures(models: Sequence[Model], loader: DetectionLoader, device: torch.dev
     ready, shown = [on_device(fused(model), device) for model in models], []
     for batch in loader:
         x = batch.images.to(device, torch.float32, memory_format=torch.channels_last) / 255
-        found = [nms(model(x)[0].float(), MIN_CONFIDENCE, 0.45) for model in ready]
+        predictions = [nms(model(x)[0].float(), MIN_CONFIDENCE, 0.45) for model in ready]
         for i, file in enumerate(batch.paths):
             (h0, w0), (ratios, pad) = batch.shapes[i]
             left, top = (round(side - 0.1) for side in pad)  # as letterbox() pads
@@ -183,7 +183,7 @@ def pictures(models: Sequence[Model], loader: DetectionLoader, device: torch.dev
             image = batch.images[i, :, top:top + height, left:left + width].permute(1, 2, 0).numpy()
             times, drawn = max(480 // width, 1), []
             image = image.repeat(times, 0).repeat(times, 1)
-            for model, detections in zip(ready, found):
+            for model, detections in zip(ready, predictions):
                 native = scale_boxes(x.shape[2:], detections[i], image.shape, ((1 / times, 1 / times), (left, top)))
                 boxes, classes = native[:, :4].cpu().numpy(), native[:, 5].int().tolist()
                 labels = [f"{model.names[c]} {score:.2f}" for score, c in zip(detections[i][:, 4].tolist(), classes)]
@@ -272,8 +272,8 @@ class Outputs:
     def add(self, i: int, batch: Batch, detections: list[Tensor]) -> None:
         """Every batch's detections, in the batch's pixels."""
         size = (batch.images.shape[2], batch.images.shape[3])
-        for found, file, geometry in zip(detections, batch.paths, batch.shapes):
-            native, path = scale_boxes(size, found, *geometry), Path(file)
+        for boxes, file, geometry in zip(detections, batch.paths, batch.shapes):
+            native, path = scale_boxes(size, boxes, *geometry), Path(file)
             if self.opt.save_txt:
                 rows = label_rows(native, geometry[0], self.opt.save_conf)
                 write_text(self.folder / "labels" / f"{self.stems(path, path.stem)}.txt", rows)
@@ -282,8 +282,8 @@ class Outputs:
         if i < 3 and not self.opt.noplots:
             from utils.plots.detections import detections_to_targets, plot_batch
 
-            found_targets = detections_to_targets(detections, size)
-            for kind, targets in (("labels", batch.targets), ("pred", found_targets)):
+            predicted = detections_to_targets(detections, size)
+            for kind, targets in (("labels", batch.targets), ("pred", predicted)):
                 plot_batch(batch.images, targets, batch.paths, self.names, self.folder / f"val_batch{i}_{kind}.jpg")
 
     def finish(self, result: Evaluation) -> dict[str, Any]:
@@ -306,10 +306,10 @@ def plot_curves(result: Evaluation, names: dict[int, str], folder: Path) -> None
     from utils.plots.detections import plot_confusion, plot_metric_curve, plot_pr_curve
 
     ap = result.ap
-    listed = [names.get(int(c), str(c)) for c in ap.classes]
-    plot_pr_curve(np.linspace(0, 1, 1000), ap.precision_at_recall, ap.ap50, listed, folder / "PR_curve.png")
+    labels = [names.get(int(c), str(c)) for c in ap.classes]
+    plot_pr_curve(np.linspace(0, 1, 1000), ap.precision_at_recall, ap.ap50, labels, folder / "PR_curve.png")
     for name, curve, label in (("F1", ap.f1_curve, "F1"), ("P", ap.p_curve, "precision"), ("R", ap.r_curve, "recall")):
-        plot_metric_curve(ap.px, curve, listed, folder / f"{name}_curve.png", ylabel=label)
+        plot_metric_curve(ap.px, curve, labels, folder / f"{name}_curve.png", ylabel=label)
     if result.confusion is not None:
         plot_confusion(result.confusion.matrix, names, folder / "confusion_matrix.png")
 

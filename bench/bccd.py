@@ -34,7 +34,7 @@ from utils.slimming.cost import profile
 from utils.slimming.ranking import MIN_SHARE
 
 DATA = "--data bccd/data.yaml --imgsz 320"
-TRAIN = f"{DATA} --batch-size 16 --nbs 16 --cache ram --workers 2"
+TRAIN_FLAGS = f"{DATA} --batch-size 16 --nbs 16 --cache ram --workers 2"
 # Share of zeros, --round-to, number of seeds, whether the zeros are cut and what is left is fine-tuned.
 SHARES = ((0, 1, 3, False), (0.3, 1, 3, False), (0.5, 1, 3, True), (0.65, 1, 1, True), (0.8, 1, 1, False),
           (0.5, 16, 2, False), (0.55, 16, 3, True), (0.6, 16, 1, True))
@@ -85,29 +85,29 @@ EXPERIMENTS = {
          "blocks": "--target-sparsity 0.55"},  # in blocks of 16 as many FLOPs are left with 0.55 as without with 0.5
         {"l1": ("l1", "--percent 0.5", ""), "target": ("target", "--percent 0.5", ""),
          "blocks": ("blocks", "--percent 0.55", "")},
-        train=f"{TRAIN} --adam --epochs 40", tune=f"{TRAIN} --adam --epochs 40"),
+        train=f"{TRAIN_FLAGS} --adam --epochs 40", tune=f"{TRAIN_FLAGS} --adam --epochs 40"),
     "sparsity": Experiment(
         RUNS, {name: (name, f"--percent {share}", "") for name, share in TUNED.items()},
-        train=f"{TRAIN} --noplots --epochs 40", prune="--score gamma --noval",
-        tune=f"{TRAIN} --noplots --epochs 40 --adam --teacher none --no-gradual"),
+        train=f"{TRAIN_FLAGS} --noplots --epochs 40", prune="--score gamma --noval",
+        tune=f"{TRAIN_FLAGS} --noplots --epochs 40 --adam --teacher none --no-gradual"),
     "pruning": Experiment(
         {SOURCE: RUNS[SOURCE]}, {name: (SOURCE, *flags) for name, flags in CUTS.items()},
-        train=f"{TRAIN} --noplots --epochs 40", prune=f"{DATA} --batch-size 16 --noval",
-        tune=f"{TRAIN} --noplots --epochs 20 --adam"),
+        train=f"{TRAIN_FLAGS} --noplots --epochs 40", prune=f"{DATA} --batch-size 16 --noval",
+        tune=f"{TRAIN_FLAGS} --noplots --epochs 20 --adam"),
     "absorb": Experiment(
         {"sgd-sr0.1-bias0": "--sr 0.1 --sr-bias 0 --optimizer SGD"},
         {f"absorb-{share}": ("sgd-sr0.1-bias0", f"--percent {share}", None) for share in (0.3, 0.5, 0.65, 0.8)},
-        train=f"{TRAIN} --noplots --epochs 40", prune=f"{DATA} --score gamma --absorb")}
+        train=f"{TRAIN_FLAGS} --noplots --epochs 40", prune=f"{DATA} --score gamma --absorb")}
 
 
 def commands(plan: Experiment, weights: Path) -> list[dict[str, str]]:
     """For each sparse model of an experiment: product of a command -> command, in order."""
-    found = {name: common.sparse_command(name, f"{flags} --weights '{weights}' {plan.train}")
-             for name, flags in plan.sparse.items()}
+    chains = {name: common.sparse_command(name, f"{flags} --weights '{weights}' {plan.train}")
+              for name, flags in plan.sparse.items()}
     for name, (sparse, cut, tune) in plan.cuts.items():
-        found[sparse] |= common.cut_commands(sparse, name, f"{cut} {plan.prune}",
-                                             None if tune is None else f"{tune} {plan.tune}")
-    return list(found.values())
+        chains[sparse] |= common.cut_commands(sparse, name, f"{cut} {plan.prune}",
+                                              None if tune is None else f"{tune} {plan.tune}")
+    return list(chains.values())
 
 
 def stages(folder: Path) -> None:
@@ -115,8 +115,8 @@ def stages(folder: Path) -> None:
     rows = []
     for split in ("val", "test"):
         flags = f"--data bccd/data.yaml --task {split} --batch-size 32"
-        found = common.measure(common.stage_files("l1", "target", "blocks"), folder, flags, f"-{split}")
-        rows += [{"sr": "0.01", "split": split, **row} for row in found]
+        measurements = common.measure_stages(common.stage_files("l1", "target", "blocks"), folder, flags, f"-{split}")
+        rows += [{"sr": "0.01", "split": split, **row} for row in measurements]
     publish("bccd", rows)
     img, runs = ROOT / "img", folder / "runs"
     dense, l1, blocks = (np.load(runs / "train" / name / "gammas.npy", allow_pickle=False)
@@ -160,11 +160,11 @@ def sparsity_row(folder: Path, name: str) -> tuple[Row, Model]:
 
 def sparsity(folder: Path) -> None:
     """A row per run, and the picture. The first run of each share is timed."""
-    found = [sparsity_row(folder, name) for name in RUNS]
-    timed = [(row, model) for row, model in found if row["run"].startswith("share") and row["seed"] == 0]
+    pairs = [sparsity_row(folder, name) for name in RUNS]
+    timed = [(row, model) for row, model in pairs if row["run"].startswith("share") and row["seed"] == 0]
     for (row, _), speed in zip(timed, common.times_faster([model for _, model in timed])):
         row |= speed
-    rows = [row for row, _ in found]
+    rows = [row for row, _ in pairs]
     publish("sparsity", rows)
     plot_shares([row for row in rows if row["run"].startswith("share")], ROOT / "img" / "sparsity.png")
 
@@ -188,9 +188,9 @@ def absorb(folder: Path) -> None:
     rows = []
     for name in EXPERIMENTS["absorb"].cuts:
         report = json.loads((folder / f"runs/prune/{name}/report.json").read_text(encoding="utf-8"))
-        found = {row["stage"]: row["mAP50-95"] for row in report["stages"]}
+        maps = {row["stage"]: row["mAP50-95"] for row in report["stages"]}
         rows.append({"share": float(name.removeprefix("absorb-")), "threshold": report["threshold"],
-                     **{stage: found[stage] for stage in ("before", "slim", "absorbed")}})
+                     **{stage: maps[stage] for stage in ("before", "slim", "absorbed")}})
     publish("absorb", rows)
 
 
@@ -203,9 +203,9 @@ def main() -> None:
     if opt.experiment in ("sparsity", "pruning"):
         common.need_onnxruntime()
     common.run_missing(common.bccd_commands(opt.voc), opt.folder)
-    for number, made in enumerate(commands(EXPERIMENTS[opt.experiment], opt.weights)):
+    for number, chain in enumerate(commands(EXPERIMENTS[opt.experiment], opt.weights)):
         if not opt.only or number in opt.only:
-            common.run_missing(made, opt.folder)
+            common.run_missing(chain, opt.folder)
     if not opt.only:
         {"stages": stages, "sparsity": sparsity, "pruning": pruning, "absorb": absorb}[opt.experiment](opt.folder)
 

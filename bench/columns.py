@@ -19,7 +19,7 @@ from utils.tables import text_table, write_csv  # noqa: E402
 
 Row = dict[Any, Any]
 Words = str | tuple[str, str]  # English, and Chinese where a page in Chinese shows it
-# Header, key of the row, format; or a name that is the first two, whose values are shown as they are.
+# (header, key of the row, format); or one text that is header and key, whose values are shown as they are.
 Columns = Sequence[str | tuple[Words, str, Callable[[Any], str]]]
 
 COUNT, SHARE, TIMES = "{:,}".format, "{:.0%}".format, "{:.2f}x".format
@@ -54,35 +54,35 @@ def spread(runs: Sequence[Row], key: str, texts: tuple[str, str] = SPREAD) -> tu
 
 def grouped(rows: Sequence[Row], *keys: str) -> dict[tuple, list[Row]]:
     """The rows by their values under `keys`."""
-    found: dict[tuple, list[Row]] = {}
+    groups: dict[tuple, list[Row]] = {}
     for row in rows:
-        found.setdefault(tuple(row[key] for key in keys), []).append(row)
-    return found
+        groups.setdefault(tuple(row[key] for key in keys), []).append(row)
+    return groups
 
 
 def stage_rows(split: str, rows: Sequence[Row]) -> list[Row]:
     """bccd.csv's stages on the val or the test images, with titles."""
-    found = {row["stage"]: row for row in rows if row["split"] == split}
-    made = [found["dense"]]
+    by_stage = {row["stage"]: row for row in rows if row["split"] == split}
+    table = [by_stage["dense"]]
     for way, (flags, percent) in WAYS.items():
         titles = {"sparse": f"{flags}: sparse", "cut": f"{percent}% of its channels cut", "tuned": "fine-tuned"}
         for stage, title in titles.items():
-            row = found[f"{way}-{stage}"]
-            made.append({**row, "stage": title.format(**row)})
-    return made
+            row = by_stage[f"{way}-{stage}"]
+            table.append({**row, "stage": title.format(**row)})
+    return table
 
 
 def share_rows(rows: Sequence[Row]) -> list[Row]:
     """sparsity.csv's runs with --target-sparsity, a row per share: means over the seeds. Only the first was timed."""
-    made = []
+    table = []
     groups = grouped([row for row in rows if row["run"].startswith("share")], "share", "round_to")
     for share, block in sorted(groups, key=lambda key: (key[0] > 0, -key[1], key[0])):  # dense, then the larger blocks
         runs = groups[share, block]
         title = f"{share:g}{' --round-to 1' if block == 1 else ''}" if share else "none"
         means = {key: np.mean([run[key] for run in runs]) for key in ("cut_0.5", "cut_0.65", "parameters", "flops")}
         spreads = {key: spread(runs, key) for key in ("map50", "map", "tuned")}
-        made.append({**runs[0], **means, **spreads, "share": title, "runs": len(runs)})
-    return made
+        table.append({**runs[0], **means, **spreads, "share": title, "runs": len(runs)})
+    return table
 
 
 def l1_rows(rows: Sequence[Row]) -> list[Row]:
@@ -142,18 +142,18 @@ def int8_rows(rows: Sequence[Row]) -> list[Row]:
 
 
 class Table(NamedTuple):
-    """results: name of its file in bench/results. rows: from those of the file, for several runs may be one row."""
+    """results: name of its file in bench/results. rows: makes the rows of the table from those of the file."""
     results: str
     columns: Columns
     rows: Callable[[list[Row]], list[Row]] = list
 
 
 MAP = ("mAP50-95", "map", THREE)
-CUTS = [("cut by 50%", "cut_0.5", THREE), ("cut by 65%", "cut_0.65", THREE)]
+CUT_COLUMNS = [("cut by 50%", "cut_0.5", THREE), ("cut by 65%", "cut_0.65", THREE)]
 FASTER = [("faster, torch", "torch", TIMES), ("faster, onnxruntime", "onnxruntime", TIMES)]
 MS = (("ms an image", "每张耗时（毫秒）"), "ms", ONE)
-STAGES: Columns = [("model", "stage", str), ("mAP50", "map50", THREE), MAP, ("parameters", "parameters", COUNT),
-                   ("GFLOPs", "flops", lambda flops: f"{flops / 1e9:.3f}"), ("MB", "mb", TWO), MS]
+STAGE_COLUMNS: Columns = [("model", "stage", str), ("mAP50", "map50", THREE), MAP, ("parameters", "parameters", COUNT),
+                          ("GFLOPs", "flops", lambda flops: f"{flops / 1e9:.3f}"), ("MB", "mb", TWO), MS]
 DEVICE: Columns = ["model", "format", "precision", ("MB", "MB", TWO), ("mAP50-95", "mAP50-95", THREE), MS,
                    ("faster", "faster", TIMES)]
 EQUAL_MAIN: Columns = [
@@ -162,15 +162,15 @@ EQUAL_MAIN: Columns = [
     (("FLOPs left", "剩余 FLOPs"), "flops", SHARE)]
 
 TABLES: dict[str, Table] = {  # name of a mark in the pages -> table
-    "demo": Table("demo", STAGES),
-    "bccd val": Table("bccd", STAGES, partial(stage_rows, "val")),
-    "bccd test": Table("bccd", STAGES, partial(stage_rows, "test")),
+    "demo": Table("demo", STAGE_COLUMNS),
+    "bccd val": Table("bccd", STAGE_COLUMNS, partial(stage_rows, "val")),
+    "bccd test": Table("bccd", STAGE_COLUMNS, partial(stage_rows, "test")),
     "sparsity": Table("sparsity", [
         ("--target-sparsity", "share", str), "runs", ("mAP50", "map50", str), ("mAP50-95", "map", str),
-        ("fine-tuned", "tuned", str), *CUTS, ("parameters left", "parameters", SHARE), ("FLOPs left", "flops", SHARE),
-        *FASTER], share_rows),
+        ("fine-tuned", "tuned", str), *CUT_COLUMNS, ("parameters left", "parameters", SHARE),
+        ("FLOPs left", "flops", SHARE), *FASTER], share_rows),
     "l1": Table("sparsity", ["optimizer", ("--sr", "sr", str), ("gammas at 0", "zero", SHARE),
-                             ("below 0.1", "below_0.1", SHARE), MAP, *CUTS], l1_rows),
+                             ("below 0.1", "below_0.1", SHARE), MAP, *CUT_COLUMNS], l1_rows),
     "pruning": Table("pruning", ["cut", MAP, ("fine-tuned", "tuned", THREE), ("parameters", "parameters", SHARE),
                                  ("FLOPs", "flops", SHARE), *FASTER]),
     "absorb": Table("absorb", [
@@ -218,14 +218,14 @@ UNSHOWN = {  # tables that no page shows
 
 def formatted(rows: Sequence[Row], columns: Columns, chinese: bool = False) -> tuple[list[list[str]], list[str]]:
     """(cells, header) for text_table and markdown_table. A figure that a row does not have, '', is an empty cell."""
-    def said(text: Any, show: Callable[[Any], str] = str) -> str:
+    def cell(text: Any, show: Callable[[Any], str] = str) -> str:
         return text[chinese] if isinstance(text, tuple) else "" if text == "" else show(text)
 
     whole = [(column, column, str) if isinstance(column, str) else column for column in columns]
-    return [[said(row[key], show) for _, key, show in whole] for row in rows], [said(header) for header, *_ in whole]
+    return [[cell(row[key], show) for _, key, show in whole] for row in rows], [cell(header) for header, *_ in whole]
 
 
-def read_results(name: str) -> list[Row]:
+def read_table(name: str) -> list[Row]:
     """The rows of bench/results/<name>.csv, numbers as numbers."""
     def value(text: str) -> int | float | str:
         for kind in (int, float):
@@ -243,8 +243,8 @@ def publish(name: str, rows: Sequence[Row], *keys: str, order: Callable[[Row], A
     keys: rows of the file that have other values under these stay in it, in front of the new ones. order: sorts all.
     """
     if keys and (RESULTS / f"{name}.csv").is_file():
-        made = grouped(rows, *keys)
-        rows = [*(row for row in read_results(name) if tuple(row[key] for key in keys) not in made), *rows]
+        groups = grouped(rows, *keys)
+        rows = [*(row for row in read_table(name) if tuple(row[key] for key in keys) not in groups), *rows]
     rows = sorted(rows, key=order) if order else list(rows)
     write_csv(RESULTS / f"{name}.csv", rows)
     for table in (table for table in {**TABLES, **UNSHOWN}.values() if table.results == name):

@@ -51,11 +51,11 @@ def sparse_command(name: str, flags: str) -> dict[str, str]:
 
 def cut_commands(sparse: str, name: str, cut: str, tune: str | None) -> dict[str, str]:
     """What cuts a sparse model, and what fine-tunes what is left; with the flags of each, None for no fine-tuning."""
-    made = {CUT.format(name): f"prune.py --weights {SPARSE.format(sparse)} {cut} --name {name}"}
+    by_product = {CUT.format(name): f"prune.py --weights {SPARSE.format(sparse)} {cut} --name {name}"}
     if tune is not None:
-        made[f"runs/train/{name}-tuned/results.csv"] = (
+        by_product[f"runs/train/{name}-tuned/results.csv"] = (
             f"finetune_pruned.py --weights {CUT.format(name)} {tune} --name {name}-tuned")
-    return made
+    return by_product
 
 
 def bccd_commands(voc: Path) -> dict[str, str]:
@@ -110,7 +110,7 @@ def need_onnxruntime() -> None:
         raise UserError("onnxruntime is missing; pip install -r requirements-export.txt")
 
 
-def measure(files: Mapping[str, str], folder: Path, flags: str = "", suffix: str = "") -> list[Row]:
+def measure_stages(files: Mapping[str, str], folder: Path, flags: str = "", suffix: str = "") -> list[Row]:
     """A row per stage (stage -> checkpoint): accuracy by val.py, cost, milliseconds of one image, measured in turns."""
     rows: list[Row] = []
     models = []

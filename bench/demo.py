@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import time
 
-from columns import ROOT, STAGES, formatted
-from common import measure, run
+from columns import ROOT, STAGE_COLUMNS, formatted
+from common import measure_stages, run
 from pictures import plot_stages
 
 from utils.errors import run_cli
@@ -16,9 +16,9 @@ from utils.files import new_run_folder
 from utils.parser import HelpfulParser
 from utils.tables import text_table, write_csv
 
-FILES = {"dense": "runs/train/dense/weights/best.pt", "sparse": "runs/train/sparse/weights/last.pt",
-         "pruned": "runs/prune/exp/pruned_model.pt", "fine-tuned": "runs/train/tuned/weights/best.pt",
-         "slim.py": "runs/slim/exp/slim.pt"}
+STAGE_FILES = {"dense": "runs/train/dense/weights/best.pt", "sparse": "runs/train/sparse/weights/last.pt",
+               "pruned": "runs/prune/exp/pruned_model.pt", "fine-tuned": "runs/train/tuned/weights/best.pt",
+               "slim.py": "runs/slim/exp/slim.pt"}
 REPORTS = ("runs/slim/exp/report.html", "runs/prune/exp/report.html")
 PICTURES = ("stages.png", "runs/train/dense/train_batch0.jpg", "runs/train/dense/results.png",
             "runs/train/sparse/results.png", "runs/prune/exp/gammas.png", "runs/prune/exp/channels.png",
@@ -33,17 +33,18 @@ def main() -> None:
     folder, started = new_run_folder(ROOT / "runs" / "demo"), time.time()
     run(f"slim.py --epochs {whole}", folder)
     run(f"train.py --epochs {train} --name dense", folder)
-    run(f"train_sparsity.py --target-sparsity 0.5 --weights {FILES['dense']} --epochs {sparse} --name sparse", folder)
+    run(f"train_sparsity.py --target-sparsity 0.5 --weights {STAGE_FILES['dense']} --epochs {sparse} --name sparse",
+        folder)
     run("prune.py --percent 0.5", folder)
     run(f"finetune_pruned.py --epochs {tune} --name tuned", folder)
-    rows = measure(FILES, folder, "--batch-size 32")
-    print("\n" + text_table(*formatted(rows, STAGES)))
+    rows = measure_stages(STAGE_FILES, folder, "--batch-size 32")
+    print("\n" + text_table(*formatted(rows, STAGE_COLUMNS)))
     write_csv(folder / "table.csv", rows)
     plot_stages(rows, folder / "stages.png")
     print(f"\n{(time.time() - started) / 60:.1f} minutes. Pictures:")
     for picture in PICTURES:
         print(f"  {folder / picture}")
-    print(f"Slim model: {folder / FILES['slim.py']}")
+    print(f"Slim model: {folder / STAGE_FILES['slim.py']}")
     print("Reports, each a page that opens in a browser:")
     for page in REPORTS:
         print(f"  {folder / page}")

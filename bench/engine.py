@@ -104,8 +104,8 @@ def half_of(method: str, name: str) -> dict[str, Any]:
             model(images)
     except Exception as error:  # whatever their code and the models' raise
         return {"seconds": "", "left": "", "error": f"{type(error).__name__}: {str(error).splitlines()[0][:90]}"}
-    left = sum(p.numel() for p in model.parameters()) / before
-    return {"seconds": time.perf_counter() - start, "left": left, "error": ""}
+    share = sum(p.numel() for p in model.parameters()) / before
+    return {"seconds": time.perf_counter() - start, "left": share, "error": ""}
 
 
 METHODS = {"ours": prune_ours, "Torch-Pruning": prune_theirs}
@@ -129,8 +129,8 @@ def sample(method: str, name: str) -> dict[str, float]:
 def one_sample(method: str, name: str) -> dict[str, Any]:
     """One measurement, in a process of its own."""
     command = [sys.executable, __file__, "--sample", method, name]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
+    process = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(process.stdout.splitlines()[-1])
 
 
 def main() -> None:
@@ -143,8 +143,8 @@ def main() -> None:
     parser.add_argument("--sample", nargs=2, metavar=("METHOD", "MODEL"), help="internal: print one sample as JSON")
     opt = parser.parse_args()
     if opt.sample:
-        measure = half_of if "/" in opt.sample[1] else sample
-        print(json.dumps(measure(*opt.sample)))
+        sampler = half_of if "/" in opt.sample[1] else sample
+        print(json.dumps(sampler(*opt.sample)))
         return
     methods = [method for method in METHODS if method == "ours" or find_spec("torch_pruning")]
     if len(methods) == 1:
@@ -161,8 +161,8 @@ def main() -> None:
         for _ in range(opt.runs):  # in turns, so that a busy moment of the machine hits all methods
             for method in methods:
                 samples[method].append(one_sample(method, name))
-        for method, found in samples.items():
-            medians = {key: float(np.median([one[key] for one in found])) for key in ("seconds", "memory", "left")}
+        for method, points in samples.items():
+            medians = {key: float(np.median([one[key] for one in points])) for key in ("seconds", "memory", "left")}
             rows.append({"model": name, "method": method, **medians})
     publish("engine", rows)
 

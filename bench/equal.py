@@ -34,9 +34,9 @@ from utils.text import read_yaml_mapping
 
 SIZES = {"bccd": 320, "aquarium": 416, "coco128": 320}
 BUDGETS = {"bccd": (30, 80), "aquarium": (30, 80), "coco128": (120,)}  # epochs in all
-TARGET = "--target flops=0.5 --shrink"
+SHRINK_FLAGS = "--target flops=0.5 --shrink"
 # Of prune.py, in the pipelines that have it.
-CUTS = {"three-commands": "--percent 0.5", "four-commands": "--target flops=0.5"}
+PRUNE_FLAGS = {"three-commands": "--percent 0.5", "four-commands": "--target flops=0.5"}
 SCRATCH = "scratch-{}-{}.pt"  # of a data set and a number of epochs
 
 
@@ -44,11 +44,11 @@ def stages(pipeline: str, epochs: int) -> list[tuple[str, int, str]]:
     """(script, epochs, flags) of a pipeline's trainings, in order; {before} is what the one before made."""
     third = epochs // 3
     return {"dense": [("train.py", epochs, "")],
-            "blocks-8": [("train_sparsity.py", epochs, f"{TARGET} --round-to 8")],
-            "blocks-16": [("train_sparsity.py", epochs, f"{TARGET} --round-to 16")],
+            "blocks-8": [("train_sparsity.py", epochs, f"{SHRINK_FLAGS} --round-to 8")],
+            "blocks-16": [("train_sparsity.py", epochs, f"{SHRINK_FLAGS} --round-to 16")],
             "flops-35": [("train_sparsity.py", epochs, "--target flops=0.35 --shrink --round-to 16")],
             "teacher": [("train.py", third, ""),
-                        ("train_sparsity.py", epochs - third, f"{TARGET} --round-to 16 --teacher {{before}}")],
+                        ("train_sparsity.py", epochs - third, f"{SHRINK_FLAGS} --round-to 16 --teacher {{before}}")],
             "four-commands": [("train.py", third, ""),
                               ("train_sparsity.py", third, "--target flops=0.5 --teacher {before}"),
                               ("finetune_pruned.py", epochs - 2 * third, "")],
@@ -60,19 +60,19 @@ def stages(pipeline: str, epochs: int) -> list[tuple[str, int, str]]:
 
 def commands(data: str, pipeline: str, epochs: int, seed: int, weights: Path) -> dict[str, str]:
     """Product of a command -> command, in order. The last is the results.csv of the pipeline."""
-    made, before = {}, {"narrow": "", "scratch": SCRATCH.format(data, epochs)}.get(pipeline, str(weights))
+    by_product, before = {}, {"narrow": "", "scratch": SCRATCH.format(data, epochs)}.get(pipeline, str(weights))
     parts = stages(pipeline, epochs)
     for number, (script, length, flags) in enumerate(parts, 1):
         name = run_name(data, pipeline, epochs, seed) + (f"-{number}" if number < len(parts) else "")
         if script == "finetune_pruned.py":
-            made[CUT.format(name)] = f"prune.py --weights {before} {CUTS[pipeline]} --noval --name {name}"
+            by_product[CUT.format(name)] = f"prune.py --weights {before} {PRUNE_FLAGS[pipeline]} --noval --name {name}"
             before = CUT.format(name)
-        made[f"runs/train/{name}/results.csv"] = (
+        by_product[f"runs/train/{name}/results.csv"] = (
             f"{script} --data {data}/data.yaml --imgsz {SIZES[data]} --weights '{before}' --epochs {length} --adam "
             f"--batch-size 16 --seed {seed} --cache ram --workers 2 --noplots {flags.format(before=before)} "
             f"--name {name}")
         before = SPARSE.format(name)
-    return made
+    return by_product
 
 
 def run_name(data: str, pipeline: str, epochs: int, seed: int) -> str:
@@ -80,7 +80,7 @@ def run_name(data: str, pipeline: str, epochs: int, seed: int) -> str:
     return f"{data}-{pipeline}-{epochs}-{seed}"
 
 
-def measure(folder: Path, data: str, pipeline: str, epochs: int, seed: int) -> Row:
+def result_row(folder: Path, data: str, pipeline: str, epochs: int, seed: int) -> Row:
     """The row of a pipeline that is done."""
     name = run_name(data, pipeline, epochs, seed)
     with open(folder / "runs" / "train" / name / "results.csv", newline="", encoding="utf-8") as file:
@@ -88,14 +88,14 @@ def measure(folder: Path, data: str, pipeline: str, epochs: int, seed: int) -> R
     saved = checkpoint.read(folder / SPARSE.format(name))
     whole = profile(Model("yolov5n.yaml", nc=len(saved["names"])), SIZES[data]).flops
     pruner = model_pruner(checkpoint.build(saved), SIZES[data]).rank()
-    left = pruner.preview(pruner.ranking.leading_share(pruner.ranking.scores == 0))[2]
+    flops = pruner.preview(pruner.ranking.leading_share(pruner.ranking.scores == 0))[2]
     yaml = folder / data / "data.yaml"
     test = common.map_on(checkpoint.build(saved), yaml, "test", SIZES[data]) if read_data(str(yaml)).test else ""
     return {"data": data, "epochs": epochs, "pipeline": pipeline, "seed": seed, "map": values[-1],
-            "mean5": sum(values[-5:]) / len(values[-5:]), "best": max(values), "test": test, "flops": left / whole}
+            "mean5": sum(values[-5:]) / len(values[-5:]), "best": max(values), "test": test, "flops": flops / whole}
 
 
-def prepare(opt: Namespace) -> None:
+def prepare_folder(opt: Namespace) -> None:
     """A data.yaml per set, and narrow.yaml, with half of the FLOPs, in the experiment's folder."""
     common.run_missing(common.bccd_commands(opt.voc), opt.folder)
     if opt.coco128:  # trained and validated on the same images, as is usual
@@ -119,13 +119,14 @@ def narrower_yaml(flops: int | float, nc: int) -> dict[str, Any]:
 
 def prepare_scratch(folder: Path, data: str, epochs: int) -> None:
     """The start of "scratch", where it is not there yet: the shape of blocks-16's first run, with new weights."""
-    found, start = folder / SPARSE.format(run_name(data, "blocks-16", epochs, 0)), folder / SCRATCH.format(data, epochs)
-    if not found.is_file():
-        raise UserError(f"scratch takes the shape of {found}, which is not there; run blocks-16 with seed 0 first")
+    sparse = folder / SPARSE.format(run_name(data, "blocks-16", epochs, 0))
+    start = folder / SCRATCH.format(data, epochs)
+    if not sparse.is_file():
+        raise UserError(f"scratch takes the shape of {sparse}, which is not there; run blocks-16 with seed 0 first")
     if start.is_file():
         return
     torch.manual_seed(0)
-    saved = checkpoint.read(found)
+    saved = checkpoint.read(sparse)
     fresh = checkpoint.build(saved)
     for module in fresh.modules():
         if isinstance(module, (nn.Conv2d, nn.BatchNorm2d)):
@@ -147,14 +148,14 @@ def main() -> None:
     opt = parser.parse_args()
     if "coco128" in (opt.sets or ()) and not opt.coco128:
         raise UserError("--sets coco128: needs --coco128, the folder with its images and labels")
-    prepare(opt)
+    prepare_folder(opt)
     keys, rows = ("data", "epochs", "pipeline", "seed"), []
     for data in opt.sets or [name for name in SIZES if name != "coco128" or opt.coco128]:
         for epochs, pipeline, seed in product(opt.budgets or BUDGETS[data], opt.pipelines, opt.seeds):
             if pipeline == "scratch":
                 prepare_scratch(opt.folder, data, epochs)
             common.run_missing(commands(data, pipeline, epochs, seed, opt.weights), opt.folder)
-            rows.append(measure(opt.folder, data, pipeline, epochs, seed))
+            rows.append(result_row(opt.folder, data, pipeline, epochs, seed))
     publish("equal", rows, *keys, order=lambda row: [row[key] for key in keys])
 
 

@@ -33,24 +33,24 @@ VALUES: dict[str, list[tuple[str, Words]]] = {
                     "经由 ONNX 或 `--include yolov5`：见 [deploy](deploy.md)"))]}
 
 
-class _Found(Exception):
+class _ParserReached(Exception):
     """Carries a parser out of the main() that has made it."""
 
 
 def parser_of(main: Callable[[], object]) -> ArgumentParser:
     """The parser of a script: its main() is run as far as that."""
     def stop(parser: ArgumentParser, *_: object) -> None:
-        raise _Found(parser)
+        raise _ParserReached(parser)
 
     with patch.object(ArgumentParser, "parse_args", stop), patch.object(HelpfulParser, "parse_args", stop):
         try:
             main()
-        except _Found as found:
-            return found.args[0]
+        except _ParserReached as caught:
+            return caught.args[0]
     raise ValueError(f"{main} makes no parser")
 
 
-def known(script: str) -> set[str]:
+def flags_of(script: str) -> set[str]:
     """The flags of one of this repository's scripts."""
     parser = parser_of(importlib.import_module(Path(script).stem).main)
     return {flag for action in parser._actions for flag in action.option_strings}
@@ -63,11 +63,11 @@ def table(chinese: bool = False) -> tuple[list[list[str]], list[str]]:
 
     rows = []
     for script, flags in FLAGS.items():
-        here, groups = known(script), dict[Words, list[str]]()
+        ours, groups = flags_of(script), dict[Words, list[str]]()
         for flag in flags:
-            groups.setdefault(SAME if flag in here else LEFT_OUT.get(flag, UNNAMED), []).append(flag)
-        found = [(" ".join(f"`{flag}`" for flag in names), why) for why, names in groups.items()]
-        rows += [[script, names, spans(why[chinese])] for names, why in [*found, *VALUES.get(script, [])]]
+            groups.setdefault(SAME if flag in ours else LEFT_OUT.get(flag, UNNAMED), []).append(flag)
+        cells = [(" ".join(f"`{flag}`" for flag in names), why) for why, names in groups.items()]
+        rows += [[script, names, spans(why[chinese])] for names, why in [*cells, *VALUES.get(script, [])]]
     return rows, HEADER[chinese]
 
 

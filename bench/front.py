@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import fmean
 
 import common
-from columns import ROOT, Row, grouped, publish, read_results
+from columns import ROOT, Row, grouped, publish, read_table
 from equal import run_name
 
 import benchmarks
@@ -76,13 +76,13 @@ def main() -> None:
                 titles[file] = title
         if title not in titles.values():
             raise UserError(f"--folder {opt.folder}: has no run of {pipeline}; bench/equal.py makes it")
-    made = benchmarks.main(["--weights", *map(str, titles), "--data", str(opt.folder / "bccd" / "data.yaml"),
-                            "--imgsz", "320", "--include", "openvino", "--precisions", "fp32", "int8",
-                            "--threads", "2", "--noplots", "--project", str(opt.folder / "front")])
-    measured = read_results(str(made / "benchmarks"))
-    if failed := [row["reason"] for row in measured if row["ms"] == "" or row["mAP50-95"] == ""]:
-        raise UserError(f"{made}: not all could be measured, the first: {failed[0]}")
-    rows = averages(measured, {file.stem: title for file, title in titles.items()})
+    folder = benchmarks.main(["--weights", *map(str, titles), "--data", str(opt.folder / "bccd" / "data.yaml"),
+                              "--imgsz", "320", "--include", "openvino", "--precisions", "fp32", "int8",
+                              "--threads", "2", "--noplots", "--project", str(opt.folder / "front")])
+    rows = read_table(str(folder / "benchmarks"))
+    if failed := [row["reason"] for row in rows if row["ms"] == "" or row["mAP50-95"] == ""]:
+        raise UserError(f"{folder}: not all could be measured, the first: {failed[0]}")
+    rows = averages(rows, {file.stem: title for file, title in titles.items()})
     publish("front", rows)
     picture(rows, "BCCD, yolov5n at 320 px, 80 epochs in all; OpenVINO, 2 threads", ROOT / "img" / "front.png")
 

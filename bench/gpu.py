@@ -23,7 +23,7 @@ from utils.parser import HelpfulParser
 from utils.slimming.timing import medians
 
 IMGSZ, BLOCK, BATCHES = 640, 16, (1, 32)
-PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 BEFORE = 3  # passes before a capture: cuDNN chooses its kernels in them
 
 
@@ -47,10 +47,10 @@ def finished(call: Callable[[], object]) -> None:
     torch.cuda.synchronize()
 
 
-def measure(cfg: str, runs: int) -> list[Row]:
+def measure_model(cfg: str, runs: int) -> list[Row]:
     """A row per precision, batch and way to run it: milliseconds an image of the dense and of the slim model."""
     models = [on_device(fused(model), "cuda:0") for model in models_of(cfg, IMGSZ, (BLOCK,)).values()]
-    return [{"model": cfg, "precision": precision, **row} for precision, dtype in PRECISIONS.items()
+    return [{"model": cfg, "precision": precision, **row} for precision, dtype in DTYPES.items()
             for batch in BATCHES for row in times([model.to(dtype) for model in models], batch, dtype, runs)]
 
 
@@ -79,7 +79,7 @@ def main() -> None:
     torch.backends.cudnn.benchmark = True
     name = torch.cuda.get_device_name()
     for cfg in opt.models:  # written after each model: a time limit does not take what is measured
-        publish("gpu", [{"gpu": name, **found} for found in measure(cfg, opt.runs)], "model")
+        publish("gpu", [{"gpu": name, **row} for row in measure_model(cfg, opt.runs)], "model")
 
 
 if __name__ == "__main__":

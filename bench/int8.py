@@ -25,7 +25,7 @@ from val import evaluate
 CPU = torch.device("cpu")
 
 
-def measure(weights: str, data: str, folder: Path, images: int) -> list[Row]:
+def measure_files(weights: str, data: str, folder: Path, images: int) -> list[Row]:
     """mAP50-95 of a checkpoint, a row per split and runtime; "torch" is fp32."""
     trained = checkpoint.read(weights)
     model = checkpoint.build(trained)
@@ -55,7 +55,7 @@ def main() -> None:
     rows = []
     for weights in opt.weights:
         with TemporaryDirectory() as folder:
-            rows += measure(weights, opt.data, Path(folder), opt.calibration_images)
+            rows += measure_files(weights, opt.data, Path(folder), opt.calibration_images)
     publish("int8", rows)
 
 

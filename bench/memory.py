@@ -27,29 +27,29 @@ from utils.files import scratch, write_yaml
 from utils.parser import HelpfulParser
 
 FIRST = 10  # the epoch after which nothing should grow any more
-TRAIN = ["--weights", "", "--cfg", "models/yolov5n.yaml", "--imgsz", "64", "--batch-size", "4", "--workers", "2",
-         "--noval", "--noplots", "--noautoanchor", "--patience", "0"]
+TRAIN_FLAGS = ["--weights", "", "--cfg", "models/yolov5n.yaml", "--imgsz", "64", "--batch-size", "4", "--workers", "2",
+               "--noval", "--noplots", "--noautoanchor", "--patience", "0"]
 
 
 def children() -> list[int]:
     """Processes that this one has started."""
-    found: list[int] = []
+    pids: list[int] = []
     for task in Path("/proc/self/task").iterdir():
         with suppress(FileNotFoundError):  # a thread that has ended meanwhile
-            found += map(int, (task / "children").read_text().split())
-    return found
+            pids += map(int, (task / "children").read_text().split())
+    return pids
 
 
-def megabytes(pid: int) -> float:
+def process_megabytes(pid: int) -> float:
     """Memory of a process without its libraries' files; what it shares with its relatives counts in parts."""
     lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     return sum(int(line.split()[1]) for line in lines if line.startswith(("Pss_Anon:", "Pss_Shmem:"))) / 1024
 
 
-def held() -> Row:
+def footprint() -> Row:
     """What this process holds."""
     processes = children()
-    return {"MB": sum(map(megabytes, [os.getpid(), *processes])), "threads": threading.active_count(),
+    return {"MB": sum(map(process_megabytes, [os.getpid(), *processes])), "threads": threading.active_count(),
             "files": len(os.listdir("/proc/self/fd")), "processes": len(processes)}
 
 
@@ -64,10 +64,10 @@ class Watch(Hook):
         self.run = run
 
     def epoch_end(self, log: dict[str, float]) -> None:
-        done = self.run.epoch + 1
-        if done in (FIRST // 2, FIRST) or (done > FIRST and (done - FIRST) % self.period == 0):
+        epochs = self.run.epoch + 1
+        if epochs in (FIRST // 2, FIRST) or (epochs > FIRST and (epochs - FIRST) % self.period == 0):
             validate(self.run, dict(log))
-            self.rows.append({"part": "training", "what": f"training, epoch {done}", **held()})
+            self.rows.append({"part": "training", "what": f"training, epoch {epochs}", **footprint()})
 
 
 def data_yaml(folder: Path, count: int) -> Path:
@@ -81,7 +81,7 @@ def soak(folder: Path, epochs: int) -> list[Row]:
     """A training, in this process."""
     data = data_yaml(folder, 32)
     watch = Watch(max((epochs - FIRST) // 8, 1))
-    train([*TRAIN, "--data", str(data), "--epochs", str(epochs), "--project", str(folder)], [watch])
+    train([*TRAIN_FLAGS, "--data", str(data), "--epochs", str(epochs), "--project", str(folder)], [watch])
     return watch.rows
 
 

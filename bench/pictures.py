@@ -9,7 +9,7 @@ import numpy as np
 from columns import Row
 from matplotlib.axes import Axes
 
-from utils.plots.slimming import STAGES, gamma_chart
+from utils.plots.slimming import STAGE_COLOURS, gamma_chart
 from utils.plots.style import (
     BLUE,
     INK,
@@ -53,7 +53,7 @@ def draw_stages(ax: Axes, stages: Sequence[str], values: np.ndarray, groups: Seq
     fontsize = max(4.0, min(8.5, 34 / len(stages)))
     for i, stage in enumerate(stages):
         x = np.arange(len(groups)) + (i - (len(stages) - 1) / 2) * width
-        bars = ax.bar(x, values[i], 0.92 * width, color=STAGES[i % len(STAGES)], label=stage)
+        bars = ax.bar(x, values[i], 0.92 * width, color=STAGE_COLOURS[i % len(STAGE_COLOURS)], label=stage)
         ax.bar_label(bars, texts[i], padding=2, fontsize=fontsize, color=INK)
     ax.set_xticks(range(len(groups)), groups, fontsize=10)
     ax.set_ylim(0, 1.18 * values.max() or 1)  # an mAP may be 0 in every stage

@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 
 import flags
-from columns import ROOT, TABLES, formatted, grouped, read_results, spread
+from columns import ROOT, TABLES, formatted, grouped, read_table, spread
 
 from utils.errors import UserError, run_cli
 from utils.files import write_text
@@ -23,7 +23,7 @@ PAGES = (ROOT / "README.md", ROOT / "README.zh-CN.md", *sorted((ROOT / "docs").g
          ROOT / "bench" / "README.md")
 MARK, END = r"<!-- table ([\w ]+) -->\n", "<!-- /table -->"
 # In English and in Chinese.
-RUNS = ("{:.3f} ({:.3f} to {:.3f}, {} runs)", "{:.3f}（{:.3f}～{:.3f}，{} 次运行）")
+SPREAD_OF_RUNS = ("{:.3f} ({:.3f} to {:.3f}, {} runs)", "{:.3f}（{:.3f}～{:.3f}，{} 次运行）")
 SUMMARY = ("""\
 - **Half of the FLOPs may cost nothing.** BCCD, yolov5n, 320 px, 80 epochs in all: mAP50-95 on val is
   {} dense and {} slim.
@@ -48,19 +48,19 @@ fp32 稠密模型为 {dense_fp32[mAP50-95]:.3f}。""")
 
 def summary(chinese: bool) -> str:
     """The main result of equal.py and front.py, in three sentences."""
-    equal = grouped(read_results("equal"), "epochs", "data", "pipeline")
-    maps = [spread(equal[80, data, pipeline], "map", RUNS)[chinese]
+    equal = grouped(read_table("equal"), "epochs", "data", "pipeline")
+    maps = [spread(equal[80, data, pipeline], "map", SPREAD_OF_RUNS)[chinese]
             for data in ("bccd", "aquarium") for pipeline in ("dense", "blocks-16")]
-    points = {f"{row['model']}_{row['precision']}": row for row in read_results("front")}
+    points = {f"{row['model']}_{row['precision']}": row for row in read_table("front")}
     return SUMMARY[chinese].format(*maps, **points)
 
 
 def tables(chinese: bool = False) -> dict[str, str]:
     """Name of a mark -> what stands behind it."""
-    made = {name: formatted(table.rows(read_results(table.results)), table.columns, chinese)
-            for name, table in TABLES.items()}
-    made["flags"] = flags.table(chinese)
-    return {"summary": summary(chinese), **{name: markdown_table(*table) for name, table in made.items()}}
+    cells = {name: formatted(table.rows(read_table(table.results)), table.columns, chinese)
+             for name, table in TABLES.items()}
+    cells["flags"] = flags.table(chinese)
+    return {"summary": summary(chinese), **{name: markdown_table(*table) for name, table in cells.items()}}
 
 
 def filled(pages: dict[Path, str]) -> dict[Path, str]:
@@ -68,16 +68,16 @@ def filled(pages: dict[Path, str]) -> dict[Path, str]:
 
     UserError for a mark without a table, and for a table that no page shows.
     """
-    known, chinese = tables(), tables(chinese=True)
+    english, chinese = tables(), tables(chinese=True)
     marks = set(re.findall(MARK, "".join(pages.values())))
-    if wrong := known.keys() ^ marks:
+    if wrong := english.keys() ^ marks:
         raise UserError(f"<!-- table {min(wrong)} -->: a mark without a table, or a table without a mark in a page")
-    return {page: fill(text, chinese if page.name.endswith(".zh-CN.md") else known) for page, text in pages.items()}
+    return {page: fill(text, chinese if page.name.endswith(".zh-CN.md") else english) for page, text in pages.items()}
 
 
-def fill(text: str, known: dict[str, str]) -> str:
+def fill(text: str, texts: dict[str, str]) -> str:
     """A page with the tables between its marks replaced."""
-    return re.sub(f"({MARK}).*?({END})", lambda m: f"{m[1]}{known[m[2]]}\n{m[3]}", text, flags=re.DOTALL)
+    return re.sub(f"({MARK}).*?({END})", lambda m: f"{m[1]}{texts[m[2]]}\n{m[3]}", text, flags=re.DOTALL)
 
 
 def main() -> None:

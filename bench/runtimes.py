@@ -44,14 +44,14 @@ def random_model(cfg: str) -> Model:
 def models_of(cfg: str, imgsz: int, blocks: Sequence[int] = BLOCKS) -> dict[int, Model]:
     """Block size -> the model without half of its FLOPs; 0 is the dense one."""
     dense = random_model(cfg)
-    found = {0: dense}
+    models = {0: dense}
     for block in blocks:
         pruner = model_pruner(dense, imgsz).rank("gamma", Rules(min_share=0.1, round_to=block), per_flop=True)
-        found[block] = pruner.cut(target=("flops", 0.5)).slim
-    return found
+        models[block] = pruner.cut(target=("flops", 0.5)).slim
+    return models
 
 
-def measure(cfg: str, imgsz: int, runs: int) -> list[Row]:
+def measure_model(cfg: str, imgsz: int, runs: int) -> list[Row]:
     """A row per model, runtime and precision."""
     rows: list[Row] = []
     calls = []
@@ -78,7 +78,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=30, help="turns")
     opt = parser.parse_args()
     torch.set_num_threads(opt.threads)
-    publish("runtimes", [row for cfg in opt.models for row in measure(cfg, SIZES[cfg], opt.runs)])
+    publish("runtimes", [row for cfg in opt.models for row in measure_model(cfg, SIZES[cfg], opt.runs)])
 
 
 if __name__ == "__main__":

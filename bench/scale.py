@@ -77,10 +77,10 @@ def sample(images: Path) -> Row:
 
 def start(command: list[str], cache: Path) -> Row:
     """A sample in a process of its own."""
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "YOLO_CACHE": str(cache)})
-    if done.returncode:
-        raise UserError(f"{command[0]}: the loader ended with exit code {done.returncode}; its message is above")
-    return json.loads(done.stdout.splitlines()[-1])
+    process = subprocess.run(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "YOLO_CACHE": str(cache)})
+    if process.returncode:
+        raise UserError(f"{command[0]}: the loader ended with exit code {process.returncode}; its message is above")
+    return json.loads(process.stdout.splitlines()[-1])
 
 
 def forget(images: Path) -> None:
@@ -90,7 +90,7 @@ def forget(images: Path) -> None:
         file.unlink()
 
 
-def measure(images: Path, count: int, commands: dict[str, list[str]], runs: int) -> list[Row]:
+def measure_set(images: Path, count: int, commands: dict[str, list[str]], runs: int) -> list[Row]:
     """A row per loader."""
     cold: dict[str, list[Row]] = {by: [] for by in commands}
     warm: dict[str, list[Row]] = {by: [] for by in commands}
@@ -128,7 +128,7 @@ def main() -> None:
             if opt.stock:
                 program = STOCK.format(stock=str(opt.stock.resolve()), images=str(images))
                 commands["YOLOv5"] = [opt.stock_python, "-c", program]
-            publish("scale", measure(images, count, commands, opt.runs), "images", "by",
+            publish("scale", measure_set(images, count, commands, opt.runs), "images", "by",
                     order=lambda row: row["images"])
 
 

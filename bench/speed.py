@@ -114,11 +114,11 @@ def internal(sample: str, argument: str) -> list[float]:
 def timed(command: list[str]) -> tuple[float, str]:
     """Seconds of a process, and what it printed. UserError where it fails."""
     start = time.perf_counter()
-    done = subprocess.run(command, cwd=Path(command[1]).parent if command[1].endswith(".py") else ROOT,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    if done.returncode:
-        raise UserError(f"'{shlex.join(command)}' ended with exit code {done.returncode}: {done.stdout[-300:]}")
-    return time.perf_counter() - start, done.stdout
+    process = subprocess.run(command, cwd=Path(command[1]).parent if command[1].endswith(".py") else ROOT,
+                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if process.returncode:
+        raise UserError(f"'{shlex.join(command)}' ended with exit code {process.returncode}: {process.stdout[-300:]}")
+    return time.perf_counter() - start, process.stdout
 
 
 def in_turns(commands: dict[str, list[str]], runs: int) -> tuple[dict[str, float], dict[str, float]]:
@@ -128,7 +128,7 @@ def in_turns(commands: dict[str, list[str]], runs: int) -> tuple[dict[str, float
         for name, command in commands.items():
             seconds, text = timed(command)
             samples[name].append((seconds, sum(map(float, STAGE_MS.findall(text)))))
-    medians = {name: np.median(found, 0).tolist() for name, found in samples.items()}
+    medians = {name: np.median(values, 0).tolist() for name, values in samples.items()}
     return {name: s for name, (s, _) in medians.items()}, {name: ms for name, (_, ms) in medians.items()}
 
 
@@ -139,20 +139,20 @@ def sampled(sample: str, argument: str, runs: int) -> list[float]:
 
 
 def row(what: str, unit: str, times: dict[str, float]) -> Row:
-    """A line of the table. times: ours is the one without a name; another one is what it is compared with."""
-    found = {"what": what, "unit": unit, "ours": times[""], "beside": "", "other": "", "ratio": ""}
+    """A row of the table. times: "" -> this project's figure; a name -> the figure that it is compared with."""
+    line = {"what": what, "unit": unit, "ours": times[""], "beside": "", "other": "", "ratio": ""}
     for beside, other in times.items():
-        found |= {"beside": beside, "other": other, "ratio": other / times[""]} if beside else {}
-    return found
+        line |= {"beside": beside, "other": other, "ratio": other / times[""]} if beside else {}
+    return line
 
 
 def both(command: str, opt: Namespace) -> tuple[dict[str, float], dict[str, float]]:
     """in_turns() of the same command in both repositories."""
     script, *flags = shlex.split(command)
-    found = {"": [sys.executable, str(ROOT / script), *flags]}
+    commands = {"": [sys.executable, str(ROOT / script), *flags]}
     if opt.stock:
-        found["YOLOv5"] = [opt.stock_python, str(opt.stock / script), *flags]
-    return in_turns(found, opt.runs)
+        commands["YOLOv5"] = [opt.stock_python, str(opt.stock / script), *flags]
+    return in_turns(commands, opt.runs)
 
 
 def epochs_with_validation(command: str, opt: Namespace) -> list[Row]:
@@ -227,15 +227,15 @@ def overhead(name: str, imgsz: int = 320, batch: int = 16, steps: int = 15) -> R
 
     work = (("step", backward), ("l1", lambda: l1.add_to_gradients(1)), ("target", target.observe),
             ("step", move), ("target", lambda: target.shrink(0.4)))
-    found = []
+    times = []
     for _ in range(steps + 2):
         ms = dict.fromkeys(("step", "l1", "target"), 0.0)
         for part, call in work:
             start = time.perf_counter()
             call()
             ms[part] += (time.perf_counter() - start) * 1000
-        found.append(ms)
-    median = {part: float(np.median([ms[part] for ms in found[2:]])) for part in found[0]}  # two steps warm up
+        times.append(ms)
+    median = {part: float(np.median([ms[part] for ms in times[2:]])) for part in times[0]}  # two steps warm up
     return {"model": name, "imgsz": imgsz, "batch": batch, **median,
             "l1_share": median["l1"] / median["step"], "target_share": median["target"] / median["step"]}
 
@@ -251,7 +251,7 @@ def make_weights(folder: Path, names: dict[int, str]) -> tuple[Path, Path]:
     return folder / "untrained.pt", folder / "yolov5x.pt"
 
 
-def measure(opt: Namespace, groups: list[str]) -> list[Row]:
+def measure_groups(opt: Namespace, groups: list[str]) -> list[Row]:
     """The rows of speed.csv."""
     missing = [f"--{name}" for name in ("data", "coco", "weights") if getattr(opt, name) is None]
     if missing:
@@ -262,13 +262,13 @@ def measure(opt: Namespace, groups: list[str]) -> list[Row]:
                   "workers": opt.workers, "folder": folder}
         training, untrained = TRAIN.format(**values), VAL.format(**{**values, "weights": everywhere})
         quick = f"{training} --epochs {EPOCHS} --noval --nosave --noplots"
-        found = {"epochs": lambda: epochs_with_validation(training, opt),
-                 "steps": lambda: efficiency(quick, opt),
-                 "slimming": lambda: slimming(training, opt, folder),
-                 "validation": lambda: validation(VAL.format(**values), opt),
-                 "untrained": lambda: [row("val.py of an untrained model", "s", both(untrained, opt)[0])],
-                 "starting": lambda: starting(opt, large)}
-        return [{"group": group, **row} for group in groups for row in found[group]()]
+        sections = {"epochs": lambda: epochs_with_validation(training, opt),
+                    "steps": lambda: efficiency(quick, opt),
+                    "slimming": lambda: slimming(training, opt, folder),
+                    "validation": lambda: validation(VAL.format(**values), opt),
+                    "untrained": lambda: [row("val.py of an untrained model", "s", both(untrained, opt)[0])],
+                    "starting": lambda: starting(opt, large)}
+        return [{"group": group, **row} for group in groups for row in sections[group]()]
 
 
 def main() -> None:
@@ -289,7 +289,7 @@ def main() -> None:
         print(json.dumps(internal(*opt.internal)))
         return
     if groups := [group for group in opt.only if group != "overhead"]:
-        publish("speed", measure(opt, groups), "group", order=lambda row: GROUPS.index(row["group"]))
+        publish("speed", measure_groups(opt, groups), "group", order=lambda row: GROUPS.index(row["group"]))
     if "overhead" in opt.only:
         publish("overhead", [overhead(name) for name in ("yolov5n", "yolov5s")])
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from argparse import Namespace
 
-from columns import STAGES, formatted
-from common import cut_commands, experiment_parser, measure, run_missing, sparse_command, stage_files
+from columns import STAGE_COLUMNS, formatted
+from common import cut_commands, experiment_parser, measure_stages, run_missing, sparse_command, stage_files
 
 from utils.errors import run_cli
 from utils.tables import text_table, write_csv
@@ -22,10 +22,10 @@ def commands(opt: Namespace, data: str) -> dict[str, str]:
     train = f"{data} --epochs {opt.epochs} --batch-size {opt.batch_size} --adam"
     start, cut = f"--weights '{opt.weights}' {train}", f"--percent {opt.percent:g} --noval"
     convert = f"data/scripts/voc_to_yolo.py --voc '{opt.voc}' --out voc --splits {' '.join(opt.splits)}"
-    made = {"voc/data.yaml": convert, "runs/train/dense/results.csv": f"train.py {start} --name dense"}
+    by_product = {"voc/data.yaml": convert, "runs/train/dense/results.csv": f"train.py {start} --name dense"}
     for name, rule in (("l1", f"--st --sr {opt.sr:g}"), ("target", f"--target-sparsity {opt.percent:g}")):
-        made |= {**sparse_command(name, f"{rule} {start}"), **cut_commands(name, name, cut, train)}
-    return made
+        by_product |= {**sparse_command(name, f"{rule} {start}"), **cut_commands(name, name, cut, train)}
+    return by_product
 
 
 def main() -> None:
@@ -42,9 +42,9 @@ def main() -> None:
     opt = parser.parse_args()
     data = f"--data voc/data.yaml --imgsz {opt.imgsz}" + (f" --device {opt.device}" if opt.device else "")
     run_missing(commands(opt, data), opt.folder)
-    rows = measure(stage_files("l1", "target"), opt.folder, data)
+    rows = measure_stages(stage_files("l1", "target"), opt.folder, data)
     write_csv(opt.folder / "table.csv", rows)
-    print("\n" + text_table(*formatted(rows, STAGES)))
+    print("\n" + text_table(*formatted(rows, STAGE_COLUMNS)))
 
 
 if __name__ == "__main__":

@@ -34,9 +34,9 @@ def find(decoded: np.ndarray, size: tuple[int, int], shape: tuple[int, ...], con
     return np.column_stack((both, confidence[kept], label[kept]))
 
 
-def show(image: np.ndarray, found: np.ndarray, names: dict[int, str], path: str) -> None:
+def show(image: np.ndarray, detections: np.ndarray, names: dict[int, str], path: str) -> None:
     """Print class, confidence, x1, y1, x2, y2 of each box, and write the picture with the boxes drawn."""
-    for x1, y1, x2, y2, confidence, label in found.tolist():
+    for x1, y1, x2, y2, confidence, label in detections.tolist():
         name = names[int(label)].replace(" ", "_")
         print(f"{name} {confidence:.4f} {x1:.1f} {y1:.1f} {x2:.1f} {y2:.1f}")
         cv2.rectangle(image, (round(x1), round(y1)), (round(x2), round(y2)), (56, 56, 255), 2)

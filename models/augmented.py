@@ -22,20 +22,20 @@ class TestTimeAugmentation:
     def __call__(self, images: Tensor) -> tuple[Tensor, None]:
         """(B, 3, h, w) -> (decoded (B, N, nc + 5), None)."""
         strides = self.model.stride.tolist()
-        width, found = images.shape[3], []
+        width, predictions = images.shape[3], []
         for scale, mirrored in self.VIEWS:
             view = images.flip(3) if mirrored else images
             boxes = self.model(_scaled(view, scale, self.divisor))[0].clone()
             boxes[..., :4] /= scale
             if mirrored:
                 boxes[..., 0] = width - boxes[..., 0]
-            found.append(boxes)
+            predictions.append(boxes)
         # The level that a view is too large or too small for is left out: the coarsest of the first, the finest of
         # the last.
         shares = [1 / s ** 2 for s in strides]
-        coarsest = round(shares[-1] / sum(shares) * found[0].shape[1])
-        finest = round(shares[0] / sum(shares) * found[-1].shape[1])
-        return torch.cat((found[0][:, :-coarsest], *found[1:-1], found[-1][:, finest:]), 1), None
+        coarsest = round(shares[-1] / sum(shares) * predictions[0].shape[1])
+        finest = round(shares[0] / sum(shares) * predictions[-1].shape[1])
+        return torch.cat((predictions[0][:, :-coarsest], *predictions[1:-1], predictions[-1][:, finest:]), 1), None
 
 
 def _scaled(images: Tensor, scale: float, divisor: int) -> Tensor:

@@ -106,8 +106,8 @@ class AutoShape(nn.Module):
             if not kind.fits(value := getattr(self, name)):
                 raise UserError(f"model.{name}: must be {kind.what}, not {value!r}")
         classes = [] if self.classes is None else self.classes
-        wanted = classes if isinstance(classes, (list, tuple)) else [classes]
-        if unknown := [c for c in wanted if not isinstance(c, int) or c not in self.names]:
+        ids = classes if isinstance(classes, (list, tuple)) else [classes]
+        if unknown := [c for c in ids if not isinstance(c, int) or c not in self.names]:
             raise UserError(f"model.classes: {unknown[0]!r} is no class of the model; it has 0 to {max(self.names)}")
         sides = size if isinstance(size, (list, tuple)) else [self.imgsz if size is None else size]
         if not 1 <= len(sides) <= 2 or not all(whole(1, 65_536).fits(side) for side in sides):
@@ -128,9 +128,9 @@ class AutoShape(nn.Module):
         for start in range(0, len(loaded), at_once):
             batch = [cv2.cvtColor(image, cv2.COLOR_RGB2BGR) for image, _ in loaded[start:start + at_once]]
             with torch.inference_mode(), self._precision():
-                found = detect(model, batch, size, self.device, suppress)
-            boxes += [b.clone() for b in found.boxes]  # a clone may be changed in place; what inference_mode makes not
-            seconds, shape = seconds + found.seconds, found.shape
+                result = detect(model, batch, size, self.device, suppress)
+            boxes += [b.clone() for b in result.boxes]  # tensors of inference_mode can't be changed in place
+            seconds, shape = seconds + result.seconds, result.shape
         unique = UniqueNames()
         files = [f"{unique(i, safe_name(Path(name).stem), i)}.jpg" for i, (_, name) in enumerate(loaded)]
         return Detections([image for image, _ in loaded], boxes, files, self.names, (len(loaded), *shape[1:]),
@@ -233,8 +233,8 @@ class Detections:
     def tolist(self) -> list[Detections]:
         """A Detections for each image."""
         times = tuple(Seconds(time.t / max(self.n, 1)) for time in self.times)
-        return [Detections([image], [found], [file], self.names, self.s, times)
-                for image, found, file in zip(self.ims, self.pred, self.files)]
+        return [Detections([image], [boxes], [file], self.names, self.s, times)
+                for image, boxes, file in zip(self.ims, self.pred, self.files)]
 
     def pandas(self) -> Detections:
         """A copy whose .xyxy, .xyxyn, .xywh and .xywhn are DataFrames, one an image, with a column `name`."""
@@ -246,8 +246,8 @@ class Detections:
             return self
         new = copy(self)
         for key, columns in (("xyxy", CORNERS), ("xyxyn", CORNERS), ("xywh", CENTRES), ("xywhn", CENTRES)):
-            rows = [[[*row[:5], int(row[5]), self._name(row[5])] for row in found.tolist()]
-                    for found in getattr(self, key)]
+            rows = [[[*row[:5], int(row[5]), self._name(row[5])] for row in boxes.tolist()]
+                    for boxes in getattr(self, key)]
             setattr(new, key, [DataFrame(r, columns=[*columns, "confidence", "class", "name"]) for r in rows])
         return new
 
@@ -257,8 +257,8 @@ class Detections:
 
     def __str__(self) -> str:
         lines = []
-        for i, (image, found) in enumerate(zip(self.ims, self.pred), 1):
-            classes, counts = found[:, 5].unique(return_counts=True)
+        for i, (image, boxes) in enumerate(zip(self.ims, self.pred), 1):
+            classes, counts = boxes[:, 5].unique(return_counts=True)
             listed = ", ".join(f"{n} {self._name(c)}{'s' * (n > 1)}" for c, n in zip(classes.tolist(), counts.tolist()))
             lines.append(f"image {i}/{self.n}: {image.shape[0]}x{image.shape[1]} {listed or '(no detections)'}")
         speeds = ", ".join(f"{ms:.1f}ms {stage}" for ms, stage in zip(self.t, ("pre-process", "inference", "NMS")))
@@ -298,8 +298,8 @@ class Detections:
         """
         crops, classes = [], UniqueNames()
         folder = _new_folder(save_dir, exist_ok) if save else None
-        for image, found, file in zip(self.ims, self.pred, self.files):
-            for i, row in enumerate(found):
+        for image, boxes, file in zip(self.ims, self.pred, self.files):
+            for i, row in enumerate(boxes):
                 name, cut = self._name(row[5]), cut_out(image, row.tolist())
                 if folder is not None and cut.size:
                     place = folder / "crops" / classes(name, safe_name(name))
@@ -330,9 +330,9 @@ class Detections:
     def _drawn(self, labels: bool) -> list[np.ndarray]:
         """The images with their boxes; those without a box as they are."""
         drawn = []
-        for image, found in zip(self.ims, self.pred):
-            captions = [f"{self._name(c)} {score:.2f}" if labels else "" for score, c in found[:, 4:].tolist()]
-            drawn.append(draw_boxes(image, found[:, :4].numpy(), captions, found[:, 5].int().tolist()))
+        for image, boxes in zip(self.ims, self.pred):
+            captions = [f"{self._name(c)} {score:.2f}" if labels else "" for score, c in boxes[:, 4:].tolist()]
+            drawn.append(draw_boxes(image, boxes[:, :4].numpy(), captions, boxes[:, 5].int().tolist()))
         return drawn
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from models.common import Conv
 from models.config import read_yaml
-from models.schema import ANY, FORMAT, MOST, checked, require, sound, tree
+from models.schema import ANY, FORMAT, MOST_VALUES, checked, require, sound, tree
 from models.yolo import BUILD_ERRORS, Model, fused
 from utils.downloads import fetch
 from utils.errors import NonFiniteError, UserError, first_line
@@ -118,7 +118,7 @@ def build(data: dict[str, Any], device: str | torch.device = "cpu", path: str | 
 
 
 def _assemble(data: dict[str, Any], path: str | Path, ema: bool = True, place: str = "meta") -> Model:
-    """Built from its yaml, narrowed to the shapes of its weights, and given these: they are data's own tensors.
+    """A model of data's yaml, narrowed to the shapes of its weights, that holds these very tensors.
 
     On the meta device a yaml allocates nothing, whatever width it asks for: only what is in the file takes memory. A
     block that computes with values while it is built, or keeps some that are not in the file, needs a real device.
@@ -168,7 +168,7 @@ def require_finite(state: dict[str, Tensor], before: str, after: str) -> None:
 
 
 def load_fitting(model: Model, path: str | Path) -> int:
-    """Give `model` those weights of a checkpoint that have the same name and shape, its anchors not; how many."""
+    """Give `model` the weights of a checkpoint that have the same name and shape, but no anchors; returns how many."""
     theirs, mine = load(path).state_dict(), model.state_dict()
     same = {k: v for k, v in theirs.items() if k in mine and v.shape == mine[k].shape and not k.endswith("anchors")}
     model.load_state_dict(same, strict=False)
@@ -240,19 +240,19 @@ def _from_official(data: Any) -> dict[str, Any]:
 
 def _tensors(whole: Any) -> dict[str, Tensor]:
     """Every parameter and buffer below a stand-in module, as state_dict would name them; each module counts once."""
-    found, seen, waiting, left = {}, {id(whole)}, [("", whole)], MOST
+    state, seen, waiting, budget = {}, {id(whole)}, [("", whole)], MOST_VALUES
     while waiting:
         prefix, module = waiting.pop()
         tensors = [*(vars(module).get("_parameters") or {}).items(), *(vars(module).get("_buffers") or {}).items()]
         children = (vars(module).get("_modules") or {}).items()
-        left -= len(tensors) + len(children)
-        if len(prefix) > LONGEST_NAME or left < 0:
+        budget -= len(tensors) + len(children)
+        if len(prefix) > LONGEST_NAME or budget < 0:
             raise ValueError("its modules are nested without end")
         for key, value in tensors:
             if isinstance(value, Tensor) and key != "anchor_grid":  # which is in older files
-                found[f"{prefix}{key}"] = sound(value.detach(), f"{prefix}{key}")
+                state[f"{prefix}{key}"] = sound(value.detach(), f"{prefix}{key}")
         for name, child in children:
             if isinstance(child, _Inert) and id(child) not in seen:
                 seen.add(id(child))
                 waiting.append((f"{prefix}{name}.", child))
-    return found
+    return state

@@ -172,7 +172,7 @@ class SPP(nn.Module):
 
 @block()
 class C3SPP(C3):
-    """C3 with an SPP in the place of the bottlenecks (n, which a yaml row never gives it, counts for nothing)."""
+    """C3 with an SPP in the place of the bottlenecks (n is ignored; a yaml row never gives it)."""
 
     def __init__(self, c1: int, c2: int, k: tuple[int, ...] = (5, 9, 13), n: int = 1, shortcut: bool = True, g: int = 1,
                  e: float = 0.5):

@@ -9,23 +9,24 @@ from models.schema import is_number, tree, whole
 from utils.errors import UserError
 from utils.text import read_yaml_mapping
 
-FOLDER = Path(__file__).resolve().parent
-MOST = 100_000  # values in a description
+MODEL_FOLDER = Path(__file__).resolve().parent
+MOST_VALUES = 100_000  # values in a description
 
 
 def read_yaml(cfg: str | Path | dict) -> dict:
     """A model description as a dict. A name is looked for as given, then in models/ and models/hub/."""
     if isinstance(cfg, dict):
         try:
-            return _checked(tree(cfg, MOST), "the model's yaml")
+            return _checked(tree(cfg, MOST_VALUES), "the model's yaml")
         except ValueError as error:
             raise UserError(f"the model's yaml: {error}") from None
-    for path in (Path(cfg), FOLDER / cfg, FOLDER / Path(cfg).name, FOLDER / "hub" / Path(cfg).name):
+    name = Path(cfg).name
+    for path in (Path(cfg), MODEL_FOLDER / cfg, MODEL_FOLDER / name, MODEL_FOLDER / "hub" / name):
         if path.is_file():
             break
     else:
-        known = ", ".join(sorted(p.name for p in FOLDER.glob("*.yaml")))
-        raise UserError(f"--cfg {cfg}: no such file; the models here are {known}")
+        models = ", ".join(sorted(p.name for p in MODEL_FOLDER.glob("*.yaml")))
+        raise UserError(f"--cfg {cfg}: no such file; the models here are {models}")
     return _checked(read_yaml_mapping(path, "--cfg"), str(path))
 
 
@@ -62,12 +63,12 @@ def _is_row(row: Any) -> bool:
 
 def check_cfg(own: dict, path: str) -> None:
     """Raise UserError, with the first difference, where a yaml is not the checkpoint's own."""
-    given = read_yaml(path)
+    other = read_yaml(path)
     for key in ("depth_multiple", "width_multiple"):
-        if given.get(key, 1.0) != own.get(key, 1.0):
-            raise UserError(f"--cfg {path}: {key} is {given.get(key, 1.0)}, the checkpoint's is {own.get(key, 1.0)}; "
+        if other.get(key, 1.0) != own.get(key, 1.0):
+            raise UserError(f"--cfg {path}: {key} is {other.get(key, 1.0)}, the checkpoint's is {own.get(key, 1.0)}; "
                             "leave --cfg out")
-    rows, own_rows = given["backbone"] + given["head"], own["backbone"] + own["head"]
+    rows, own_rows = other["backbone"] + other["head"], own["backbone"] + own["head"]
     for i, (a, b) in enumerate(zip_longest(rows, own_rows, fillvalue="nothing")):
         if str(a) != str(b):
             raise UserError(f"--cfg {path}: row {i} is {a}, the checkpoint's is {b}; "

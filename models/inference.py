@@ -19,44 +19,44 @@ from utils.slimming.timing import synchronize
 
 
 @dataclass
-class Found:
-    """What detect() found in a batch."""
+class BatchDetections:
+    """What detect() finds in a batch."""
 
     boxes: list[Tensor]                    # per image (n, 6), float32 on the CPU: xyxy in its pixels, confidence, class
     shape: torch.Size                      # (B, 3, H, W) that the model saw
     seconds: tuple[float, float, float]    # letterbox, model, NMS
 
 
-def image_size(model: Detector, asked: int | Sequence[int] | None, usual: int | None,
+def image_size(model: Detector, size: int | Sequence[int] | None, usual: int | None,
                flag: str = "--imgsz") -> int | tuple[int, int]:
     """Pixels to detect at, in whole strides: the longest side, or (height, width) where two numbers were asked for.
 
     Where none was asked for it is the `usual` one. A file of a fixed size has its own: UserError, which names `flag`,
     where another one was asked for.
     """
-    given = (asked,) if isinstance(asked, int) else tuple(asked or ())
-    text, fixed = " ".join(map(str, given)), tuple(model.input_shape[2:])
-    if len(given) > 2:
+    sides = (size,) if isinstance(size, int) else tuple(size or ())
+    text, fixed = " ".join(map(str, sides)), tuple(model.input_shape[2:])
+    if len(sides) > 2:
         raise UserError(f"{flag} {text}: give the longest side, or height and width")
-    wanted = tuple(whole_strides(side, model.divisor) for side in given or [usual or 640])
+    rounded = tuple(whole_strides(side, model.divisor) for side in sides or [usual or 640])
     if not any(fixed):
-        return wanted[0] if len(wanted) == 1 else (wanted[0], wanted[1])
-    own = fixed if len(given) == 2 else (max(fixed),)
-    if given and own not in (given, wanted):
+        return rounded[0] if len(rounded) == 1 else (rounded[0], rounded[1])
+    own = fixed if len(sides) == 2 else (max(fixed),)
+    if sides and own not in (sides, rounded):
         raise UserError(f"{flag} {text}: this file takes images of {fixed[0]} x {fixed[1]} (height x width) only; "
                         "leave it out, or export with --dynamic")
     return max(fixed)
 
 
 def require_rgb(model: Detector, name: str, mend: str = "give one whose yaml says ch: 3") -> None:
-    """UserError where a model takes another kind of images than pictures are. name: of the model, for the message."""
+    """UserError where a model does not take RGB images. name: of the model, for the message."""
     channels = model.input_shape[1]
     if channels not in (0, 3):
         raise UserError(f"{name}: takes images of {channels} channels, not RGB; {mend}")
 
 
-def prepare(images: Sequence[np.ndarray], imgsz: int | tuple[int, int], stride: int, square: bool, device: torch.device,
-            dtype: torch.dtype) -> Tensor:
+def to_batch(images: Sequence[np.ndarray], imgsz: int | tuple[int, int], stride: int, square: bool,
+             device: torch.device, dtype: torch.dtype) -> Tensor:
     """uint8 (h, w, 3) BGR each -> (B, 3, H, W) in 0..1: letterboxed to `imgsz`, or to (H, W).
 
     The shorter side is only as long as the images need it, unless they are to be `square`. Images of several shapes
@@ -75,21 +75,21 @@ def prepare(images: Sequence[np.ndarray], imgsz: int | tuple[int, int], stride: 
 
 
 def detect(model: Detector, images: Sequence[np.ndarray], imgsz: int | tuple[int, int], device: torch.device,
-           suppress: Callable[[Tensor], list[Tensor]]) -> Found:
+           suppress: Callable[[Tensor], list[Tensor]]) -> BatchDetections:
     """Detect in uint8 (h, w, 3) BGR images, all in one batch, at what image_size() gives.
 
     suppress: utils.boxes.nms with its options. Call it without gradients. NonFiniteError for predictions that are none.
     """
     start = time.perf_counter()
     height, width = model.input_shape[2:]
-    x = prepare(images, (height, width) if height else imgsz,  # a file of a fixed size has its own
-                model.divisor, bool(height), device, model.dtype)
+    x = to_batch(images, (height, width) if height else imgsz,  # a file of a fixed size has its own
+                 model.divisor, bool(height), device, model.dtype)
     synchronize(device)
     prepared = time.perf_counter()
     decoded = model(x)[0].float()
     synchronize(device)
     decided = time.perf_counter()
     require_finite(decoded, model)
-    boxes = [scale_boxes(x.shape[2:], found, image.shape[:2]).cpu() for found, image in zip(suppress(decoded), images)]
+    boxes = [scale_boxes(x.shape[2:], rows, image.shape[:2]).cpu() for rows, image in zip(suppress(decoded), images)]
     seconds = prepared - start, decided - prepared, time.perf_counter() - decided
-    return Found(boxes, x.shape, seconds)
+    return BatchDetections(boxes, x.shape, seconds)

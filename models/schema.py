@@ -15,7 +15,7 @@ from torch import Tensor
 
 FORMAT = "yolov5-slimming/1"
 # Of a file: values, each counted wherever it is reached from; levels of nesting; the largest whole number.
-MOST, DEEPEST, LARGEST = 1_000_000, 32, 10 ** 9
+MOST_VALUES, DEEPEST, LARGEST = 1_000_000, 32, 10 ** 9
 LEAVES = (str, int, float, bool, type(None))
 
 
@@ -60,10 +60,10 @@ def one_of(*words: str) -> Kind:
 
 def tensor(dtypes: Iterable[torch.dtype], dim: int | None = None) -> Kind:
     """Tensors of these types, and of so many dimensions."""
-    known = tuple(dtypes)
+    types = tuple(dtypes)
     shape = "" if dim is None else f" with {dim} dimension"
-    return Kind(f"a tensor of {str(known[0]).removeprefix('torch.')}{shape}", lambda value: (
-        isinstance(value, Tensor) and value.dtype in known and dim in (None, value.dim())))
+    return Kind(f"a tensor of {str(types[0]).removeprefix('torch.')}{shape}", lambda value: (
+        isinstance(value, Tensor) and value.dtype in types and dim in (None, value.dim())))
 
 
 def maybe(form: Any) -> tuple:
@@ -85,7 +85,7 @@ ANY = Kind("anything", lambda value: True)
 PLAIN = Kind("plain data without tensors", _plain)
 TEXT = Kind("text", lambda value: isinstance(value, str))
 FLAG = Kind("True or False", lambda value: isinstance(value, bool))
-SIZE, SHARE, RATES = maybe(whole(1, 65_536)), maybe(number(0, 1)), maybe({...: number(0)})
+SIZE, FRACTION, RATES = maybe(whole(1, 65_536)), maybe(number(0, 1)), maybe({...: number(0)})
 WEIGHT, VALUES = tensor(FLOATS + INTEGERS), tensor(FLOATS, 1)
 MASK, BYTES = tensor([torch.bool], 1), tensor([torch.uint8], 1)
 SHORTCUTS = maybe(one_of("skip", "joint"))
@@ -95,7 +95,7 @@ TARGET = Kind("flops, params or latency, and a number between 0 and 1", lambda v
 
 # The file -------------------------------------------------------------------------------------------------------------
 
-# A training's options. What is not named here decides nothing in a run that goes on, nor in another script.
+# A training's options. Those that are not named here have no effect on a resumed run, nor on another script.
 OPTIONS: dict[Any, Any] = {
     **dict.fromkeys(("weights", "cfg", "data", "teacher", "project", "name", "script"), maybe(TEXT)),
     **dict.fromkeys(("batch_size", "nbs", "round_to"), SIZE), "imgsz": maybe(whole(32, 65_536)),
@@ -103,7 +103,7 @@ OPTIONS: dict[Any, Any] = {
     **dict.fromkeys(("seed", "save_period"), maybe(whole(-2 ** 63, 2 ** 63))),
     **dict.fromkeys(("rect", "nosave", "noval", "noautoanchor", "noplots", "multi_scale", "image_weights", "sync_bn",
                      "cos_lr", "deterministic", "single_cls", "adam", "shrink", "per_flop", "layers"), maybe(FLAG)),
-    **dict.fromkeys(("percent", "target_sparsity", "label_smoothing"), SHARE),
+    **dict.fromkeys(("percent", "target_sparsity", "label_smoothing"), FRACTION),
     **dict.fromkeys(("sr", "sr_bias", "teacher_weight"), maybe(number(0))),
     "optimizer": maybe(one_of("SGD", "Adam", "AdamW")), "amp": maybe(one_of("off", "bf16", "fp16")),
     "cache": maybe(one_of("auto", "ram", "disk", "none")), "shortcuts": SHORTCUTS, "target": maybe(TARGET),
@@ -112,7 +112,7 @@ SPARSE = maybe({"score": Needed(VALUES), "dead": Needed(MASK), "settled": FLAG, 
 HOOKS = {"SparsityHook": {"history": Needed([VALUES]), "target": SPARSE, "done": FLAG, ...: ANY},
          "GradualCut": {"target": SPARSE, ...: ANY}, "ImageWeights": {"class_map": Needed([number()]), ...: ANY},
          ...: {...: ANY}}
-TRAINING: dict[Any, Any] = {
+TRAINING_STATE: dict[Any, Any] = {
     "epoch": Needed(whole()), "batches_done": whole(), "mean": VALUES, "updates": Needed(whole()),
     "optimizer": Needed({"state": Needed({...: {...: maybe((WEIGHT, number()))}}),
                          "param_groups": Needed([{"params": Needed([whole()]), ...: ANY}])}),
@@ -124,7 +124,7 @@ MODEL: dict[Any, Any] = {  # all other entries tell where it came from
     "yaml": Needed({...: PLAIN}), "names": Needed({...: TEXT}), "masks": Needed({...: MASK}),
     "state_dict": Needed({...: WEIGHT}), "ema": maybe({...: WEIGHT})}
 CHECKPOINT: dict[Any, Any] = {
-    **MODEL, "opt": maybe(OPTIONS), "hyp": RATES, "training": maybe(TRAINING), "imgsz": OPTIONS["imgsz"],
+    **MODEL, "opt": maybe(OPTIONS), "hyp": RATES, "training": maybe(TRAINING_STATE), "imgsz": OPTIONS["imgsz"],
     **dict.fromkeys(("data", "folder", "parent"), maybe(TEXT)), "gradual": FLAG,
     "metrics": maybe({"difference": maybe(number(0)), ...: ANY}),
     "sparsity": {"round_to": SIZE, "shortcuts": SHORTCUTS, "layers": FLAG, ...: ANY}, "to_cut": {...: MASK},
@@ -157,17 +157,17 @@ def checked(data: Any) -> dict[str, Any]:
     return data
 
 
-def tree(data: Any, most: int = MOST) -> Any:
-    """A copy of nested mappings and lists in which nothing is shared: printing or copying it comes to an end.
+def tree(data: Any, most: int = MOST_VALUES) -> Any:
+    """A copy of nested mappings and lists in which nothing is shared, so that printing or copying it ends.
 
     Tensors stay what they are. ValueError where it is cyclic, too deep or too large, or holds something else.
     """
-    left = most
+    budget = most
 
     def copy(value: Any, where: str, depth: int) -> Any:
-        nonlocal left
-        left -= 1
-        if left < 0 or depth > DEEPEST:
+        nonlocal budget
+        budget -= 1
+        if budget < 0 or depth > DEEPEST:
             raise ValueError(f"'{where}' is nested too deeply, or without end")
         if isinstance(value, dict):
             return {copy(key, where, depth): copy(inner, _below(where, key), depth + 1) for key, inner in value.items()}

@@ -25,12 +25,12 @@ from models.summary import show
 from utils.errors import UserError, first_line, run_cli
 
 LEAST_DIVISOR = 32  # as in YOLOv5, also where the strides are smaller
-# What a block raises that is given the wrong arguments.
+# What blocks raise for wrong arguments.
 BUILD_ERRORS = (TypeError, ValueError, IndexError, KeyError, AttributeError, AssertionError, RuntimeError,
                 ArithmeticError)
 # Of a model. The largest of the repository's yamls has 144,000,000 parameters; the loss weighs five levels.
 MOST_PARAMETERS, MOST_LAYERS, MOST_CHANNELS, MOST_LEVELS = 500_000_000, 500, 1_000_000, 5
-MOST_PIXELS = 64  # that a layer adds to a map, or the times by which it makes it larger
+MOST_GROWTH = 64  # that a layer adds to a map, or the times by which it makes it larger
 ACTIVATIONS = {"nn.SiLU": nn.SiLU, "nn.ReLU": nn.ReLU, "nn.LeakyReLU": nn.LeakyReLU, "nn.Hardswish": nn.Hardswish,
                "nn.ReLU6": nn.ReLU6, "nn.Mish": nn.Mish, "nn.GELU": nn.GELU, "nn.Identity": nn.Identity}
 
@@ -185,21 +185,21 @@ class _Shapes(TorchFunctionMode):
             x, weight, bias, *how, groups = args
             if x.shape[1] == weight.shape[1] * groups and (bias is None or len(bias) == len(weight)):
                 return torch.conv2d(x[:, :1], weight[:1, :1], None, *how, 1).repeat(1, len(weight), 1, 1)
-        found = func(*args, **(kwargs or {}))
-        if isinstance(found, Tensor) and found.numel() > MOST_PARAMETERS:
-            raise ValueError(f"a map of {tuple(found.shape)} is too large")
-        return found
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and result.numel() > MOST_PARAMETERS:
+            raise ValueError(f"a map of {tuple(result.shape)} is too large")
+        return result
 
 
 class _Budget(TorchFunctionMode):
     """Within it at most MOST_PARAMETERS numbers are made: what asks for more is refused before memory is taken."""
 
-    left = MOST_PARAMETERS
+    remaining = MOST_PARAMETERS
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if func in (torch.empty, torch.zeros, torch.ones):
-            self.left -= math.prod(args[0] if isinstance(args[0], (tuple, list)) else args)
-            if self.left < 0:
+            self.remaining -= math.prod(args[0] if isinstance(args[0], (tuple, list)) else args)
+            if self.remaining < 0:
                 raise ValueError(f"the model would have more than {MOST_PARAMETERS:,} parameters")
         return func(*args, **(kwargs or {}))
 
@@ -284,24 +284,24 @@ class Model(nn.Module):
 
     def _set_activation(self, name: str) -> None:
         """Replace every block's SiLU by the class that the yaml names: `nn.ReLU()` or `nn.LeakyReLU(0.1)`, say."""
-        written = re.fullmatch(r"(nn\.\w+)(?:\((-?(?:\d+\.?\d*|\.\d+)(?:e-?\d\d?)?)?\))?", name.strip())
-        cls = ACTIVATIONS.get(written[1]) if written else None
-        if written is None or cls is None:
+        match = re.fullmatch(r"(nn\.\w+)(?:\((-?(?:\d+\.?\d*|\.\d+)(?:e-?\d\d?)?)?\))?", name.strip())
+        cls = ACTIVATIONS.get(match[1]) if match else None
+        if match is None or cls is None:
             raise UserError(f"model yaml: activation '{name[:60]}' is not one of {', '.join(ACTIVATIONS)}, with at "
                             "most a number, as in nn.LeakyReLU(0.1)")
         for module in self.modules():
             if isinstance(module, Conv) and isinstance(module.act, nn.SiLU):
-                module.act = cls(float(written[2])) if written[2] else cls()
+                module.act = cls(float(match[2])) if match[2] else cls()
 
     def _require_small_steps(self) -> None:
         """UserError where a layer makes its map so much larger that no memory would hold it."""
         for i, layer in enumerate(self.model):
             for module in layer.modules():
-                given = [getattr(module, key, None) for key in ("size", "scale_factor", "padding", "output_padding")]
-                given += [module.stride] if isinstance(module, nn.ConvTranspose2d) else []
-                numbers = [n for value in given for n in (value if isinstance(value, (tuple, list)) else [value])]
-                if any(isinstance(n, (int, float)) and not n <= MOST_PIXELS for n in numbers):
-                    raise UserError(f"model yaml, row {i}: adds more than {MOST_PIXELS} pixels to a map, or makes it "
+                settings = [getattr(module, key, None) for key in ("size", "scale_factor", "padding", "output_padding")]
+                settings += [module.stride] if isinstance(module, nn.ConvTranspose2d) else []
+                numbers = [n for value in settings for n in (value if isinstance(value, (tuple, list)) else [value])]
+                if any(isinstance(n, (int, float)) and not n <= MOST_GROWTH for n in numbers):
+                    raise UserError(f"model yaml, row {i}: adds more than {MOST_GROWTH} pixels to a map, or makes it "
                                     "more than so many times as large")
 
     def set_strides(self) -> None:
@@ -312,13 +312,13 @@ class Model(nn.Module):
         head.train()
         for size in (64, 256):  # a small image is the faster one, if it is large enough
             try:
-                with torch.no_grad(), _Shapes(), _sides_of(self.model) as made:
+                with torch.no_grad(), _Shapes(), _sides_of(self.model) as sides:
                     maps = [y.shape[2:4] for y in self.forward(torch.zeros(1, self.yaml["ch"], size, size))]
             except BUILD_ERRORS as error:
                 if size == 64:
                     continue
                 raise UserError(f"model yaml: its layers do not fit together ({first_line(error, 120)})") from None
-            if min(made) > 1:  # else it may have been rounded up
+            if min(sides) > 1:  # else it may have been rounded up
                 break
         for module, training in modes:
             module.training = training
@@ -329,7 +329,7 @@ class Model(nn.Module):
         if head.anchors.shape != (head.nl, head.na, 2) or not bool((head.anchors > 0).all()):
             raise UserError(f"model: its anchors are not {head.nl} times {head.na} widths and heights above 0")
         head.stride.copy_(torch.tensor([size / width for _, width in maps]))
-        self.divisor = max(size // min(made), LEAST_DIVISOR)
+        self.divisor = max(size // min(sides), LEAST_DIVISOR)
 
     def _scale_anchors(self) -> None:
         """Bring the anchors into the strides' order, and to grid units."""
@@ -384,10 +384,10 @@ def _sides_of(layers: nn.Sequential) -> Iterator[list[int]]:
     """The shorter side of every map that one of the layers makes while the block runs."""
     sides: list[int] = []
 
-    def note(layer: nn.Module, args: Any, made: Any) -> None:
-        sides.extend(min(y.shape[2:4]) for y in (made if isinstance(made, list) else [made]))
+    def record(layer: nn.Module, args: Any, output: Any) -> None:
+        sides.extend(min(y.shape[2:4]) for y in (output if isinstance(output, list) else [output]))
 
-    hooks = [layer.register_forward_hook(note) for layer in layers]
+    hooks = [layer.register_forward_hook(record) for layer in layers]
     try:
         yield sides
     finally:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from models.config import FOLDER, read_yaml
+from models.config import MODEL_FOLDER, read_yaml
 from models.pruning import model_pruner
 from models.yolo import Model
 from tests.blocks import randomised
@@ -25,7 +25,7 @@ STOCK = {"yolov3-spp": (62998749, 445), "yolov3-tiny": (8852366, 71), "yolov3": 
          "yolov5n6": (3246940, 459), "yolov5s-LeakyReLU": (7235389, 349), "yolov5s-ghost": (3897605, 529),
          "yolov5s-transformer": (7235645, 348), "yolov5s-v5.0": (7276605, 361), "yolov5s6": (12626620, 459),
          "yolov5x6": (140794780, 963)}
-FILES = sorted(FOLDER.glob("*.yaml")) + sorted((FOLDER / "hub").glob("*.yaml"))
+FILES = sorted(MODEL_FOLDER.glob("*.yaml")) + sorted((MODEL_FOLDER / "hub").glob("*.yaml"))
 NAMES = [f.stem for f in FILES]
 
 
@@ -38,7 +38,7 @@ def test_hub_models_have_stocks_size(name):
 
 @pytest.mark.slow
 def test_every_yaml_of_the_hub_is_counted():
-    assert {f.stem for f in (FOLDER / "hub").glob("*.yaml")} == STOCK.keys()
+    assert {f.stem for f in (MODEL_FOLDER / "hub").glob("*.yaml")} == STOCK.keys()
 
 
 @pytest.fixture(scope="module", params=FILES, ids=NAMES)

@@ -4,7 +4,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from training.autoanchor import SAMPLE, check_anchors, evolve_anchors, fit_anchors
+from training.autoanchor import SAMPLED_BOXES, check_anchors, evolve_anchors, fit_anchors
 
 FAR = np.full((3, 3, 2), 400.0)
 
@@ -48,7 +48,7 @@ def test_boxes_without_spread(wh):
 
 
 def test_large_sets_are_sampled():
-    wh = boxes(SAMPLE * 3)
+    wh = boxes(SAMPLED_BOXES * 3)
     assert check_anchors(wh, evolve_anchors(wh, gen=5)[None])[0] > 0.98
 
 

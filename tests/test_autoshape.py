@@ -17,7 +17,7 @@ import detect
 import hubconf
 from models import checkpoint, formats
 from models.autoshape import AutoShape, read_image
-from models.inference import prepare
+from models.inference import to_batch
 from models.pruning import model_pruner
 from models.yolo import Model
 from utils.boxes import nms
@@ -178,7 +178,7 @@ def test_size_and_augmentation(model, photo):
 
 @pytest.mark.slow
 def test_a_tensor_gives_what_nms_takes(model, photo):
-    x = prepare([cv2.imread(str(photo))], 64, 32, False, torch.device("cpu"), torch.float32)
+    x = to_batch([cv2.imread(str(photo))], 64, 32, False, torch.device("cpu"), torch.float32)
     found = nms(model(x), model.conf, model.iou, max_det=5)[0]
     assert torch.equal(found[:, 4:], model(photo).xyxy[0][:, 4:])
 

@@ -112,7 +112,7 @@ def test_a_figure_comes_back_from_a_csv_as_it_was_written(bench, tmp_path, monke
     monkeypatch.setattr(columns, "RESULTS", tmp_path)
     rows = [{"model": "a", "map": 0.125, "parameters": 1000, "tuned": ""}]
     write_csv(tmp_path / "x.csv", rows)
-    assert columns.read_results("x") == rows
+    assert columns.read_table("x") == rows
     titles = ["model", ("parameters", "parameters", columns.COUNT), (("fine-tuned", "微调后"), "tuned", columns.SHARE)]
     assert columns.formatted(rows, titles) == ([["a", "1,000", ""]], ["model", "parameters", "fine-tuned"])
     assert columns.formatted(rows, titles, chinese=True) == ([["a", "1,000", ""]], ["model", "parameters", "微调后"])
@@ -125,9 +125,9 @@ def test_rows_of_other_keys_stay_in_the_results(bench, tmp_path, monkeypatch, ca
     old, new, other = ({"data": data, "map": value} for data, value in (("a", 1), ("a", 2), ("b", 3)))
     columns.publish("x", [old, other])
     columns.publish("x", [new], "data")
-    assert columns.read_results("x") == [other, new]
+    assert columns.read_table("x") == [other, new]
     columns.publish("x", [new], "data", order=lambda row: row["data"])
-    assert columns.read_results("x") == [new, other]
+    assert columns.read_table("x") == [new, other]
     assert capsys.readouterr().out.split() == ["data", "----", *"ab", "data", "----", *"ba", "data", "----", *"ab"]
 
 
@@ -143,7 +143,7 @@ def test_the_experiments_on_bccd_make_what_their_tables_show(bench):
     assert [command.split()[0] for command in made] == ["train_sparsity.py", "prune.py", "finetune_pruned.py"]
     assert "--percent 0.55 " in made[1] and "--target-sparsity 0.55 --round-to 16 --adam --seed 1 " in made[0]
     for name in ("sparsity", "pruning"):
-        assert {row.get("run", "share0.5") for row in bench("columns").read_results(name)} <= {
+        assert {row.get("run", "share0.5") for row in bench("columns").read_table(name)} <= {
             run.rsplit("-seed")[0] for run in bccd.EXPERIMENTS[name].sparse}
 
 

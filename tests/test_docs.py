@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from data.scripts.yolo_layout import TRAINING
+from data.scripts.yolo_layout import TRAIN_COMMAND
 from utils.yolov5_flags import FLAGS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -151,7 +151,7 @@ def test_code_fits_the_width_of_github():
 
 
 def test_converters_name_the_next_command_of_the_readme():
-    assert f"    {TRAINING.format('../datasets/mine/data.yaml')}\n" in README.read_text(encoding="utf-8")
+    assert f"    {TRAIN_COMMAND.format('../datasets/mine/data.yaml')}\n" in README.read_text(encoding="utf-8")
 
 
 def test_the_dockerfile_copies_what_is_there_and_runs_the_makefile(tmp_path):

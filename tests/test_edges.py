@@ -518,7 +518,7 @@ def test_scores_leave_the_gpu_before_they_become_float64():
 def test_a_batch_that_fits_the_memory_is_on_the_line_through_what_was_measured():
     assert autobatch.fitting_batch({2: 300, 4: 400, 8: 600, 16: 1000}, 5000) == 16 + 80
     assert autobatch.fitting_batch({2: 300, 4: 400}, 250) == 1 and autobatch.fitting_batch({2: 300}, 1e9) == 2
-    assert autobatch.fitting_batch({}, 1e9) == 1 and autobatch.fitting_batch({2: 5, 4: 5}, 1e15) == autobatch.MOST
+    assert autobatch.fitting_batch({}, 1e9) == 1 and autobatch.fitting_batch({2: 5, 4: 5}, 1e15) == autobatch.MOST_BATCH
 
 
 def test_a_batch_of_minus_1(cfg, monkeypatch, capsys):
@@ -531,7 +531,8 @@ def test_a_batch_of_minus_1(cfg, monkeypatch, capsys):
         autobatch.settle_batch(opt, model, 64, distributed.World(0, 2, cpu))
     asked = []
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (10 * 2**30, 16 * 2**30))
-    monkeypatch.setattr(autobatch, "measured", lambda model, imgsz, *_: asked.append(imgsz) or {8: 2**30, 16: 2**31})
+    monkeypatch.setattr(autobatch, "memory_per_batch",
+                        lambda model, imgsz, *_: asked.append(imgsz) or {8: 2**30, 16: 2**31})
     assert autobatch.settle_batch(opt, model, 64, distributed.World(0, 1, gpu)).batch_size == 64
     assert asked == [96] and "64 (of 10.0 GiB)" in capsys.readouterr().out
     for wrong in ("0", "-2", "x"):
@@ -554,5 +555,5 @@ def test_what_a_batch_takes_is_measured_until_the_memory_is_full(cfg, monkeypatc
 
     monkeypatch.setattr(torch.cuda, "max_memory_reserved", reserved)
     model = Model(str(cfg), nc=2).eval()
-    assert autobatch.measured(model, 64, torch.device("cpu"), None) == {2: 100, 4: 200}
+    assert autobatch.memory_per_batch(model, 64, torch.device("cpu"), None) == {2: 100, 4: 200}
     assert not model.training and all(p.grad is None for p in model.parameters())

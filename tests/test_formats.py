@@ -201,7 +201,7 @@ def test_boxes_of_a_file_are_those_of_nms(cfg, tmp_path, batch, dynamic, opset, 
 def test_metadata_tells_boxes_from_predictions():
     """Of one class both have six columns."""
     rows = torch.tensor([[[10.0, 20, 30, 60, 0.5, 0], [0, 0, 0, 0, 0, 0]]])
-    plain, boxes = (FileDetector({"names": ["a"], "stride": 32, **more}, (1, 3, 64, 64)).checked(rows)
+    plain, boxes = (FileDetector({"names": ["a"], "stride": 32, **more}, (1, 3, 64, 64)).check_output(rows)
                     for more in ({}, {"nms": "True"}))
     assert torch.equal(plain, rows) and boxes[0, 0].tolist() == [20, 40, 20, 40, 0.5, 1]
 
@@ -394,7 +394,7 @@ def test_a_file_that_computes_nan_is_not_equal(weights):
             return decoded(model, images) * float("nan"), None
 
     with pytest.raises(NonFiniteError, match="the model: its predictions"):
-        export.largest_difference(model, Broken(), formats.export_options(model, [1, 3, 64, 64]))
+        export.output_difference(model, Broken(), formats.export_options(model, [1, 3, 64, 64]))
 
 
 def test_calibration_images_are_those_of_val_py(tiny):
@@ -535,7 +535,7 @@ def test_int8_of_a_model_of_a_single_class(cfg, tiny, tmp_path):
                 export.options_of(opt, model, checkpoint.read(path))
             continue
         options = export.options_of(opt, model, checkpoint.read(path))
-        targets = torch.cat([batch.targets for batch in export.validation(opt, options, 32)])
+        targets = torch.cat([batch.targets for batch in export.square_val_loader(opt, options, 32)])
         assert len(targets) and not targets[:, 1].any()
 
 

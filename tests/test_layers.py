@@ -192,7 +192,7 @@ def test_a_branch_of_zeros_is_free():
     channels = sum(len(pruner.graph.norms[name]) for name in pruner.graph.branches["model.4.m.0.cv2.bn"].norms)
     result = pruner.cut(channels / pruner.ranking.total)
     assert result.branches == ["model.4.m.0"] and result.achieved == result.unused == channels / pruner.ranking.total
-    assert result.small_gammas and result.score == "gamma" and result.safe.gamma > 0 and result.threshold == 0
+    assert result.gammas_separate and result.score == "gamma" and result.safe.gamma > 0 and result.threshold == 0
     assert result.report["branches"] == ["model.4.m.0"]
 
 

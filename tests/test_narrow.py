@@ -51,7 +51,7 @@ def test_the_next_step_is_that_of_the_masked_run(cfg, name, coupled):
     other = build_optimizer(wide, name, 0.01, 0.9, 0.001)
     other.load_state_dict(deepcopy(optimizer.state_dict()))
     narrow_optimizer(other, wide, narrow, masks, graph)
-    average.follow(narrow, slim(average.ema, masks, graph))
+    average.attach(narrow, slim(average.ema, masks, graph))
     step(narrow, other, batches[3])
     step(wide, optimizer, batches[3])
     expected = slim(masked(wide, masks), masks, graph).state_dict()
@@ -137,7 +137,7 @@ def test_a_parent_of_another_architecture_is_not_cut_again(tiny, cut, tmp_path, 
     data = checkpoint.read(cut / "pruned_model.pt")
     torch.save({**data, "parent": str(tmp_path / "wide.pt")}, "pruned_model.pt")
     finetune_pruned.main(flags(tiny, "--epochs", 1, "--noval"))
-    assert "is not the model any more that was cut; starting with the slim one" in capsys.readouterr().out
+    assert "is no longer the model that was cut; starting with the slim one" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -157,4 +157,4 @@ def test_a_parent_that_has_changed_is_not_cut_again(tiny, cfg, cut, tmp_path, mo
     other = train.main(flags(tiny, "--weights", data["parent"], "--epochs", 1, "--noval")).folder / "weights/last.pt"
     torch.save({**data, "parent": str(other.resolve())}, "pruned_model.pt")
     finetune_pruned.main(flags(tiny, "--epochs", 1, "--noval"))
-    assert "is not the model any more that was cut; starting with the slim one" in capsys.readouterr().out
+    assert "is no longer the model that was cut; starting with the slim one" in capsys.readouterr().out

@@ -13,7 +13,7 @@ from torch import nn
 import prune
 import train_sparsity
 from models import checkpoint
-from models.config import FOLDER, read_yaml
+from models.config import MODEL_FOLDER, read_yaml
 from models.yolo import Model
 from tests import crash
 from tests.blocks import NETWORKS, Net, randomised
@@ -67,7 +67,7 @@ def outputs(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
 
 def narrow_models() -> dict[str, dict]:
     """Models of the repository at an eighth of the width, a few layers deep."""
-    files = {path.stem: path for path in (*FOLDER.glob("*.yaml"), *(FOLDER / "hub").glob("*.yaml"))}
+    files = {path.stem: path for path in (*MODEL_FOLDER.glob("*.yaml"), *(MODEL_FOLDER / "hub").glob("*.yaml"))}
     names = ("yolov5n", "yolov3-tiny", "yolov5s-ghost", "yolov5-bifpn")
     return {name: read_yaml(files[name]) | {"width_multiple": 0.125, "depth_multiple": 0.1} for name in names}
 
@@ -95,7 +95,7 @@ def check(first: nn.Module, optimizer: str, monkeypatch: pytest.MonkeyPatch, wea
         assert hook.plan.target.dead.equal(shrinking.plan.target.dead)
         if cuts:  # the step after a cut, and those after it
             for mine, theirs in ((narrow.model, wide.model), (narrow.ema.ema, wide.ema.ema)):
-                expected = slim(theirs, shrinking.remaining.left, hook.plan.pruner.graph).state_dict()
+                expected = slim(theirs, shrinking.remaining.masks, hook.plan.pruner.graph).state_dict()
                 assert all(torch.allclose(value, expected[key], rtol=1e-9, atol=1e-10)
                            for key, value in mine.state_dict().items()), step
         if step in (4, 6, STEPS - 1):
@@ -105,10 +105,10 @@ def check(first: nn.Module, optimizer: str, monkeypatch: pytest.MonkeyPatch, wea
             after = [outputs(m, images) for m in (narrow.model, narrow.ema.ema)]
             assert all((a - b).abs().max() <= 1e-9 * a.abs().max() for a, b in zip(before, after))
     assert shrinking.settled and hook.plan.target.settled
-    gone = sum(int((~mask).sum()) for mask in shrinking.remaining.left.values())
+    gone = sum(int((~mask).sum()) for mask in shrinking.remaining.masks.values())
     assert cuts > 1 and gone == sum(int(flags.sum()) for flags in hook.plan.target.gone)
     for run, one in ((wide, hook), (narrow, shrinking)):
-        one.plan.look(run.ema.ema, one.remaining)
+        one.plan.update_pruner(run.ema.ema, one.remaining)
     shown = shrinking.plan.shown
     assert all(torch.equal(shown[name].weight == 0, norm.weight == 0) for name, norm in hook.plan.shown.items())
     return shrinking
@@ -128,7 +128,7 @@ def test_branches_go_exactly(optimizer, monkeypatch):
     torch.manual_seed(0)
     net = Net(NETWORKS["C2f"]())
     hook = check(net, optimizer, monkeypatch, "block.m.0.cv2.bn", target_sparsity=0.4, layers=True, shortcuts="skip")
-    assert [name for name, mask in hook.remaining.left.items() if not mask.any()] == [
+    assert [name for name, mask in hook.remaining.masks.items() if not mask.any()] == [
         "block.m.0.cv1.bn", "block.m.0.cv2.bn"]
     assert isinstance(hook.run.model.block.m[0], nn.Identity)
 

@@ -284,7 +284,7 @@ def test_auto_ranks_by_gamma_only_where_gammas_tell(net):
     for norm in pruner.norms.values():
         norm.weight.data[::2] = 0.05
     result = pruner.rank("auto").cut(0.4)
-    assert result.score == "gamma" and result.small_gammas
+    assert result.score == "gamma" and result.gammas_separate
 
 
 def test_a_sweep_shows_the_cuts_that_auto_would_make(net):

@@ -4,8 +4,8 @@ from __future__ import annotations
 import numpy as np
 
 GOOD_RECALL = 0.98
-LEAST_SIDE = 2.0     # pixels; smaller boxes are left out, smaller anchors are not made
-SAMPLE = 10_000      # boxes that evolution looks at: enough for two digits of recall, and seconds instead of minutes
+LEAST_BOX_SIDE = 2.0    # pixels; smaller boxes are left out, smaller anchors are not made
+SAMPLED_BOXES = 10_000  # that evolution looks at: enough for two digits of recall, and seconds instead of minutes
 
 
 def _closeness(wh: np.ndarray, anchors: np.ndarray) -> np.ndarray:
@@ -36,8 +36,8 @@ def evolve_anchors(wh: np.ndarray, n: int = 9, imgsz: int = 640, thr: float = 4.
     k-means, then `gen` mutations of which the better are kept: never worse than k-means. The same seed gives the same.
     """
     rng = np.random.default_rng(seed)
-    if len(wh) > SAMPLE:
-        wh = wh[rng.choice(len(wh), SAMPLE, replace=False)]
+    if len(wh) > SAMPLED_BOXES:
+        wh = wh[rng.choice(len(wh), SAMPLED_BOXES, replace=False)]
     scale = wh.std(0)
     scale[scale == 0] = 1.0  # all equally wide or high
     anchors = _kmeans(wh / scale, n, rng) * scale
@@ -45,7 +45,7 @@ def evolve_anchors(wh: np.ndarray, n: int = 9, imgsz: int = 640, thr: float = 4.
     for _ in range(gen):
         noise = 0.1 * rng.standard_normal(anchors.shape) * rng.random()
         change = np.where(rng.random(anchors.shape) < 0.9, 1 + noise, 1.0).clip(0.3, 3.0)
-        mutant = (anchors * change).clip(LEAST_SIDE, imgsz)
+        mutant = (anchors * change).clip(LEAST_BOX_SIDE, imgsz)
         score = _fitness(wh, mutant, thr)
         if score > best:
             anchors, best = mutant, score
@@ -70,7 +70,7 @@ def fit_anchors(wh: np.ndarray, anchors_px: np.ndarray, imgsz: int, thr: float =
 
     wh (n, 2): the boxes in pixels at imgsz; those under 2 px are left out.
     """
-    wh = wh[(wh >= LEAST_SIDE).all(1)].astype(float)
+    wh = wh[(wh >= LEAST_BOX_SIDE).all(1)].astype(float)
     count = anchors_px.reshape(-1, 2).shape[0]
     if len(wh) <= count:
         return None, f"autoanchor: {len(wh)} boxes are too few to fit anchors to; the model's are kept"

@@ -37,8 +37,9 @@ class Teacher(Hook):
     def extra_loss(self, batch: Batch, outputs: list[Tensor]) -> Tensor:
         run = self.run
         with torch.no_grad(), torch.autocast(run.world.device.type, run.amp, enabled=run.amp is not None):
-            wanted = self.teacher(run.images)
-        loss = distillation_loss(outputs, wanted, run.model.detect, self.teacher.detect, run.loss.balance, run.loss.hyp)
+            targets = self.teacher(run.images)
+        loss = distillation_loss(outputs, targets, run.model.detect, self.teacher.detect, run.loss.balance,
+                                 run.loss.hyp)
         return loss * self.weight * len(run.images)
 
 
@@ -55,7 +56,7 @@ def refuse_other_kind(what: str, teacher: Model, student: Model) -> None:
                         "give one trained on the same, or --teacher none")
 
 
-def distillation_loss(outputs: list[Tensor], wanted: list[Tensor], student: Detect, teacher: Detect,
+def distillation_loss(outputs: list[Tensor], targets: list[Tensor], student: Detect, teacher: Detect,
                       balance: tuple[float, ...], gains: dict[str, float]) -> Tensor:
     """How far a student's raw outputs are from a teacher's, (1,), the mean over the images.
 
@@ -64,10 +65,10 @@ def distillation_loss(outputs: list[Tensor], wanted: list[Tensor], student: Dete
     sees an object: the mean over all places, weighted by its objectness (Chen et al. 2017, "Learning efficient object
     detection models with knowledge distillation"; Mehta and Ozturk 2018, arXiv 1805.06361).
 
-    outputs, wanted: (B, na, ny, nx, nc + 5) a level. balance: a weight a level. gains: box, obj and cls.
+    outputs, targets: (B, na, ny, nx, nc + 5) a level. balance: a weight a level. gains: box, obj and cls.
     """
     box, obj, cls = (torch.zeros(1, device=outputs[0].device) for _ in range(3))
-    for level, (mine, theirs) in enumerate(zip(outputs, wanted)):
+    for level, (mine, theirs) in enumerate(zip(outputs, targets)):
         mine, theirs = mine.float(), theirs.float()
         objectness = theirs[..., 4].sigmoid()
         obj = obj + balance[level] * F.binary_cross_entropy_with_logits(mine[..., 4], objectness)

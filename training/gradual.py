@@ -16,12 +16,11 @@ GRADUAL_SHARE = 1 / 3  # of the run, in which the channels go
 
 
 class GradualCut(Hook):
-    """The run starts with the model that was cut, and goes on with the slim one before GRADUAL_SHARE of it is over.
+    """The run starts with the wide model, as it was before the cut, and has the slim one before GRADUAL_SHARE is over.
 
-    The channels that `masks` cut shrink to 0, those first that the loss uses least at the moment, as under
-    --target-sparsity; of a branch that goes as a whole those of its last BatchNorm. At the end of the epoch in which
-    the last one is 0 they are taken out. Without masks the hook does nothing, unless the run that is resumed has not
-    made the cut yet.
+    The channels that `masks` cut shrink to 0 as under --target-sparsity: those first that the loss uses least at the
+    moment. Of a branch that goes as a whole it is those of its last BatchNorm. They are taken out at the end of the
+    epoch in which the last one is 0. Without masks the hook does nothing, unless the resumed run has not made its cut.
     """
 
     def __init__(self, masks: Masks | None = None):

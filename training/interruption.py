@@ -36,7 +36,7 @@ class Listener:
         self.requested, self.number = name, number
         print(f"\n{name}: stopping after this step; once more to stop at once", file=sys.stderr, flush=True)
 
-    def check(self, folder: Path) -> None:
+    def stop_if_requested(self, folder: Path) -> None:
         """Everything is saved: end here if a signal asked for it."""
         if self.requested:
             raise Interrupted(f"stopped by {self.requested}, everything is saved; go on with: "

@@ -46,8 +46,8 @@ class EpochTable:
     def line(self, epoch: int, log: Mapping[str, float]) -> str:
         """The line of an epoch that is over."""
         cells = "".join(f"{show(log):>{max(len(title) + 2, 10)}}" for title, show in self.columns.items())
-        left = self.seconds / (epoch + 1 - self.first) * (self.epochs - epoch - 1)
-        return f"{epoch + 1:>5}/{self.epochs:<5}{cells}  {duration(left)}"
+        remaining = self.seconds / (epoch + 1 - self.first) * (self.epochs - epoch - 1)
+        return f"{epoch + 1:>5}/{self.epochs:<5}{cells}  {duration(remaining)}"
 
 
 class RunLogger:

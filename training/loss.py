@@ -88,7 +88,7 @@ class DetectionLoss:
         sizes = [(y.shape[2], y.shape[3]) for y in outputs]
         levels = assign(targets.to(device), anchors, sizes, hyp["anchor_t"])
         for y, cells, weight in zip(outputs, levels, self.balance):
-            wanted = torch.zeros(y.shape[:4], device=device)
+            objectness = torch.zeros(y.shape[:4], device=device)
             if len(cells.b):
                 index, last = (cells.b, cells.a, cells.gj, cells.gi), _last_of_cell(cells, y.shape)
                 mine = F.embedding(last, y[index].float())  # the same rows; why not plainly, see _last_of_cell
@@ -96,25 +96,25 @@ class DetectionLoss:
                 wh = (mine[:, 2:4].sigmoid() * 2).square() * cells.anch
                 iou = ciou(torch.cat((xy, wh), 1), cells.tbox)
                 box = box + (1 - iou).mean()
-                wanted[index] = iou.detach().clamp(0)[last]
+                objectness[index] = iou.detach().clamp(0)[last]
                 if self.detect.nc > 1:
                     classes = torch.full_like(mine[:, 5:], self.negative)
                     classes.scatter_(1, cells.tcls[:, None], self.positive)
                     cls = cls + self._bce(mine[:, 5:], classes, hyp["cls_pw"])
-            obj = obj + weight * self._bce(y[..., 4].float(), wanted, hyp["obj_pw"])
+            obj = obj + weight * self._bce(y[..., 4].float(), objectness, hyp["obj_pw"])
         box, obj, cls = box * hyp["box"], obj * hyp["obj"], cls * hyp["cls"]
         return (box + obj + cls) * outputs[0].shape[0], torch.cat((box, obj, cls)).detach()
 
-    def _bce(self, logits: Tensor, wanted: Tensor, positive_weight: float) -> Tensor:
+    def _bce(self, logits: Tensor, target: Tensor, positive_weight: float) -> Tensor:
         """Mean binary cross-entropy; focal (Lin et al. 2017) where hyp asks for it."""
         gamma = self.hyp["fl_gamma"]
         weight = logits.new_tensor(positive_weight) if positive_weight != 1 else None
         if not gamma:
-            return F.binary_cross_entropy_with_logits(logits, wanted, pos_weight=weight)
-        loss = F.binary_cross_entropy_with_logits(logits, wanted, pos_weight=weight, reduction="none")
+            return F.binary_cross_entropy_with_logits(logits, target, pos_weight=weight)
+        loss = F.binary_cross_entropy_with_logits(logits, target, pos_weight=weight, reduction="none")
         p = logits.sigmoid()
-        p_right = wanted * p + (1 - wanted) * (1 - p)
-        alpha = wanted * FOCAL_ALPHA + (1 - wanted) * (1 - FOCAL_ALPHA)
+        p_right = target * p + (1 - target) * (1 - p)
+        alpha = target * FOCAL_ALPHA + (1 - target) * (1 - FOCAL_ALPHA)
         return (loss * alpha * (1 - p_right).clamp(min=FOCAL_FLOOR) ** gamma).mean()
 
 

@@ -53,35 +53,35 @@ class RemainingChannels:
     """Which channels of the model that a run started with are left, and the way between that model and the present one.
 
     before: masks of the start, over the channels of the first, dense model: what a checkpoint calls masks.
-    left: masks of the present model, over the channels of the start. A BatchNorm without a mask has all of them.
+    masks: those of the present model, over the channels of the start. A BatchNorm without a mask has all of them.
     """
 
     def __init__(self, before: Masks, model: Model):
         self.before = dict(before)
-        self.follow(model)
+        self.update(model)
 
-    def follow(self, model: Model) -> None:
+    def update(self, model: Model) -> None:
         """`model` is the present one."""
-        self.left: Masks = last_masks(self.before, model.masks)
+        self.masks: Masks = last_masks(self.before, model.masks)
 
     @property
     def fewer(self) -> bool:
         """Has anything been cut since the start?"""
-        return not all(bool(mask.all()) for mask in self.left.values())
+        return not all(bool(mask.all()) for mask in self.masks.values())
 
-    def present(self, masks: Masks) -> Masks:
+    def to_present(self, masks: Masks) -> Masks:
         """Masks over the channels of the start -> over those that are left."""
-        return last_masks(self.left, masks)
+        return last_masks(self.masks, masks)
 
     def holds(self, name: str) -> bool:
         """Has the present model this BatchNorm of the start? It has not where a whole branch was cut."""
-        return name not in self.left or bool(self.left[name].any())
+        return name not in self.masks or bool(self.masks[name].any())
 
-    def spread(self, name: str, values: Tensor) -> Tensor:
+    def to_start(self, name: str, values: Tensor) -> Tensor:
         """Values of a BatchNorm's channels -> of its channels at the start, on the CPU; 0 where one was cut."""
         values = values.detach().cpu()
-        if name not in self.left:
+        if name not in self.masks:
             return values
-        wide = values.new_zeros(len(self.left[name]))
-        wide[self.left[name]] = values
+        wide = values.new_zeros(len(self.masks[name]))
+        wide[self.masks[name]] = values
         return wide

@@ -65,8 +65,8 @@ class Schedule:
     @property
     def warmup(self) -> int:
         """Iterations of warm-up."""
-        wanted = max(round(self.hyp["warmup_epochs"] * self.batches), 100) if self.hyp["warmup_epochs"] > 0 else 0
-        return min(wanted, self.epochs * self.batches // 4)
+        iterations = max(round(self.hyp["warmup_epochs"] * self.batches), 100) if self.hyp["warmup_epochs"] > 0 else 0
+        return min(iterations, self.epochs * self.batches // 4)
 
     @property
     def steps(self) -> int:
@@ -109,9 +109,9 @@ class ModelEMA(Generic[AnyModel]):
 
     def __init__(self, model: AnyModel, decay: float = 0.9999, tau: float = 2000.0):
         self.decay, self.tau, self.updates = decay, tau, 0
-        self.follow(model, deepcopy(model).eval().requires_grad_(False))
+        self.attach(model, deepcopy(model).eval().requires_grad_(False))
 
-    def follow(self, model: AnyModel, ema: AnyModel) -> None:
+    def attach(self, model: AnyModel, ema: AnyModel) -> None:
         """From now on `ema` is the average, of `model`'s weights."""
         self.ema: AnyModel = ema
         mine, theirs = ema.state_dict(), model.state_dict()

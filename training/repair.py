@@ -6,7 +6,7 @@ from argparse import Namespace
 import torch
 
 from models.yolo import Model, on_device
-from training.sample import IMAGES, TrainingSample
+from training.sample import SAMPLE_IMAGES, TrainingSample
 from utils.slimming import Pruner, PruneResult, slim
 from utils.slimming.compensation import absorb, recalibrate
 from utils.slimming.reconstruction import reconstruct
@@ -24,9 +24,9 @@ def repair(pruner: Pruner[Model], result: PruneResult[Model], opt: Namespace, de
         images = torch.cat([batch for batch, _ in sample(REFITTED)])
         refitted = reconstruct(on_device(result.model, device), pruner.graph, result.masks, images)
         stages["reconstructed"] = result.slim = slim(refitted, result.masks, pruner.graph)
-        result.difference = max(result.difference, pruner.check(refitted, result.slim))
+        result.difference = max(result.difference, pruner.check_equivalence(refitted, result.slim))
     elif opt.absorb:
-        dense = absorb(on_device(result.model, device), pruner.graph, result.masks, sample(IMAGES))
+        dense = absorb(on_device(result.model, device), pruner.graph, result.masks, sample(SAMPLE_IMAGES))
         stages["absorbed"] = result.slim = slim(dense, result.masks, pruner.graph)
     if opt.recalibrate:
         stages["recalibrated"] = result.slim = recalibrate(on_device(result.slim, device), sample(opt.recalibrate))

@@ -47,7 +47,7 @@ def save(run: Run, name: str) -> None:
                 "stopper": {"best": run.stopper.best, "best_epoch": run.stopper.best_epoch},
                 "rng": {"torch": torch.get_rng_state(), "cuda": cuda},
                 "hooks": {hook.name: hook.state_dict() for hook in run.hooks}}
-    checkpoint.save(run.folder / "weights" / name, run.model, run.ema.ema, training=training, **record(run))
+    checkpoint.save(run.folder / "weights" / name, run.model, run.ema.ema, training=training, **provenance(run))
 
 
 def save_epoch(run: Run, best: bool) -> None:
@@ -59,12 +59,12 @@ def save_epoch(run: Run, best: bool) -> None:
     if run.opt.save_period > 0 and run.epoch % run.opt.save_period == 0:
         save(run, f"epoch{run.epoch}.pt")
     if best:
-        checkpoint.save(run.folder / "weights" / "best.pt", run.ema.ema, **record(run))
+        checkpoint.save(run.folder / "weights" / "best.pt", run.ema.ema, **provenance(run))
     save(run, "last.pt")
     run.epoch = done
 
 
-def record(run: Run) -> dict[str, Any]:
+def provenance(run: Run) -> dict[str, Any]:
     """What every checkpoint tells about where it came from."""
     from_hooks = {key: value for hook in run.hooks for key, value in hook.record().items()}
     images = {split: len(loader.dataset) for split, loader in (("train", run.loader), ("val", run.val_loader))}
@@ -81,7 +81,7 @@ CHANGEABLE = ("resume", "data", "amp", "patience", "sync_bn", "workers", "cache"
 def go_on(opt: Namespace, locks: ExitStack) -> tuple[Namespace, dict[str, Any]]:
     """--resume: resumed_options() of its last.pt. `locks` gets the lock of the run's folder.
 
-    First the lock: a process that has it may still write what is read here.
+    The lock comes first: a process that has it may still write what is read here.
     """
     path = resume_file(opt)
     if path.is_file() and first_process():
@@ -131,8 +131,8 @@ def resume_file(opt: Namespace) -> Path:
     if isinstance(opt.resume, str):
         path = Path(opt.resume)
         return path / "weights" / "last.pt" if path.is_dir() else path
-    if found := newest(f"{opt.project}/*/weights/last.pt"):
-        return found
+    if last := newest(f"{opt.project}/*/weights/last.pt"):
+        return last
     raise UserError(f"--resume: no run under {opt.project}; give the file: --resume path/to/last.pt")
 
 
@@ -142,17 +142,17 @@ def newest_run(script: str) -> Path:
         options = weights.parent.parent / "opt.yaml"
         return options.is_file() and read_yaml_mapping(options, "").get("script") == script
 
-    found = [weights for weights in Path().glob("runs/*/*/weights/last.pt") if made_by_script(weights)]
-    if not found:
+    files = [weights for weights in Path().glob("runs/*/*/weights/last.pt") if made_by_script(weights)]
+    if not files:
         raise UserError(f"--weights: no sparsity run under runs/ yet; make one with {script}, "
                         "or give a checkpoint: --weights path/to/last.pt")
-    return max(found, key=lambda weights: weights.stat().st_mtime)
+    return max(files, key=lambda weights: weights.stat().st_mtime)
 
 
 def fitting(put_back: Callable[[Run, dict[str, Any]], None]) -> Callable[[Run, dict[str, Any]], None]:
     """A function that gives a run what a checkpoint holds. UserError where it does not fit there."""
     @wraps(put_back)
-    def checked(run: Run, saved: dict[str, Any]) -> None:
+    def put_back_or_refuse(run: Run, saved: dict[str, Any]) -> None:
         try:
             put_back(run, saved)
         except BUILD_ERRORS as error:
@@ -161,7 +161,7 @@ def fitting(put_back: Callable[[Run, dict[str, Any]], None]) -> Callable[[Run, d
             raise UserError(f"{run.opt.resume}: its training state does not fit its model ({first_line(error)}); "
                             f"start from the weights: --weights {run.opt.resume}") from error
 
-    return checked
+    return put_back_or_refuse
 
 
 @fitting

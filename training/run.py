@@ -118,7 +118,7 @@ class Run:
     resumed: dict[str, Any] = field(default_factory=dict)  # the checkpoint that the run goes on from; empty if new
     epoch: int = 0
     iteration: int = 0            # batches since the beginning of epoch 0
-    batches_done: int = 0         # of this epoch, when it begins: not 0 only where an interrupted one goes on
+    batches_done: int = 0         # of this epoch, before it begins here: 0 unless an interrupted epoch goes on
     mean: Tensor = field(default_factory=lambda: torch.zeros(3))  # of the losses over those
     batch_fraction: float = 1.0   # images of this step / nominal batch: 1 for a whole step
     images: Tensor = field(default_factory=lambda: torch.empty(0))  # (B, C, h, w) in 0..1, this micro-batch's
@@ -130,7 +130,7 @@ class Run:
     def replace_model(self, model: Model, ema: Model) -> None:
         """Go on with another model and its average. The optimizer must hold its parameters already."""
         self.model, self.wrapped = model, wrapped(model, self.world)
-        self.ema.follow(model, ema)
+        self.ema.attach(model, ema)
         self.loss.detect = model.detect
         self._statistics = None
         for hook in self.hooks:

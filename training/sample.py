@@ -15,7 +15,7 @@ from utils.data.dataset import DetectionDataset
 from utils.data.loader import build_loader
 from utils.errors import UserError
 
-IMAGES = 128  # that scores on data and --absorb look at
+SAMPLE_IMAGES = 128  # that scores on data and --absorb look at
 
 
 class TrainingSample:
@@ -39,13 +39,13 @@ class TrainingSample:
         dataset = DetectionDataset(config.train, opt.imgsz, hyp=opt.hyp, augment=True, stride=self.stride,
                                    single_cls=opt.single_cls, nc=config.nc, prefix="train")
         loader = build_loader(dataset, opt.batch_size, opt.workers, shuffle=True)
-        left = self.count
+        remaining = self.count
         for batch in loader:
-            images = batch.images[:left].to(self.device, torch.float32) / 255
-            targets = batch.targets[batch.targets[:, 0] < left].to(self.device)
+            images = batch.images[:remaining].to(self.device, torch.float32) / 255
+            targets = batch.targets[batch.targets[:, 0] < remaining].to(self.device)
             yield images.contiguous(memory_format=torch.channels_last), targets
-            left -= len(images)
-            if left <= 0:
+            remaining -= len(images)
+            if remaining <= 0:
                 return
 
     def losses(self, model: Model) -> Iterator[Tensor]:

@@ -46,27 +46,27 @@ def resolve(opt: Namespace, checkpoint: dict[str, Any] | None = None) -> Namespa
     # The architecture is one setting in two flags: who names one does not want the other's default.
     if weights or getattr(opt, "cfg", None):
         defaults = {key: "" if key in ("weights", "cfg") else value for key, value in defaults.items()}
-    taken = {f"from {file}": _fill(opt, trained), f"from {config.file.name}": _fill(opt, defaults),
-             "by default": _fill(opt, {**DEFAULTS, "data": BUILT_IN_DATA})}
+    sources = {f"from {file}": _fill(opt, trained), f"from {config.file.name}": _fill(opt, defaults),
+               "by default": _fill(opt, {**DEFAULTS, "data": BUILT_IN_DATA})}
     opt.data, opt.single_cls = str(config.file), bool(opt.single_cls)
     if hasattr(opt, "hyp"):
-        taken["by default"] |= _fill(opt, {"hyp": HYP_FOR[opt.optimizer]})
+        sources["by default"] |= _fill(opt, {"hyp": HYP_FOR[opt.optimizer]})
         opt.hyp = read_hyp(opt.hyp)
     for key in ("weights", "cfg"):
         if isinstance(value := getattr(opt, key, None), str):
             setattr(opt, key, absolute(value))
-    for source, values in taken.items():
-        if (said := [_flag(key, values[key]) for key in RECIPE if values.get(key)]) and first_process():
-            print(f"{source}: {', '.join(said)}")
+    for source, values in sources.items():
+        if (flags := [_flag(key, values[key]) for key in RECIPE if values.get(key)]) and first_process():
+            print(f"{source}: {', '.join(flags)}")
     return opt
 
 
 def _fill(opt: Namespace, values: Mapping[str, Any]) -> dict[str, Any]:
     """Give options that have none their values; returns these."""
-    taken = {key: value for key, value in values.items()
-             if hasattr(opt, key) and getattr(opt, key) is None and value is not None}
-    vars(opt).update(taken)
-    return taken
+    new = {key: value for key, value in values.items()
+           if hasattr(opt, key) and getattr(opt, key) is None and value is not None}
+    vars(opt).update(new)
+    return new
 
 
 def _flag(key: str, value: Any) -> str:
@@ -76,9 +76,9 @@ def _flag(key: str, value: Any) -> str:
 
 
 def trained_recipe(opt: Namespace, saved: Mapping[str, Any], file: str) -> dict[str, Any]:
-    """What the training that made a checkpoint (read()'s dict of `file`) was told of RECIPE, as far as it holds.
+    """The settings of RECIPE that made a checkpoint (read()'s dict of `file`), as far as they still apply.
 
-    Rates belong to their optimizer: where another one was given they do not hold. Empty for files of others.
+    Hyper-parameters belong to their optimizer: with another one they do not apply. Empty for files of other programs.
     """
     earlier = saved.get("opt") or {}
     recipe = {"imgsz": saved.get("imgsz"), **{key: earlier.get(key) for key in RECIPE if earlier.get(key)}}
@@ -120,12 +120,12 @@ def data_of_model(saved: Mapping[str, Any], file: str, names: Mapping[int, str],
 
     saved: read()'s dict of `file`, or what formats.load() knows of it. UserError where there is none.
     """
-    known = trained_data(saved, file, single_cls or bool((saved.get("opt") or {}).get("single_cls")))
-    found = known.file if known else set_of_classes(names, (BUILT_IN_DATA, STOCK_DATA))
-    if found is None:
+    own_data = trained_data(saved, file, single_cls or bool((saved.get("opt") or {}).get("single_cls")))
+    data_file = own_data.file if own_data else set_of_classes(names, (BUILT_IN_DATA, STOCK_DATA))
+    if data_file is None:
         raise UserError(f"--data: {file} does not say what it was trained on; give the data yaml of its "
                         f"{len(names)} classes: --data my.yaml")
-    return str(found)
+    return str(data_file)
 
 
 def checked_defaults(config: DataConfig) -> dict[str, Any]:

@@ -50,34 +50,34 @@ class SparsityPlan:
         except ValueError as error:
             raise UserError(f"sparsity: {error}") from None
         self.whole: list[str] = []  # the last BatchNorms of branches that may go as a whole
-        # Their scales and shifts are those of the average, over the channels of the start: see look().
+        # Their scales and shifts are those of the average, over the channels of the start: see update_pruner().
         self.shown = {name: self.pruner.norms[name] for name in self._chosen_norms()}
         self.round_to = 1
-        given = opt.round_to or round_to
-        sizes = (given,) if given else BLOCK_SIZES
+        block = opt.round_to or round_to
+        sizes = (block,) if block else BLOCK_SIZES
         self.target = self._build_target(sizes) if opt.target_sparsity or opt.target else None
         start.cpu()  # the target has its tables on the device
 
     def attach(self, model: Model, average: Model, remaining: RemainingChannels) -> None:
         """Act on these models from now on, of which so many channels are left."""
-        here = [name for name in self.shown if remaining.holds(name)]
-        self.norms, averaged = batch_norms(model, here), batch_norms(average, here)
+        names = [name for name in self.shown if remaining.holds(name)]
+        self.norms, averaged = batch_norms(model, names), batch_norms(average, names)
         norms = list(self.norms.values())
         self.penalty = GammaL1(norms, self.opt.sr, self.opt.epochs, self.opt.sr_bias)
         if self.target:
-            left = [remaining.left[name].numpy() for name in self.shown] if remaining.left else None
-            self.target.follow([self.norms.get(name) for name in self.shown],
-                               [averaged.get(name) for name in self.shown], left)
+            masks = [remaining.masks[name].numpy() for name in self.shown] if remaining.masks else None
+            self.target.attach([self.norms.get(name) for name in self.shown],
+                               [averaged.get(name) for name in self.shown], masks)
 
     @torch.no_grad()
-    def look(self, average: Model, remaining: RemainingChannels) -> None:
-        """Show the pruner the average's scales and shifts, which is what is saved."""
+    def update_pruner(self, average: Model, remaining: RemainingChannels) -> None:
+        """Copy the scales and shifts of the average, which is the model that is saved, into the pruner's model."""
         present = batch_norms(average, filter(remaining.holds, self.pruner.norms))
         for name, shown in self.pruner.norms.items():
             for key in ("weight", "bias"):
                 tensor = getattr(shown, key)
                 if name in present:
-                    tensor.copy_(remaining.spread(name, getattr(present[name], key)))
+                    tensor.copy_(remaining.to_start(name, getattr(present[name], key)))
                 else:
                     tensor.zero_()
 
@@ -100,7 +100,7 @@ class SparsityPlan:
         return names
 
     def _build_target(self, sizes: Sequence[int]) -> TargetSparsity:
-        """The rule of --target-sparsity, in blocks of the first, largest, of `sizes` that leaves a choice of blocks."""
+        """The rule of --target-sparsity, in blocks of the first of the falling `sizes` that leaves a choice."""
         opt, graph = self.opt, self.pruner.graph
         costs, groups = None, graph.groups(self.shown, self.whole)
         if opt.per_flop:
@@ -111,25 +111,25 @@ class SparsityPlan:
         place = {name: i for i, name in enumerate(self.shown)}
         branches = {place[last]: [place[name] for name in graph.branches[last].norms if name in place and name != last]
                     for last in self.whole}
-        wanted = opt.target_sparsity or 1 - opt.target[1]  # share of the channels, or of the figure, that is to go
+        share = opt.target_sparsity or 1 - opt.target[1]  # share of the channels, or of the figure, that is to go
         for size in sizes:
             target = TargetSparsity(list(self.shown.values()), opt.target_sparsity, (), costs, groups, size,
                                     branches=branches)
             most = target.most if opt.target_sparsity else 1 - self.figure_without(target.most_gone)
-            if wanted <= 0.9 * most:
+            if share <= 0.9 * most:
                 break
         self.round_to = size
-        if wanted > most:
-            asked, of_what, mend = f"--target-sparsity {wanted:g}", "channels", "less"
+        if share > most:
+            request, of_what, mend = f"--target-sparsity {share:g}", "channels", "less"
             if opt.target:
-                asked, of_what, mend = "--target {}={:g}".format(*opt.target), opt.target[0], "more"
+                request, of_what, mend = "--target {}={:g}".format(*opt.target), opt.target[0], "more"
             end = f" in blocks of {size}; give {mend}, or a smaller --round-to" if size > 1 else (
                 f"; every layer keeps some; give {mend}")
-            raise UserError(f"{asked}: at most {math.floor(1000 * most) / 1000} of the {of_what} can go{end}")
+            raise UserError(f"{request}: at most {math.floor(1000 * most) / 1000} of the {of_what} can go{end}")
         return target
 
     def figure_without(self, gone: Sequence[np.ndarray], name: str = "") -> float:
-        """A figure, that of --target, 0..1 of the start's, without these channels: bool (channels,) per BatchNorm."""
+        """Share of a figure (of --target) that is left without these channels: bool (channels,) per BatchNorm."""
         return TARGETS[name or self.opt.target[0]].value(self.pruner, self.kept_without(gone))
 
     def kept_without(self, gone: Sequence[np.ndarray]) -> np.ndarray:
@@ -149,19 +149,19 @@ class SparsityPlan:
     def aim(self, target: TargetSparsity, measurements: int = MEASUREMENTS) -> None:
         """Choose how many channels of `target` go, so that --target is reached.
 
-        FLOPs and parameters are counted. Milliseconds are measured, so many times at most: a share of the FLOPs stands
-        for the latency, and each measurement says on the line through the whole model which share is the right one.
+        FLOPs and parameters are counted. Milliseconds are measured, so many times at most: channels go by a share of
+        the FLOPs, and each measurement corrects that share, on the line through this cut and the whole model.
         """
-        name, wanted = self.opt.target
+        name, goal = self.opt.target
         if name != "latency":
-            target.aim(lambda gone: self.figure_without(gone) <= wanted)
+            target.aim(lambda gone: self.figure_without(gone) <= goal)
             return
         for _ in range(measurements):
             gone = target.aim(lambda gone: self.figure_without(gone, "flops") <= self.flops)
-            flops, left = self.figure_without(gone, "flops"), self.figure_without(gone)
-            if abs(left / wanted - 1) < CLOSE_ENOUGH:
+            flops, figure = self.figure_without(gone, "flops"), self.figure_without(gone)
+            if abs(figure / goal - 1) < CLOSE_ENOUGH:
                 return
-            self.flops = min(1 - (1 - flops) * (1 - wanted) / max(1 - left, 0.01), 0.999)
+            self.flops = min(1 - (1 - flops) * (1 - goal) / max(1 - figure, 0.01), 0.999)
         target.aim(lambda gone: self.figure_without(gone, "flops") <= self.flops)
 
 

@@ -22,8 +22,9 @@ from utils.slimming.surgery import masked
 
 
 class SparsityReport:
-    """Everything that it shows is over the channels of the model that the run started with, as plan.look() last saw it.
+    """What the line of an epoch and the pictures show, over the channels of the model that the run started with.
 
+    The scales are those that plan.update_pruner() has copied last.
     evaluate: accuracy on the val images, for --masked-val.
     .history: |gamma| (channels,) of all channels that the plan acts on, an entry an epoch.
     """
@@ -43,9 +44,9 @@ class SparsityReport:
 
     def columns(self) -> dict[str, Cell]:
         """What the line of an epoch shows: see explanation()."""
-        found = {"zero": cell("sparsity/zero", "{:.1%}"), "<0.1": cell("sparsity/below_1e-1", "{:.1%}"),
+        cells = {"zero": cell("sparsity/zero", "{:.1%}"), "<0.1": cell("sparsity/below_1e-1", "{:.1%}"),
                  "limit": cell("sparsity/limit", "{:.1%}"), "cut GFLOPs": cell("sparsity/gflops_left", "{:.3f}")}
-        return found | ({"cut mAP": cell("sparsity/masked_mAP_0.5:0.95", "{:.3f}")} if self.run.opt.masked_val else {})
+        return cells | ({"cut mAP": cell("sparsity/masked_mAP_0.5:0.95", "{:.3f}")} if self.run.opt.masked_val else {})
 
     def explanation(self) -> str:
         """The columns, in two lines."""
@@ -103,7 +104,7 @@ class SparsityReport:
         masks, parameters, flops = pruner.preview(percent)
         log = {"sparsity/parameters_left": float(parameters), "sparsity/gflops_left": flops / 1e9}
         if opt.masked_val and (run.epoch + 1) % opt.masked_val == 0:
-            ap = self.evaluate(masked(run.ema.ema, self.remaining.present(masks)))
+            ap = self.evaluate(masked(run.ema.ema, self.remaining.to_present(masks)))
             log.update({"sparsity/masked_mAP_0.5": ap.map50, "sparsity/masked_mAP_0.5:0.95": ap.map})
         return log
 

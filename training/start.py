@@ -35,8 +35,8 @@ def start_options(opt: Namespace) -> Namespace:
     if weights is None and not opt.cfg:
         config = read_data(opt.data or ROOT / BUILT_IN_DATA, needed=())
         weights = checked_defaults(config).get("weights", DEFAULTS["weights"])
-    there = weights and Path(weights).is_file()  # one that is to be fetched is not ours
-    return resolve(opt, checkpoint.read(weights) if there else None)
+    is_here = weights and Path(weights).is_file()  # one that is to be fetched is not ours
+    return resolve(opt, checkpoint.read(weights) if is_here else None)
 
 
 def start_model(opt: Namespace, names: dict[int, str], resumed: dict[str, Any], world: World) -> Model:
@@ -63,9 +63,9 @@ def _start_model(opt: Namespace, names: dict[int, str], resumed: dict[str, Any],
         raise UserError("--weights '' needs --cfg, a model yaml such as models/yolov5s.yaml")
     model = Model(opt.cfg, nc=len(names), names=names)
     if opt.weights:
-        taken = checkpoint.load_fitting(model, opt.weights)
+        tensors = checkpoint.load_fitting(model, opt.weights)
         if world.main:
-            print(f"{taken} of {len(model.state_dict())} tensors taken from {opt.weights}")
+            print(f"{tensors} of {len(model.state_dict())} tensors taken from {opt.weights}")
     return model
 
 
@@ -131,11 +131,11 @@ def seed_and_kernels(opt: Namespace) -> None:
 
 def freeze(model: Model, layers: Sequence[int]) -> None:
     """--freeze 10 freezes layers 0 to 9, --freeze 0 3 5 those three."""
-    wanted: Sequence[int] = range(layers[0]) if len(layers) == 1 else sorted(layers)
-    if wanted and wanted[-1] >= len(model.model):
+    indices: Sequence[int] = range(layers[0]) if len(layers) == 1 else sorted(layers)
+    if indices and indices[-1] >= len(model.model):
         raise UserError(f"--freeze {' '.join(map(str, layers))}: the model has {len(model.model)} layers, "
                         f"0 to {len(model.model) - 1}; give fewer")
-    for i in wanted:
+    for i in indices:
         model.model[i].requires_grad_(False)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UserError("--freeze: nothing is left to train; freeze fewer layers")

@@ -48,18 +48,18 @@ def xyxy2xywh(b: Boxes) -> Boxes:
     return _join([(low + high) / 2, high - low, b[..., 4:]])
 
 
-def label_rows(found: Tensor, shape: Sequence[int], confidence: bool, pixels: bool = False) -> str:
+def label_rows(detections: Tensor, shape: Sequence[int], confidence: bool, pixels: bool = False) -> str:
     """Detections (n, 6: xyxy in pixels, confidence, class) in an image of `shape` (h, w) as a label file's text.
 
     A row is class, x, y, w, h as shares of the image, or, with `pixels`, class, x1, y1, x2, y2 in these; and the
     confidence where it is asked for.
     """
     height, width = shape[:2]
-    boxes = found[:, :4].double()
+    boxes = detections[:, :4].double()
     if not pixels:
         boxes = xyxy2xywh(boxes) / torch.tensor([width, height, width, height], dtype=torch.float64)
     rows = []
-    for box, score, cls in zip(boxes.tolist(), found[:, 4].tolist(), found[:, 5].tolist()):
+    for box, score, cls in zip(boxes.tolist(), detections[:, 4].tolist(), detections[:, 5].tolist()):
         numbers = [*box, score] if confidence else box
         rows.append(" ".join([f"{int(cls)}", *(f"{v:.6g}" for v in numbers)]) + "\n")
     return "".join(rows)
@@ -208,8 +208,8 @@ def _nms_image(rows: Tensor, conf: float, iou: float, classes: Sequence[int] | N
     """One image: (k, nc + 5) rows with enough objectness -> (n, 6)."""
     index, score, label = _candidates(rows, conf, multi_label)
     if classes is not None:
-        wanted = torch.isin(label, torch.as_tensor(classes, dtype=label.dtype, device=label.device))
-        index, score, label = index[wanted], score[wanted], label[wanted]
+        in_classes = torch.isin(label, torch.as_tensor(classes, dtype=label.dtype, device=label.device))
+        index, score, label = index[in_classes], score[in_classes], label[in_classes]
     if len(score) > MAX_CANDIDATES:  # far cheaper than sorting the millions that an untrained model gives
         top = score.topk(MAX_CANDIDATES, sorted=False).indices.sort().values
         index, score, label = index[top], score[top], label[top]

@@ -12,7 +12,7 @@ from utils.errors import UserError
 # Bytes a pixel of RGB images: of themselves, and of them in fp32 with the first layer's output in the smallest of
 # YOLOv5's models, 16 channels at half the size, before and after its activation. Larger models take more.
 IMAGE, LEAST_MODEL = 3, 12 + 2 * 16
-FEW = 1e9  # bytes that nobody asks about
+UNCHECKED_BYTES = 1e9  # bytes; it is not checked whether fewer fit
 
 
 def select_device(name: str) -> torch.device:
@@ -54,7 +54,7 @@ def _named_device(name: str) -> torch.device:
 
 
 def gpu(number: str) -> torch.device:
-    """The GPU of this number, made the current one: what is not told a device goes there."""
+    """The GPU of this number, made the current one: tensors without a device of their own go there."""
     if not number.isdigit():
         raise UserError(f"--device {number}: give cpu, mps or the number of a GPU")
     if not torch.cuda.is_available() or int(number) >= torch.cuda.device_count():
@@ -77,11 +77,11 @@ def available_memory() -> int | None:
 def require_memory(pixels: float, device: str, flags: str = "--imgsz, --batch-size") -> None:
     """UserError where a batch of so many pixels certainly does not fit into the machine's memory.
 
-    device: the kind that computes; a GPU tells by itself what does not fit into its own. Systems rather end the process
-    than refuse memory, so this is asked before.
+    device: the kind that computes; a GPU raises an error of its own. Most systems end a process that takes too much
+    memory rather than refuse it, so this is checked before.
     """
     need = pixels * (LEAST_MODEL if device == "cpu" else IMAGE)
-    free = available_memory() if need > FEW else None
+    free = available_memory() if need > UNCHECKED_BYTES else None
     if free is not None and need > free:
         raise UserError(f"{flags}: {pixels / 1e6:,.0f} million pixels at once take {need / 1e9:,.0f} GB at the least, "
                         f"{free / 1e9:,.0f} GB are free; give less")

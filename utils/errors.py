@@ -10,7 +10,7 @@ from argparse import ArgumentParser
 from collections.abc import Callable
 from typing import Any
 
-LONGEST = 2000  # characters of a message
+LONGEST_MESSAGE = 2000  # characters of a message
 
 
 class UserError(Exception):
@@ -70,7 +70,7 @@ def run_cli(main: Callable[[], object]) -> None:
 def _end(message: str, code: int) -> None:
     """One line, whatever of a user's file is quoted in it."""
     line = " ".join(message.splitlines())
-    print(line if len(line) <= LONGEST else f"{line[:LONGEST]} ...", file=sys.stderr)
+    print(line if len(line) <= LONGEST_MESSAGE else f"{line[:LONGEST_MESSAGE]} ...", file=sys.stderr)
     sys.exit(code)
 
 

@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 STALE = 3600  # seconds; what is half written and older than this belongs to a killed process
 # What atomic() writes first: a machine, a process and a thread. The first two are missing in files of older versions.
 HALF_WRITTEN = re.compile(r"\..+\.(?:slimming-(?P<machine>[0-9a-f]{8})-)?(?P<process>\d+)-\d+\.tmp")
-LONGEST = 150    # bytes of a name that a temporary one repeats: file systems take 255
+MOST_REPEATED = 150  # bytes of a name that a temporary one repeats: file systems take 255
 MOST_BYTES = 240  # of a result's name: file systems take 255, and _frame_crop.jpg may follow
 RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # devices on Windows, whatever the ending
 
@@ -96,11 +96,11 @@ class UniqueNames:
     def __call__(self, key: Any, name: str, number: int = 2) -> str:
         """The key's name: `name`, or name_2, name_3 ... where that is taken; `number`: the first one to try."""
         if key not in self.names:
-            found = clipped(name, MOST_BYTES)
-            while os.path.normcase(found) in self.taken:
-                found, number = f"{clipped(name, MOST_BYTES - 8)}_{number}", number + 1
-            self.names[key] = found
-            self.taken.add(os.path.normcase(found))
+            candidate = clipped(name, MOST_BYTES)
+            while os.path.normcase(candidate) in self.taken:
+                candidate, number = f"{clipped(name, MOST_BYTES - 8)}_{number}", number + 1
+            self.names[key] = candidate
+            self.taken.add(os.path.normcase(candidate))
         return self.names[key]
 
 
@@ -111,7 +111,7 @@ def atomic(path: Path) -> Iterator[Path]:
     Whatever happens, `path` is the old file or the new one, whole. What killed processes have left beside it goes.
     UserError where the disk refuses.
     """
-    begin = clipped(path.name, LONGEST)
+    begin = clipped(path.name, MOST_REPEATED)
     temporary = path.with_name(f".{begin}.slimming-{_machine()}-{os.getpid()}-{threading.get_ident()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -141,8 +141,8 @@ def _remove_half_written(folder: Path) -> None:
     """Remove what processes have left that were killed while they wrote into this folder with atomic()."""
     with suppress(OSError):  # a folder that can be written but not read, or another process was faster
         for entry in os.scandir(folder):
-            if (found := HALF_WRITTEN.fullmatch(entry.name)) and entry.is_file(follow_symlinks=False):
-                dead = found["machine"] == _machine() and not _alive(int(found["process"]))
+            if (match := HALF_WRITTEN.fullmatch(entry.name)) and entry.is_file(follow_symlinks=False):
+                dead = match["machine"] == _machine() and not _alive(int(match["process"]))
                 if dead or time.time() - entry.stat().st_mtime > STALE:
                     os.unlink(entry.path)
 

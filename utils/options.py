@@ -13,7 +13,7 @@ STOCK_DATA = "data/coco128.yaml"
 WEIGHTS_HELP = f"not given: the newest best.pt, pruned_model.pt or slim.pt under runs/, else {STOCK_WEIGHTS}"
 MOST_EPOCHS = 100_000
 CACHES = ("auto", "ram", "disk", "none")
-MOST_PIXELS = 65_536  # a side, also of what a checkpoint may say
+MOST_IMGSZ = 65_536  # a side, also of what a checkpoint may say
 MOST_SEED = 2**63 - 1  # what PyTorch's and numpy's generators take
 LEAST = {"imgsz": 32, "epochs": 1, "batch_size": 1, "nbs": 1}
 # Optimizer -> its hyper-parameters.
@@ -37,7 +37,7 @@ def add_seed_flag(parser: ArgumentParser, help: str) -> None:
 
 def add_imgsz_flag(parser: ArgumentParser, help: str = "image size in pixels (640)", **options: Any) -> None:
     """--imgsz under all names that YOLOv5 has for it."""
-    parser.add_argument("--imgsz", "--img", "--img-size", type=at_least(LEAST["imgsz"], most=MOST_PIXELS), help=help,
+    parser.add_argument("--imgsz", "--img", "--img-size", type=at_least(LEAST["imgsz"], most=MOST_IMGSZ), help=help,
                         **options)
 
 
@@ -56,9 +56,9 @@ def add_common(parser: ArgumentParser, project: str, training: bool = False) -> 
 
 def weights_or_newest() -> str:
     """What --weights means where it is not given: the newest model of a run here, else YOLOv5's default. Says so."""
-    found = newest("runs/*/*/weights/best.pt", "runs/prune/*/pruned_model.pt", "runs/slim/*/slim.pt")
-    print(f"--weights not given: taking {f'the newest, {found}' if found else STOCK_WEIGHTS}")
-    return str(found or STOCK_WEIGHTS)
+    path = newest("runs/*/*/weights/best.pt", "runs/prune/*/pruned_model.pt", "runs/slim/*/slim.pt")
+    print(f"--weights not given: taking {f'the newest, {path}' if path else STOCK_WEIGHTS}")
+    return str(path or STOCK_WEIGHTS)
 
 
 def add_detection_flags(parser: ArgumentParser, conf: float, iou: float, max_det: int) -> None:

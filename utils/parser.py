@@ -46,19 +46,19 @@ class HelpfulParser(OneLineParser):
         self._apart += [(flag, other, why.format(other)) for other in others]
 
     def needs(self, flags: Collection[str], *others: str) -> None:
-        """Refuse each of the flags where none of the others holds, be it given or by default."""
+        """Refuse each of `flags` unless one of the others is on, given or by default."""
         self._needs += [(flag, others) for flag in flags]
 
     def _refuse_ignored(self, opt: Namespace) -> None:
         """UserError for flags of which one would have no effect."""
-        held = [(action.dest in opt.given, word) for action in self._actions if hasattr(opt, action.dest)
-                for word in _written(action, getattr(opt, action.dest))]
-        every, given = {word for _, word in held}, {word for was_given, word in held if was_given}
+        words = [(action.dest in opt.given, word) for action in self._actions if hasattr(opt, action.dest)
+                 for word in _written(action, getattr(opt, action.dest))]
+        every, explicit = {word for _, word in words}, {word for was_given, word in words if was_given}
         for flag, other, why in self._apart:
-            if flag in given and other in given:
+            if flag in explicit and other in explicit:
                 raise UserError(f"{flag}: {why}; leave one of the two out")
         for flag, others in self._needs:
-            if flag in given and not every & set(others):
+            if flag in explicit and not every & set(others):
                 raise UserError(f"{flag}: has no effect without {' or '.join(others)}")
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
@@ -86,32 +86,33 @@ class HelpfulParser(OneLineParser):
                 raise UserError(f"{flag}: is empty; give it a value, or leave it out")
 
     def _in_full(self, word: str) -> str:
-        """A flag that is abbreviated, as it is; others, and what no flag begins with, unchanged."""
+        """An abbreviated flag in full; a full one, and a word that no flag begins with, as it is."""
         start, equals, value = word.partition("=")
         start = start.replace("_", "-")  # keyword arguments have no other way
-        known = {flag: action for action in self._actions for flag in action.option_strings}
-        if start == "--" or start in known:
+        actions = {flag: action for action in self._actions for flag in action.option_strings}
+        if start == "--" or start in actions:
             return start + equals + value
         stock = {flag.replace("_", "-"): flag for flag in self.stock}
-        meant = [stock[start]] if start in stock else [stock[flag] for flag in stock if flag.startswith(start)]
-        if meant and not known.keys() & meant:
-            why = LEFT_OUT.get(meant[0], ("leave it out",))[0]
-            raise UserError(f"{meant[0]}: YOLOv5 has it, it is left out here: {why}")
-        found: dict[int, str] = {}
-        for flags in (meant, known):  # one name an action: --im is --imgsz and --img
-            found = {id(known[flag]): flag for flag in reversed([*flags]) if flag in known and flag.startswith(start)}
-            if len(found) == 1:
-                return found.popitem()[1] + equals + value
-        return self.error(f"{start}: could be {', '.join(sorted(found.values()))}") if found else word
+        candidates = [stock[start]] if start in stock else [stock[flag] for flag in stock if flag.startswith(start)]
+        if candidates and not actions.keys() & candidates:
+            why = LEFT_OUT.get(candidates[0], ("leave it out",))[0]
+            raise UserError(f"{candidates[0]}: YOLOv5 has it, it is left out here: {why}")
+        matches: dict[int, str] = {}
+        for flags in (candidates, actions):  # one name an action: --im is --imgsz and --img
+            matches = {id(actions[flag]): flag for flag in reversed([*flags])
+                       if flag in actions and flag.startswith(start)}
+            if len(matches) == 1:
+                return matches.popitem()[1] + equals + value
+        return self.error(f"{start}: could be {', '.join(sorted(matches.values()))}") if matches else word
 
     def _words(self, flags: Mapping[str, Any]) -> list[str]:
         """Keyword arguments as a command line: {"imgsz": 320, "half": True} -> --imgsz=320 --half.
 
         None, False and an empty list are as if they were not there, but for a flag that has a --no- form.
         """
-        known, words = {action.dest: action for action in self._actions}, []
+        actions, words = {action.dest: action for action in self._actions}, []
         for name, value in flags.items():
-            action, flag = known.get(name), f"--{name.replace('_', '-')}"
+            action, flag = actions.get(name), f"--{name.replace('_', '-')}"
             if value is True or value is False and isinstance(action, BooleanOptionalAction):
                 words.append(flag if value else f"--no-{flag[2:]}")
             elif isinstance(value, (list, tuple)):
@@ -237,9 +238,9 @@ def path_or_none(text: str) -> str:
 
 def as_flags(values: Mapping[str, Any]) -> list[str]:
     """Names and values of flags -> a command line. None and False: the flag is not given; True: it takes no value."""
-    found: list[str] = []
+    words: list[str] = []
     for name, value in values.items():
         if value is not None and value is not False:
-            given = [] if value is True else value if isinstance(value, list) else [value]
-            found += [f"--{name.replace('_', '-')}", *map(str, given)]
-    return found
+            arguments = [] if value is True else value if isinstance(value, list) else [value]
+            words += [f"--{name.replace('_', '-')}", *map(str, arguments)]
+    return words

@@ -82,13 +82,13 @@ def read_lines(path: Path, what: str = "") -> list[str]:
 
     A file beside the list may be called like a comment or with quotes. UserError as read_text().
     """
-    found = []
+    lines = []
     for line in map(str.strip, read_text(path, what).split("\n")):
         if line.startswith(("#", "'", '"')) and not os.path.exists(path.parent / line):
             quoted = len(line) > 2 and line[0] == line[-1] != "#"
             line = line[1:-1].strip() if quoted else "" if line[0] == "#" else line
-        found += [line] if line else []
-    return found
+        lines += [line] if line else []
+    return lines
 
 
 def read_json(path: Path, what: str = "") -> Any:
@@ -147,8 +147,8 @@ def _children(node: yaml.Node) -> list[yaml.Node]:
 class _Loader(yaml.SafeLoader):
     """PyYAML's safe loader, without what it reads in silence or fails on. All it raises for a text is YAMLError.
 
-    Refused are keys that are given twice, aliases of what they are in, or of so much that it can't be written out, and
-    scalars that are not what they look like or say.
+    It refuses keys that are given twice, an alias inside of what it stands for, aliases that make the text too large,
+    and scalars that are not of the type that they look like or name.
     """
 
     def __init__(self, text: str):

@@ -1,4 +1,4 @@
-"""The flags of YOLOv5's scripts: their beginnings mean here what they mean there, and what is left out is said."""
+"""The flags of YOLOv5's scripts. An abbreviation means here what it means there; what is left out is named."""
 from __future__ import annotations
 
 # Script -> its flags, as of August 2026. `python bench/flags.py --stock yolov5` compares them with a checkout.

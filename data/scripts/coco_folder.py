@@ -24,18 +24,18 @@ def find_splits(root: Path) -> dict[str, tuple[Annotations, Path]]:
     if not root.is_dir():
         raise UserError(f"--coco {root}: no such folder")
     files: dict[str, Path] = {}
-    found: dict[str, tuple[Annotations, Path]] = {}
+    splits: dict[str, tuple[Annotations, Path]] = {}
     for file, data in _annotation_files(root):
         split = _split_of(file.relative_to(root))
         if split in files:
             which = f"two files for {split}" if split else "which split is it, and which is the other"
             raise UserError(f"--coco: {files[split]}, {file}: {which}? Give --json and --images")
-        files[split], found[split] = file, (data, _image_folder(file, data))
+        files[split], splits[split] = file, (data, _image_folder(file, data))
     if not files:
         raise UserError(f"--coco {root}: no JSON with images, annotations and categories there")
     if "" in files and len(files) > 1:
         raise UserError(f"--coco: {files['']}: which split is it? Give --json and --images")
-    return found
+    return splits
 
 
 def _annotation_files(root: Path) -> list[tuple[Path, Annotations]]:
@@ -43,17 +43,17 @@ def _annotation_files(root: Path) -> list[tuple[Path, Annotations]]:
     files = [p for p in sorted(root.rglob("*.json")) if not p.name.startswith(".")]
     # COCO has captions and key points beside them, for the same images.
     boxes = {p.parent for p in files if p.name.startswith("instances")}
-    found, refused = [], []
+    pairs, refused = [], []
     for file in files:
         if file.parent in boxes and not file.name.startswith("instances"):
             continue
         try:
-            found.append((file, read_annotations(file, "--coco")))
+            pairs.append((file, read_annotations(file, "--coco")))
         except UserError as error:
             refused.append(error)  # it may belong to something else
-    if refused and not found:
+    if refused and not pairs:
         raise refused[0]
-    return found
+    return pairs
 
 
 def _split_of(path: Path) -> str:

@@ -38,14 +38,14 @@ def class_names(files: Sequence[Annotations], plan: Plan, flag: str = "--json") 
     A category without boxes that is another's supercategory (Roboflow writes one) is left out.
     """
     categories = [category for data in files for category in data["categories"]]
-    used = {annotation["category_id"] for data in files for annotation in data["annotations"]}
+    ids = {annotation["category_id"] for data in files for annotation in data["annotations"]}
     groups = {str(c.get("supercategory")) for c in categories if c.get("supercategory") != c.get("name")}
     names: dict[Any, str] = {}
     for category in categories:
         number, name = category["id"], str(category.get("name") or "")
         if number is None or not name:
             raise UserError(f"{flag}: category '{name or number}' has no {'id' if name else 'name'}")
-        if number not in used and name in groups:
+        if number not in ids and name in groups:
             plan.dropped[f"category '{name}', which only groups others"] = 1
         elif names.setdefault(number, name) != name:
             raise UserError(f"{flag}: category {number} is called '{names[number]}' and '{name}'; "
@@ -134,12 +134,12 @@ def split_and_path(text: str) -> tuple[str, Path]:
     return split, Path(path)
 
 
-def once_each(flag: str, given: list[tuple[str, Path]]) -> dict[str, Path]:
+def once_each(flag: str, pairs: list[tuple[str, Path]]) -> dict[str, Path]:
     """Split -> path. UserError for a split that is given twice."""
-    for split, path in given:
-        if sum(split == other for other, _ in given) > 1:
+    for split, path in pairs:
+        if sum(split == other for other, _ in pairs) > 1:
             raise UserError(f"{flag} {split}={path}: {split} is given more than once; merge its files first")
-    return dict(given)
+    return dict(pairs)
 
 
 def read_splits(opt: argparse.Namespace, plan: Plan) -> dict[str, tuple[Annotations, Path]]:
@@ -149,11 +149,11 @@ def read_splits(opt: argparse.Namespace, plan: Plan) -> dict[str, tuple[Annotati
         raise UserError("give --coco DIR; or --json SPLIT=FILE and --images SPLIT=DIR")
     if opt.coco:
         layout.check_output(opt, [opt.coco], "--coco")
-        found = {split: (each_image_once(data, plan), folder)
-                 for split, (data, folder) in find_splits(opt.coco).items()}
-        if "" not in found:
-            return found
-        data, folder = found[""]
+        splits = {split: (each_image_once(data, plan), folder)
+                  for split, (data, folder) in find_splits(opt.coco).items()}
+        if "" not in splits:
+            return splits
+        data, folder = splits[""]
         return {split: (part, folder) for split, part in split_at_random(data, opt).items()}
     for split in jsons:
         if split not in folders or not folders[split].is_dir():
@@ -186,7 +186,7 @@ def convert(opt: argparse.Namespace) -> str:
     for split, (data, folder) in splits.items():
         add_split(plan, split, data, folder, names, opt.keep_crowd)
     plan.require_boxes(flag, list(names.values()))
-    return layout.write(plan, list(names.values()), opt, "coco_to_yolo.py")
+    return layout.write_data_set(plan, list(names.values()), opt, "coco_to_yolo.py")
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -13,23 +13,23 @@ from utils.text import read_lines
 
 XML, TXT = frozenset({".xml"}), frozenset({".txt"})
 # What people call the folders, in lower case; the first that is there and holds such files counts.
-ANNOTATIONS = ("annotations", "annotation", "xml", "xmls", "labels", "label")
-IMAGES = ("jpegimages", "images", "image", "imgs", "img")
-LISTS = ("imagesets",)
+ANNOTATION_FOLDERS = ("annotations", "annotation", "xml", "xmls", "labels", "label")
+IMAGE_FOLDERS = ("jpegimages", "images", "image", "imgs", "img")
+LIST_FOLDERS = ("imagesets",)
 
 
 class VocFolder:
     """The files of one VOC folder by name: their path below the folder of XML (or of images), without the suffix.
 
-    The XML are those of `xml`, or of a folder in `root` that is called like one of ANNOTATIONS, or all below `root`;
-    and so are the images. `lists` holds the names of each split of ImageSets/Main; where there are no lists and `split`
-    is given, it holds everything under that.
+    The XML are those of `xml`, or of a folder in `root` that is called like one of ANNOTATION_FOLDERS, or all below
+    `root`; and so are the images. `lists` holds the names of each split of ImageSets/Main; where there are no lists and
+    `split` is given, it holds everything under that.
     """
 
     def __init__(self, root: Path, xml: Path | None = None, images: Path | None = None, split: str = ""):
         self.root, self.split = root, split
-        annotations = xml or _child(root, ANNOTATIONS, XML) or root
-        pictures = images or _child(root, IMAGES, IMAGE_SUFFIXES) or root
+        annotations = xml or _child(root, ANNOTATION_FOLDERS, XML) or root
+        pictures = images or _child(root, IMAGE_FOLDERS, IMAGE_SUFFIXES) or root
         self.xmls = {_name(p, annotations): p for p in sorted(_files(annotations, XML))}
         if not self.xmls:
             raise UserError(f"--voc {root}: no Annotations/*.xml, nor others; give the folder that holds the XML files")
@@ -57,18 +57,19 @@ class VocFolder:
     def find_image(self, name: str, filename: str) -> Path | None:
         """The image of an annotation: that of its stem, or else the one that the XML names.
 
-        Of several, those count whose folders are called most alike; of several in a folder the XML's, or the first.
-        Skipped where that leaves a choice, or only images that are called like other XML.
+        Of several images that one counts whose folders agree most with the annotation's; of several in one folder, that
+        which the XML names, or else the first. Skipped where several folders agree equally well, and where every image
+        belongs to another XML.
         """
         fitting = self._like.get(_stem(name)) or self._like.get(normal(filename), [])
         if not fitting:
             return None
-        found = [(other, path) for other, path in fitting if other == name or other not in self.xmls
-                 and (_stem(other) == _stem(name) or _stem(other) not in self._annotated)]
-        if not found:
+        candidates = [(other, path) for other, path in fitting if other == name or other not in self.xmls
+                      and (_stem(other) == _stem(name) or _stem(other) not in self._annotated)]
+        if not candidates:
             raise Skipped("XML without image (the one that fits belongs to another)")
-        alike = [_common_tail(name, other) for other, _ in found]
-        best = [path for (_, path), score in zip(found, alike) if score == max(alike)]
+        alike = [_common_tail(name, other) for other, _ in candidates]
+        best = [path for (_, path), score in zip(candidates, alike) if score == max(alike)]
         if len({path.parent for path in best}) > 1:
             best = [path for path in best if normal(path.name) == normal(filename)] or best
         if len({path.parent for path in best}) > 1:
@@ -80,7 +81,7 @@ class VocFolder:
         return self.xmls.get(name) or self.images.get(name) or self.root / name
 
     def _read_lists(self) -> dict[str, list[str]]:
-        sets = _child(self.root, LISTS, TXT)
+        sets = _child(self.root, LIST_FOLDERS, TXT)
         main = sets and _child(sets, ("main",), TXT)
         files = {split: main / f"{split}.txt" for split in SPLITS} if main else {}
         return {split: [self._listed(normal(line)) for line in read_lines(file)]
@@ -115,10 +116,10 @@ def _units(root: Path, seen: set[Path]) -> list[Path]:
     """The folders at or below `root` that hold annotations and their images. `seen`, which grows: not those again."""
     seen.add(root.resolve())
     entries = _visible(root)
-    if any(p.suffix.lower() in XML for p in entries) or _child(root, ANNOTATIONS, XML):
+    if any(p.suffix.lower() in XML for p in entries) or _child(root, ANNOTATION_FOLDERS, XML):
         return [root]
     below = [p for p in entries if p.is_dir() and _holds(p, XML)]
-    if not below or _child(root, LISTS, TXT) or not all(_holds(folder, IMAGE_SUFFIXES) for folder in below):
+    if not below or _child(root, LIST_FOLDERS, TXT) or not all(_holds(folder, IMAGE_SUFFIXES) for folder in below):
         return [root]
     below.sort(key=Path.is_symlink)  # a folder that links lead to as well has its own name
     return [unit for folder in below if folder.resolve() not in seen for unit in _units(folder, seen)]
@@ -134,8 +135,8 @@ def _is_junk(name: str) -> bool:
 
 def _files(folder: Path, suffixes: Collection[str]) -> Iterator[Path]:
     """The files below a folder with one of these suffixes, in no order."""
-    found = (Path(where, name) for where, names in walk(folder, skip=_is_junk) for name in names if not _is_junk(name))
-    return (path for path in found if path.suffix.lower() in suffixes and path.is_file())
+    paths = (Path(where, name) for where, names in walk(folder, skip=_is_junk) for name in names if not _is_junk(name))
+    return (path for path in paths if path.suffix.lower() in suffixes and path.is_file())
 
 
 def _holds(folder: Path, suffixes: Collection[str]) -> bool:

@@ -66,7 +66,7 @@ def read_box(plan: Plan, element: ElementTree.Element, size: tuple[int, int], ke
     name = _text(element, "name")
     if not name:
         raise Skipped("box without a class name")
-    plan.found.add(name)
+    plan.class_names.add(name)
     if not keep_difficult and _text(element, "difficult").lower() in ("1", "true"):
         raise Skipped("difficult object, kept with --keep-difficult")
     try:
@@ -120,27 +120,27 @@ def _text(element: ElementTree.Element, tag: str) -> str:
 
 # Plan -----------------------------------------------------------------------------------------------------------------
 
-def choose_splits(folders: Sequence[VocFolder], asked: Sequence[str] | None) -> list[str]:
+def choose_splits(folders: Sequence[VocFolder], splits: Sequence[str] | None) -> list[str]:
     """The splits to convert, in the order of SPLITS; [] = there are no lists. UserError for a bad choice."""
     available = [split for split in SPLITS if any(split in folder.lists for folder in folders)]
-    if not asked:
+    if not splits:
         only_joint = "trainval" in available and "train" not in available
         default = ("trainval", "test") if only_joint else ("train", "val", "test")
-        asked = [split for split in default if split in available]
-        if not asked:
+        splits = [split for split in default if split in available]
+        if not splits:
             return []
-    missing = [split for split in asked if split not in available]
+    missing = [split for split in splits if split not in available]
     if missing:
         there = ", ".join(available) or "none: leave --splits out, to split at random"
         raise UserError(f"--splits {missing[0]}: no ImageSets/Main/{missing[0]}.txt, and no folder of that name, in "
                         f"any --voc (there: {there})")
-    if "trainval" in asked and {"train", "val"} & set(asked):
+    if "trainval" in splits and {"train", "val"} & set(splits):
         raise UserError("--splits: trainval is train and val together; ask for trainval, or for train and val")
     for folder in folders:
-        if not folder.split and not folder.lists.keys() & set(asked):
-            raise UserError(f"--voc {folder.root}: has none of the lists {', '.join(asked)} in ImageSets/Main; choose "
+        if not folder.split and not folder.lists.keys() & set(splits):
+            raise UserError(f"--voc {folder.root}: has none of the lists {', '.join(splits)} in ImageSets/Main; choose "
                             "others with --splits, or convert it alone")
-    return [s for s in SPLITS if s in asked]
+    return [s for s in SPLITS if s in splits]
 
 
 def read_annotations(folders: Sequence[VocFolder], splits: Sequence[str], opt: argparse.Namespace) -> Plan:
@@ -192,19 +192,19 @@ def _add_image(plan: Plan, folder: VocFolder, split: str, name: str, keep_diffic
     plan.add(split, source, stem, "_".join(parents) or folder.root.name, boxes)
 
 
-def choose_classes(found: Sequence[str], asked: Sequence[str] | None) -> list[str]:
+def choose_classes(names: Sequence[str], order: Sequence[str] | None) -> list[str]:
     """The class names in the order of their numbers."""
-    if asked:
-        if len(set(asked)) < len(asked):
+    if order:
+        if len(set(order)) < len(order):
             raise UserError("--classes: a name is given twice")
-        return list(asked)
-    return list(VOC_NAMES) if set(found) == set(VOC_NAMES) else list(found)
+        return list(order)
+    return list(VOC_NAMES) if set(names) == set(VOC_NAMES) else list(names)
 
 
 def choose_folders(opt: argparse.Namespace) -> list[VocFolder]:
     """The folders that the flags name. UserError where one is missing or without XML."""
-    given = {"--voc": opt.voc, "--xml": [opt.xml], "--images-dir": [opt.images_dir]}
-    for flag, folders in given.items():
+    by_flag = {"--voc": opt.voc, "--xml": [opt.xml], "--images-dir": [opt.images_dir]}
+    for flag, folders in by_flag.items():
         for folder in filter(None, folders):
             if not folder.is_dir():
                 raise UserError(f"{flag} {folder}: no such folder")
@@ -226,11 +226,11 @@ def convert(opt: argparse.Namespace) -> str:
     """Do what the flags say; return the report. UserError for anything the user must mend first."""
     folders = choose_folders(opt)
     plan = read_annotations(folders, choose_splits(folders, opt.splits), opt)
-    names = choose_classes(sorted(plan.found), opt.classes)
+    names = choose_classes(sorted(plan.class_names), opt.classes)
     classes = (name for item in plan.items for name, _ in item.boxes)
     plan.dropped.update(f"object of class '{name}', not in --classes" for name in classes if name not in names)
     plan.require_boxes("--voc", names)
-    return layout.write(plan, names, opt, "voc_to_yolo.py")
+    return layout.write_data_set(plan, names, opt, "voc_to_yolo.py")
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -1,7 +1,7 @@
 """What the converters share: common flags, the plan of what is converted, writing it in YOLO layout, the report.
 
-A converter fills a Plan, and write() does what it says. Only files that an earlier call has made are ever replaced, and
-the input is only read.
+A converter fills a Plan, and write_data_set() does what it says. Only files that an earlier call has made are ever
+replaced, and the input is only read.
 """
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SPLIT_WORDS = {"train": "train", "training": "train", "val": "val", "valid": "va
                "trainval": "trainval", "test": "test", "testing": "test"}
 MARKER = ".converted.json"     # in the output folder: lists the files that a converter has written
 YAML_TITLE = "# Written by data/scripts/"
-TRAINING = "python train.py --data {} --weights yolov5n.pt --adam"  # what comes next; the README has it, too
+TRAIN_COMMAND = "python train.py --data {} --weights yolov5n.pt --adam"  # what comes next; the README has it, too
 LONGEST_STEM = 250             # bytes of a file name: file systems take 255, with the suffix
 SAME_SHAPE = 0.01              # by how much the aspect of an image that was scaled may differ: rounding
 MOST_REASONS = 5               # that a message gives
@@ -63,7 +63,7 @@ class Plan:
     """The images to convert and their boxes, and what was repaired or left out, counted by reason."""
 
     items: list[Item] = field(default_factory=list)
-    found: set[str] = field(default_factory=set)                # names of the classes in the input
+    class_names: set[str] = field(default_factory=set)          # names of the classes in the input
     repaired: Counter[str] = field(default_factory=Counter)
     dropped: Counter[str] = field(default_factory=Counter)
     files: dict[str, list[str]] = field(default_factory=dict)   # reason -> files that were left out
@@ -87,7 +87,7 @@ class Plan:
         """
         unique = list(dict.fromkeys(boxes))
         self.dropped["box given twice"] += len(boxes) - len(unique)
-        self.found.update(name for name, _ in unique)
+        self.class_names.update(name for name, _ in unique)
         short = stem[:60] if len(os.fsencode(stem)) > LONGEST_STEM - 10 else stem  # at most 4 bytes a letter
         names = itertools.chain([stem, f"{folder}_{stem}"], (f"{short}_{n}" for n in itertools.count(2)))
         name = next(name for name in names if f"labels/{split}/{name}.txt".casefold() not in self.taken
@@ -119,31 +119,31 @@ class Plan:
         reasons = ", ".join(f"{reason}: {count}" for reason, count in self.dropped.most_common(MOST_REASONS) if count)
         if not self.items:
             raise UserError(f"{flag}: no usable image ({reasons or 'the lists name none'})")
-        left = Counter({item.split: 0 for item in self.items})
-        left.update(item.split for item in self.items for name, _ in item.boxes if name in names)
-        empty = [split for split in ("train", "trainval") if left.get(split) == 0]
-        if empty or not left.total():
-            where = f"{empty[0]}: " if empty and left.total() else ""
+        boxes = Counter({item.split: 0 for item in self.items})
+        boxes.update(item.split for item in self.items for name, _ in item.boxes if name in names)
+        empty = [split for split in ("train", "trainval") if boxes.get(split) == 0]
+        if empty or not boxes.total():
+            where = f"{empty[0]}: " if empty and boxes.total() else ""
             raise UserError(f"{flag}: {where}no box is left ({reasons or 'the annotations hold none'})")
 
 
 def numbers(values: Any) -> list[float]:
     """Finite numbers. Skipped if `values` are anything else."""
     try:
-        found = [float(value) for value in values]
+        floats = [float(value) for value in values]
     except (TypeError, ValueError, OverflowError):
-        found = [math.nan]
-    if not all(map(math.isfinite, found)):
+        floats = [math.nan]
+    if not all(map(math.isfinite, floats)):
         raise Skipped("box missing or not numeric")
-    return found
+    return floats
 
 
 def four_numbers(values: Any) -> Corners:
     """Four finite numbers. Skipped if `values` are anything else."""
-    found = numbers(values)
-    if len(found) != 4:
+    floats = numbers(values)
+    if len(floats) != 4:
         raise Skipped("box missing or not numeric")
-    return found[0], found[1], found[2], found[3]
+    return floats[0], floats[1], floats[2], floats[3]
 
 
 def last_part(path: str) -> str:
@@ -164,9 +164,9 @@ def displayed_size(path: Path) -> tuple[int, int]:
 
 
 def size_of_boxes(stated: Sequence[Any], size: tuple[int, int]) -> tuple[int, int]:
-    """The (width, height) whose pixels boxes count: what the annotation states, where the image was only scaled since.
+    """The (width, height) that an annotation's boxes refer to, in pixels.
 
-    Else, and where nothing usable is stated, the `size` of the image.
+    It is what the annotation states if the image has only been scaled since; otherwise the `size` of the image.
     """
     try:
         width, height = (float(side) for side in stated)
@@ -228,7 +228,7 @@ def check_output(opt: argparse.Namespace, sources: Iterable[Path], flag: str) ->
 
 # Output ---------------------------------------------------------------------------------------------------------------
 
-def write(plan: Plan, names: Sequence[str], opt: argparse.Namespace, script: str) -> str:
+def write_data_set(plan: Plan, names: Sequence[str], opt: argparse.Namespace, script: str) -> str:
     """Write images, labels and the data yaml; return the report. Boxes of classes that are not in `names` are left out.
 
     UserError where something can't be written.
@@ -240,7 +240,7 @@ def write(plan: Plan, names: Sequence[str], opt: argparse.Namespace, script: str
         raise UserError(f"{where}: can't be written ({error.strerror}); choose another --out") from None
     splits = [split for split in SPLITS if any(item.split == split for item in plan.items)]
     write_text(opt.yaml, _yaml_text(opt.out, splits, names, script))
-    return f"{_report(plan, splits, names)}\nnow: {TRAINING.format(shlex.quote(str(opt.yaml)))}"
+    return f"{_report(plan, splits, names)}\nnow: {TRAIN_COMMAND.format(shlex.quote(str(opt.yaml)))}"
 
 
 def _write_files(items: Sequence[Item], names: Sequence[str], out: Path, how: str) -> None:
@@ -317,5 +317,5 @@ def _report(plan: Plan, splits: Sequence[str], names: Sequence[str]) -> str:
     for reason, files in plan.files.items():
         rest = f" and {len(files) - MOST_NAMED} more" if len(files) > MOST_NAMED else ""
         lines.append(f"{reason}: {', '.join(files[:MOST_NAMED])}{rest}")
-    lines += [f"note: no object of class '{name}' was found" for name in names if name not in plan.found]
+    lines += [f"note: no object of class '{name}' was found" for name in names if name not in plan.class_names]
     return "\n".join(lines)

@@ -46,16 +46,16 @@ def load(path: str | Path | Sequence[str | Path], device: torch.device, half: bo
         loaded = [load(one, device, half, augment) for one in path]
         return (Ensemble([model for model, _ in loaded], path) if len(loaded) > 1 else loaded[0][0]), loaded[0][1]
     path = Path(path)
-    found = format_of(path)
-    if found is not None and found.load is not None:
+    fmt = format_of(path)
+    if fmt is not None and fmt.load is not None:
         if augment:
-            raise UserError(f"--augment: not with {found.name.upper()}, whose size is fixed; give the .pt")
+            raise UserError(f"--augment: not with {fmt.name.upper()}, whose size is fixed; give the .pt")
         if half:
-            raise UserError(f"--half: not with {found.name.upper()}, which computes as it was exported; leave it out, "
+            raise UserError(f"--half: not with {fmt.name.upper()}, which computes as it was exported; leave it out, "
                             "or export with --half")
         if not path.exists():
             raise UserError(f"{path}: no such file")
-        detector = found.load(path, device)
+        detector = fmt.load(path, device)
         if isinstance(detector, FileDetector):
             detector.file = str(path)
         imgsz = max(detector.input_shape[2:]) or getattr(detector, "imgsz", 0) or None

@@ -81,8 +81,8 @@ class Format:
 
     def missing(self, precision: str = "fp32") -> list[str]:
         """The packages that are not installed."""
-        wanted = self.packages + (self.int8_packages if precision == "int8" else ())
-        return [package for package in wanted if importlib.util.find_spec(package) is None]
+        packages = self.packages + (self.int8_packages if precision == "int8" else ())
+        return [package for package in packages if importlib.util.find_spec(package) is None]
 
     def need(self, what: str, precision: str = "fp32") -> None:
         """UserError, in a line that begins with `what`, where a package is missing."""
@@ -153,13 +153,13 @@ class FileDetector:
         """(B, C, h, w) of the input's shape and type -> decoded (B, N, nc + 5)."""
         raise NotImplementedError
 
-    def check(self, images: Tensor) -> None:
+    def check_images(self, images: Tensor) -> None:
         """UserError for images (B, C, h, w) of a size that the file does not take."""
         if any(want and want != have for want, have in zip(self.input_shape[1:], images.shape[1:])):
             raise UserError(f"{self.file}: takes images of shape {self.input_shape[1:]} only, not "
                             f"{tuple(images.shape[1:])}; give this --imgsz, or export it with --dynamic")
 
-    def checked(self, decoded: Any) -> Tensor:
+    def check_output(self, decoded: Any) -> Tensor:
         """What the file computed, as (B, N, nc + 5). UserError for what other kinds of models give.
 
         The boxes of a file with NMS inside, (B, N, 6), become predictions again: NMS leaves them as they are.
@@ -179,8 +179,8 @@ class FileDetector:
 
     def __call__(self, images: Tensor) -> tuple[Tensor, None]:
         """(B, C, h, w) -> (decoded (B, N, nc + 5), None). A fixed batch is filled up, and a larger one cut."""
-        self.check(images)
-        batch, found = self.input_shape[0] or len(images), []
+        self.check_images(images)
+        batch, parts = self.input_shape[0] or len(images), []
         for part in images.split(batch):
             full = torch.cat((part, part.new_zeros(batch - len(part), *part.shape[1:]))) if len(part) < batch else part
             try:
@@ -190,8 +190,8 @@ class FileDetector:
             except Exception as error:  # of the runtime's own kinds
                 raise UserError(f"{self.file}: can't be run on images alone, as a detector is ({first_line(error)}); "
                                 "export it again") from None
-            found.append(self.checked(decoded)[:len(part)])
-        return torch.cat(found), None
+            parts.append(self.check_output(decoded)[:len(part)])
+        return torch.cat(parts), None
 
 
 def plain(value: Any) -> Any:
@@ -205,8 +205,8 @@ def plain(value: Any) -> Any:
 @cache
 def formats() -> dict[str, Format]:
     """Name -> format: the FORMAT of every file in this folder, and what register() has added."""
-    found = pkgutil.iter_modules([str(Path(__file__).parent)])
-    modules = [importlib.import_module(f"{__package__}.{info.name}") for info in found]
+    infos = pkgutil.iter_modules([str(Path(__file__).parent)])
+    modules = [importlib.import_module(f"{__package__}.{info.name}") for info in infos]
     return {module.FORMAT.name: module.FORMAT for module in modules if hasattr(module, "FORMAT")}
 
 

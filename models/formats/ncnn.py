@@ -25,7 +25,7 @@ from utils.files import atomic_folder, write_yaml
 from utils.text import read_text, read_yaml_mapping
 
 PARAM, BIN, METADATA = "model.ncnn.param", "model.ncnn.bin", "metadata.yaml"
-WRONG = 0.1  # confidences, or boxes as a share of the image's side: what rounding to fp16 does not come near to
+WRONG = 0.1  # difference of confidences, or of boxes as a share of the image's side: rounding to fp16 stays far below
 
 
 class FlatDetect(Detect):
@@ -60,7 +60,7 @@ class FlatDetect(Detect):
 def write(model: Model, path: Path, options: ExportOptions) -> None:
     """Convert a model by pnnx. The folder is there whole or not at all.
 
-    UserError where the model has something that ncnn has no word for, or computes otherwise.
+    UserError where ncnn lacks an operation of the model, or computes something else.
     """
     FORMAT.need("--include ncnn")
     image, decoded = options.image[:1], Decoded(fused(model)).eval()
@@ -83,12 +83,12 @@ def _convert(traced: torch.jit.ScriptModule, folder: Path, shape: list[int], pre
 
     (folder / "model.pt").write_bytes(packed(traced))
     size, half = ",".join(map(str, shape)), int(precision == "fp16")
-    done = subprocess.run([pnnx.EXEC_PATH, "model.pt", f"inputshape=[{size}]", f"fp16={half}"], cwd=folder, text=True,
-                          errors="replace", stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    if done.returncode or not all((folder / name).is_file() for name in (PARAM, BIN)):
-        said = " / ".join(done.stdout.strip().splitlines()[-3:])
-        raise UserError(f"--include ncnn: pnnx can't convert this model (exit code {done.returncode}: {said[-200:]}); "
-                        "export onnx instead")
+    process = subprocess.run([pnnx.EXEC_PATH, "model.pt", f"inputshape=[{size}]", f"fp16={half}"], cwd=folder,
+                             text=True, errors="replace", stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    if process.returncode or not all((folder / name).is_file() for name in (PARAM, BIN)):
+        text = " / ".join(process.stdout.strip().splitlines()[-3:])
+        raise UserError(f"--include ncnn: pnnx can't convert this model (exit code {process.returncode}: "
+                        f"{text[-200:]}); export onnx instead")
     kinds = {line.split()[0] for line in read_text(folder / PARAM).splitlines()[2:]}
     if unknown := sorted(kind for kind in kinds if not kind.isalnum()):  # pnnx leaves such names as PyTorch has them
         raise UserError(f"--include ncnn: ncnn has no {', '.join(unknown)}, which a block of this model needs; "
@@ -97,10 +97,10 @@ def _convert(traced: torch.jit.ScriptModule, folder: Path, shape: list[int], pre
 
 def _compare(detector: NcnnDetector, image: Tensor, expected: Tensor) -> None:
     """UserError where the file computes something else than the model: pnnx has misunderstood a block."""
-    found = detector(image)[0]
+    actual = detector(image)[0]
     wrong = float("inf")
-    if found.shape == expected.shape:
-        away = (found - expected).abs()
+    if actual.shape == expected.shape:
+        away = (actual - expected).abs()
         wrong = max(float(away[..., :4].max()) / max(image.shape[2:]), float(away[..., 4:].max()))
     if not wrong < WRONG:  # NaN, too
         raise UserError(f"--include ncnn: a block of this model computes something else there (by {wrong:.2g}); "
@@ -157,8 +157,8 @@ class NcnnDetector(FileDetector):
         code, decoded = extractor.extract(self.net.output_names()[0])
         if failed or code:
             raise UserError(f"{self.file}: ncnn can't run it (code {failed or code}); export it again")
-        found = np.array(decoded)  # a copy: ncnn takes its memory back
-        return found.reshape(1, -1, found.shape[-1])
+        array = np.array(decoded)  # a copy: ncnn takes its memory back
+        return array.reshape(1, -1, array.shape[-1])
 
 
 FORMAT = Format("ncnn", "_ncnn_model", write, NcnnDetector, precisions=("fp32", "fp16"), packages=("ncnn", "pnnx"),

@@ -52,17 +52,17 @@ BY_CLASS = "same = Equal(label, every)\n  same01 = Cast<to = 1>(same)\n  alone =
 AGNOSTIC = "alone = Identity(best)"
 
 
-def with_nms(written: Any, options: Suppression, classes: int) -> Any:
+def with_nms(proto: Any, options: Suppression, classes: int) -> Any:
     """An ONNX model that gives boxes instead of decoded (B, N, classes + 5)."""
     from onnx import compose, parser
 
-    batch = written.graph.output[0].type.tensor_type.shape.dim[0]
-    opset = next(entry.version for entry in written.opset_import if entry.domain in ("", "ai.onnx"))
+    batch = proto.graph.output[0].type.tensor_type.shape.dim[0]
+    opset = next(entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx"))
     every = f", int64[{classes}] every = {{{', '.join(map(str, range(classes)))}}}"
-    text = GRAPH.format(ir=written.ir_version, opset=opset, batch=batch.dim_value or batch.dim_param,
+    text = GRAPH.format(ir=proto.ir_version, opset=opset, batch=batch.dim_value or batch.dim_param,
                         numbers=classes + 5, every="" if options.agnostic else every,
                         most=options.max_det, iou=f"{options.iou:.9f}", conf=f"{options.conf:.9f}",
                         competing=AGNOSTIC if options.agnostic else BY_CLASS)
-    return compose.merge_models(written, compose.add_prefix(parser.parse_model(text), "nms/"),
-                                io_map=[(written.graph.output[0].name, "nms/decoded")])
+    return compose.merge_models(proto, compose.add_prefix(parser.parse_model(text), "nms/"),
+                                io_map=[(proto.graph.output[0].name, "nms/decoded")])
 

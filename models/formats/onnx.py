@@ -31,23 +31,23 @@ def write(model: Model, path: Path, options: ExportOptions) -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         _trace(model, graph := Path(folder) / "graph.onnx", options)
-        written = onnx.load(graph)
+        proto = onnx.load(graph)
         if options.precision == "fp16":
-            written = _halved(written)
+            proto = _halved(proto)
         elif options.precision == "int8":
-            written = onnx.load(_quantize(graph, written, options))
+            proto = onnx.load(_quantize(graph, proto, options))
     if options.suppression is not None:
-        written = with_nms(written, options.suppression, len(model.names))
+        proto = with_nms(proto, options.suppression, len(model.names))
     if options.simplify:
-        written = _simplified(written)
+        proto = _simplified(proto)
     # With task and batch the ultralytics package takes a file with NMS inside as one of its own.
     boxes = {"nms": True, "task": "detect", "batch": len(options.image)} if options.suppression else {}
     for key, value in {**options.metadata, **boxes}.items():
-        entry = written.metadata_props.add()
+        entry = proto.metadata_props.add()
         entry.key, entry.value = key, str(value)
-    onnx.checker.check_model(written)
+    onnx.checker.check_model(proto)
     with atomic(path) as temporary:
-        onnx.save(written, temporary)
+        onnx.save(proto, temporary)
 
 
 def _trace(model: Model, path: Path, options: ExportOptions) -> None:
@@ -61,15 +61,15 @@ def _trace(model: Model, path: Path, options: ExportOptions) -> None:
                           dynamic_axes=axes if options.dynamic else None, dynamo=False)
 
 
-def _simplified(written: Any) -> Any:
+def _simplified(proto: Any) -> Any:
     """What onnxslim makes of the model, where that is installed."""
     try:
         import onnxslim
     except ImportError:
         print("--simplify: onnxslim is not installed (pip install onnxslim); the file is simple without it: "
               "BatchNorms are folded, and runtimes fold its constants")
-        return written
-    return onnxslim.slim(written)
+        return proto
+    return onnxslim.slim(proto)
 
 
 def _head(graph: Any) -> set[str]:
@@ -80,14 +80,14 @@ def _head(graph: Any) -> set[str]:
     return without_convolution_after(readers, convolutions)
 
 
-def _halved(written: Any) -> Any:
+def _halved(proto: Any) -> Any:
     """The model in fp16. Images, boxes and their decoding stay in fp32, for fp16 has steps of half a pixel at 640."""
     from onnxruntime.transformers.float16 import convert_float_to_float16
     from onnxruntime.transformers.onnx_model import OnnxModel
 
-    head = _head(written.graph)
-    decoding = [node.name for node in written.graph.node if node.name in head and node.op_type != "Conv"]
-    halved = convert_float_to_float16(written, keep_io_types=True, node_block_list=decoding)
+    head = _head(proto.graph)
+    decoding = [node.name for node in proto.graph.node if node.name in head and node.op_type != "Conv"]
+    halved = convert_float_to_float16(proto, keep_io_types=True, node_block_list=decoding)
     _keep_scales(halved.graph)
     OnnxModel(halved).topological_sort()  # the casts were put at the end
     return halved
@@ -109,12 +109,12 @@ def _keep_scales(graph: Any) -> None:
             node.input[2], needless[cast.name] = graph.initializer[-1].name, cast
     for cast in needless.values():
         graph.node.remove(cast)
-    read = {name for node in graph.node for name in node.input}
-    for node in [node for node in graph.node if node.op_type == "Constant" and node.output[0] not in read]:
+    inputs = {name for node in graph.node for name in node.input}
+    for node in [node for node in graph.node if node.op_type == "Constant" and node.output[0] not in inputs]:
         graph.node.remove(node)
 
 
-def _quantize(path: Path, loaded: Any, options: ExportOptions) -> Path:
+def _quantize(path: Path, proto: Any, options: ExportOptions) -> Path:
     """A file beside `path` with QDQ pairs around its operations: weights int8 per channel, activations uint8.
 
     All kinds of operations are quantized, not convolutions alone: a float operation between two of int8 costs a
@@ -133,23 +133,23 @@ def _quantize(path: Path, loaded: Any, options: ExportOptions) -> Path:
             image = next(self.images, None)
             return None if image is None else {"images": image}
 
-    _unshare(loaded.graph)
-    onnx.save(loaded, path)
-    nodes = (node.name for node in loaded.graph.node)
-    in_float = _head(loaded.graph) | matching_nodes(nodes, options.keep)
+    _unshare(proto.graph)
+    onnx.save(proto, path)
+    nodes = (node.name for node in proto.graph.node)
+    in_float = _head(proto.graph) | matching_nodes(nodes, options.keep)
     with _quiet():
         calibrator = create_calibrator(path, augmented_model_path=str(path.with_name("calibration.onnx")))
         calibrator.collect_data(Reader(options.calibration))
-        ranges = {name: found.range_value for name, found in calibrator.compute_data().items()}
+        ranges = {name: data.range_value for name, data in calibrator.compute_data().items()}
         quantize_static(str(path), str(path.with_name("int8.onnx")), Reader(options.calibration),
                         quant_format=QuantFormat.QDQ, per_channel=True, activation_type=QuantType.QUInt8,
                         weight_type=QuantType.QInt8, nodes_to_exclude=sorted(in_float),
-                        extra_options={"TensorQuantOverrides": _without_tails(loaded.graph, ranges)})
+                        extra_options={"TensorQuantOverrides": _without_tails(proto.graph, ranges)})
     return path.with_name("int8.onnx")
 
 
 def _unshare(graph: Any) -> None:
-    """Values of its own for every node, in place: the exporter writes equal ones once, and reads them by an Identity.
+    """Give every node constants of its own, in place: the exporter writes equal ones once, for an Identity to share.
 
     In int8 a bias has the scale of its convolution. Of those that share it one would run in int8, the others in float.
     """
@@ -167,14 +167,14 @@ def _without_tails(graph: Any, ranges: Mapping[str, Any]) -> dict[str, list[dict
     onnxruntime rounds the output of a convolution before the activation, and much of its range is where SiLU is 0.
     """
     gates = {name for node in graph.node if node.op_type == "Sigmoid" for name in node.input}
-    found: dict[str, list[dict[str, Any]]] = {}
+    overrides: dict[str, list[dict[str, Any]]] = {}
     for node in graph.node:
         output = node.output[0]
         if node.op_type == "Conv" and output in gates and output in ranges:
             low, high = (np.asarray(limit, np.float32).reshape(-1)[0] for limit in ranges[output])
             if low < SILU_FLOOR < high:
-                found[output] = [{"rmin": np.float32(SILU_FLOOR), "rmax": high}]
-    return found
+                overrides[output] = [{"rmin": np.float32(SILU_FLOOR), "rmax": high}]
+    return overrides
 
 
 @contextmanager
@@ -189,10 +189,10 @@ def _quiet() -> Iterator[None]:
 
 
 def cores_of_workers(threads: int) -> str:
-    """A core, counted from 1, for each thread but the caller's, if they take all cores: "2;3". Else, or off Linux, "".
+    """The cores, counted from 1, of all threads but the caller's: "2;3". "" where cores are left over, or off Linux.
 
-    Without, two of them share a core now and then, which takes up to twice the time. Where cores are left over, the
-    system finds free ones, and knows which of them are halves of one core.
+    Where threads take all cores and are not pinned, two of them share a core now and then, which takes up to twice the
+    time. Where cores are left over the system finds free ones, and knows which of them are halves of one core.
     """
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     return ";".join(str(core + 1) for core in cores[1:]) if threads == len(cores) else ""
@@ -212,9 +212,9 @@ class OnnxDetector(FileDetector):
         options.add_session_config_entry("session.force_spinning_stop", "1")
         if cores := cores_of_workers(options.intra_op_num_threads):
             options.add_session_config_entry("session.intra_op_thread_affinities", cores)
-        wanted = ["CUDAExecutionProvider"] if device.type == "cuda" else []
+        cuda = ["CUDAExecutionProvider"] if device.type == "cuda" else []
         available = onnxruntime.get_available_providers()
-        providers = [p for p in (*wanted, "CPUExecutionProvider") if p in available]
+        providers = [p for p in (*cuda, "CPUExecutionProvider") if p in available]
         try:
             self.session = onnxruntime.InferenceSession(str(path), options, providers=providers)
             image = self.session.get_inputs()[0]

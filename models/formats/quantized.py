@@ -10,8 +10,8 @@ from utils.errors import UserError
 def without_convolution_after(readers: Mapping[str, Collection[str]], convolutions: Collection[str]) -> set[str]:
     """The nodes of a graph that no convolution follows: the head's convolutions and the decoding of boxes.
 
-    Decoding is sums and squares of pixels, which 256 steps can't tell apart. It includes what does not follow the head
-    but meets it there, the places of the grid: in steps of a 255th of its width a box would be half a pixel off.
+    Decoding is sums and squares of pixels, which 256 steps can't tell apart. The places of the grid are part of it,
+    though they do not follow the head: in steps of a 255th of the grid's width a box would be half a pixel off.
     The nodes are found by position, so names do not matter.
 
     readers: node -> the nodes that read what it computes.
@@ -41,12 +41,12 @@ def matching_nodes(nodes: Iterable[str], patterns: Collection[str]) -> set[str]:
     UserError for a pattern that none fits.
     """
     modules = {node: module_of(node) for node in nodes}
-    found: set[str] = set()
+    matches: set[str] = set()
     for pattern in patterns:
         fitting = {node for node, module in modules.items() if fnmatch(module, pattern) or
                    fnmatch(module, f"{pattern}.*")}
         if not fitting:
             raise UserError(f"--int8-keep: no part of the model is called '{pattern}'; give names such as model.0 "
                             "or 'model.2.m.*'")
-        found |= fitting
-    return found
+        matches |= fitting
+    return matches

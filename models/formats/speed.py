@@ -20,25 +20,25 @@ BATCHES = (1, 16)
 
 def milliseconds(models: Sequence[Model], imgsz: int, device: torch.device, runtime: str = "torch",
                  precision: str = "fp32") -> dict[str, list[float]]:
-    """How measured -> median milliseconds per image of each model, in turns.
+    """How they were measured -> median milliseconds per image of each model, timed in turns.
 
     In PyTorch, in onnxruntime where it is installed, and in another one of runtimes(), or another precision, as well.
     """
-    found: dict[str, list[float]] = {}
+    times: dict[str, list[float]] = {}
     for batch in BATCHES:
         try:
-            found[f"torch, batch {batch}"] = torch_latency(models, imgsz, device, batch, runs=max(20 // batch, 5))
+            times[f"torch, batch {batch}"] = torch_latency(models, imgsz, device, batch, runs=max(20 // batch, 5))
         except torch.OutOfMemoryError:
             print(f"note: batch {batch} does not fit into the memory of {device}, its speed is not measured")
     for batch in BATCHES:
         if ms := runtime_latency(models, "onnx", imgsz, batch, runs=max(20 // batch, 5)):
-            found[f"{measured_in('onnxruntime')}, batch {batch}"] = ms
-    if runtime != "torch" and (wanted := f"{measured_in(runtime, precision)}, batch 1") not in found:
+            times[f"{measured_in('onnxruntime')}, batch {batch}"] = ms
+    if runtime != "torch" and (how := f"{measured_in(runtime, precision)}, batch 1") not in times:
         try:
-            found[wanted] = stopwatch(runtime, imgsz, device, precision=precision)(models)
+            times[how] = stopwatch(runtime, imgsz, device, precision=precision)(models)
         except UserError as error:
             print(f"note: {error}")
-    return found
+    return times
 
 
 def measured_in(runtime: str, precision: str = "fp32") -> str:
@@ -64,28 +64,28 @@ def stopwatch(runtime: str, imgsz: int, device: torch.device, batch: int = 1,
         raise UserError(f"--int8: --runtime {runtime} has none here")
     fmt.need(f"--runtime {runtime}", precision)
 
-    def measure(models: Sequence[Model]) -> list[float]:
-        found = runtime_latency(models, fmt.name, imgsz, batch, precision=precision)
-        if found is None:
+    def ms_per_image(models: Sequence[Model]) -> list[float]:
+        ms = runtime_latency(models, fmt.name, imgsz, batch, precision=precision)
+        if ms is None:
             raise UserError(f"--runtime {runtime}: can't run this model; the note above says why")
-        return found
+        return ms
 
-    return measure
+    return ms_per_image
 
 
 def runtime_latency(models: Sequence[Model], name: str, imgsz: int, batch: int = 1, runs: int = 20,
                     precision: str = "fp32") -> list[float] | None:
     """Median milliseconds per image of the models in another format (a name of formats()), on the CPU.
 
-    The runtime has as many threads as PyTorch; the models are measured in turns. None, with a note where it is not for
-    want of a package, if a model can't be written or run.
+    The runtime has as many threads as PyTorch; the models are measured in turns. None if a package is missing, or,
+    with a note, if a model can't be written or run.
     """
-    wanted = formats()[name]
-    if wanted.missing(precision):
+    fmt = formats()[name]
+    if fmt.missing(precision):
         return None
     with tempfile.TemporaryDirectory() as folder:
         try:
-            calls = [_call(Timed(model, imgsz, wanted, precision), Path(folder) / f"{i}.pt", torch.device("cpu"), batch)
+            calls = [_call(Timed(model, imgsz, fmt, precision), Path(folder) / f"{i}.pt", torch.device("cpu"), batch)
                      for i, model in enumerate(models)]
         except Exception as error:  # a user's own block may have no counterpart in a format
             print(f"note: not measured in {name} ({first_line(error, 100)})")
@@ -103,7 +103,7 @@ class Timed(NamedTuple):
 
 
 def in_turns(timed: Sequence[Timed], device: torch.device, runs: int = 20) -> list[float]:
-    """Median milliseconds of an image, of one after the other in turns; on `device` in PyTorch, else on the CPU."""
+    """Median milliseconds per image of each, timed in turns; on `device` in PyTorch, else on the CPU."""
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
         return medians([_call(one, Path(folder) / f"{i}.pt", device) for i, one in enumerate(timed)], runs)
 
@@ -113,12 +113,12 @@ def _call(timed: Timed, path: Path, device: torch.device, batch: int = 1) -> Cal
 
     What int8 is calibrated on is random, for speed does not depend on it.
     """
-    model, imgsz, wanted, precision = timed
+    model, imgsz, fmt, precision = timed
     image = torch.rand(batch, model.yaml["ch"], imgsz, imgsz)
-    if wanted is None:
+    if fmt is None:
         return prepared(on_device(fused(model), device), image.to(device))
     options = export_options(model, image.shape, precision, calibration=[image[:1].numpy()] * 2)
-    detector = wanted.there_and_back(model, path, options, torch.device("cpu"))[1]
+    detector = fmt.there_and_back(model, path, options, torch.device("cpu"))[1]
     call = partial(detector, image.to(detector.dtype))
     call()
     return call

@@ -67,14 +67,14 @@ class TorchScriptDetector(FileDetector):
 
     def __call__(self, images: Tensor) -> tuple[Tensor, None]:
         """(B, C, h, w) -> (decoded (B, N, nc + 5), None), on the images' device."""
-        self.check(images)
+        self.check_images(images)
         try:
-            found = self.module(images)
-            if isinstance(found, (tuple, list)):  # YOLOv5's give a tuple
-                found = next(iter(found), None)
+            output = self.module(images)
+            if isinstance(output, (tuple, list)):  # YOLOv5's give a tuple
+                output = next(iter(output), None)
         except RuntimeError as error:
             raise UserError(f"{self.file}: can't run here ({first_line(error)}); export it again") from None
-        return self.checked(found), None
+        return self.check_output(output), None
 
 
 def _config(path: Path) -> dict:

@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 
 FILL = 114            # grey of pixels that no image covers
-LEAST_SIDE = 2.0      # pixels; a box must be wider and higher after a random map
+LEAST_BOX_SIDE = 2.0  # pixels; a box must be wider and higher after a random map
 MOST_ASPECT = 100.0   # long side / short side of a box after a random map
 LEAST_AREA = 0.1      # share of a box's area that must be left after a random map
 Labelled = tuple[np.ndarray, np.ndarray]  # image and its labels
@@ -105,7 +105,7 @@ def worth_keeping(before: np.ndarray, after: np.ndarray) -> np.ndarray:
     old = before[:, 2:] - before[:, :2]
     new = after[:, 2:] - after[:, :2]
     aspect = new.max(1) / np.maximum(new.min(1), 1e-9)
-    return (new > LEAST_SIDE).all(1) & (aspect < MOST_ASPECT) & (new.prod(1) > LEAST_AREA * old.prod(1))
+    return (new > LEAST_BOX_SIDE).all(1) & (aspect < MOST_ASPECT) & (new.prod(1) > LEAST_AREA * old.prod(1))
 
 
 def to_tensor_layout(image: np.ndarray) -> np.ndarray:

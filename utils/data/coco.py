@@ -39,8 +39,8 @@ def read_annotations(path: Path, flag: str) -> dict[str, Any]:
             entry["id"] = _plain_id(entry.get("id"))
             own[str(entry["id"])] = entry["id"]
         for annotation in data["annotations"]:
-            given = _plain_id(annotation.get(key))
-            annotation[key] = own.get(str(given), given)
+            reference = _plain_id(annotation.get(key))
+            annotation[key] = own.get(str(reference), reference)
     return data
 
 
@@ -106,11 +106,11 @@ def _run_lengths(text: str) -> list[int]:
 class CocoResults:
     """Detections in COCO's format, .rows, and what pycocotools says of them.
 
-    Without an annotation file an image's id is its name (a number, where all `images` have one of their own; the path,
-    where names repeat), a category's the class, or COCO's own
-    number where the classes are COCO's; the truth is the data set's labels. With one, ids and truth are the file's:
-    categories go by name, images by file name. .unknown counts images that it does not list, which are left out.
-    UserError where it can't be read or lacks a class.
+    With an annotation file, ids and labels are the file's: categories are found by name, images by file name. .unknown
+    counts images that it does not list; they are left out. UserError where it can't be read or lacks a class.
+    Without one, the labels are the data set's. The id of an image is its name (as a number where all `images` have
+    different numbers, as a path where names repeat); that of a category is the class, or COCO's own number for COCO's
+    classes.
     """
 
     def __init__(self, names: dict[int, str], annotations: Path | None = None, images: Iterable[Path] = ()):
@@ -130,13 +130,13 @@ class CocoResults:
             for number, row in enumerate(self.truth["annotations"], 1):
                 _complete(row, number, f"--anns {annotations}")
 
-    def add(self, found: Tensor, path: Path) -> None:
+    def add(self, detections: Tensor, path: Path) -> None:
         """(n, 6) detections in the pixels of the image at `path`, rounded as YOLOv5 does."""
         image_id = self._image_id(path)
         if image_id is None:
             self.unknown += 1
             return
-        for x1, y1, x2, y2, confidence, cls in found.tolist():
+        for x1, y1, x2, y2, confidence, cls in detections.tolist():
             box = [round(v, 3) for v in (x1, y1, x2 - x1, y2 - y1)]
             self.rows.append({"image_id": image_id, "category_id": self.categories[int(cls)], "bbox": box,
                               "score": round(confidence, 5)})

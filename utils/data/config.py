@@ -40,10 +40,10 @@ def read_data(path: str | Path, needed: Sequence[str] = ("train", "val")) -> Dat
     Nothing in the file is ever executed. UserError where the file is missing or contradicts itself, and where the
     images of a split that is `needed` are missing: who only validates has no training images.
     """
-    given = Path(path)
-    places = [given, ROOT / given, ROOT / "data" / given]
+    yaml_path = Path(path)
+    places = [yaml_path, ROOT / yaml_path, ROOT / "data" / yaml_path]
     places += [folder / "data.yaml" for folder in places]
-    file = next((p for p in places if p.is_file()), given).absolute()
+    file = next((p for p in places if p.is_file()), yaml_path).absolute()
     if file.is_dir():
         raise UserError(f"--data {path}: is a folder without a data.yaml; give the data yaml itself")
     content = read_yaml_mapping(file, "--data", texts=("path", "names", *SPLITS))
@@ -85,20 +85,20 @@ def _find_root(file: Path, content: dict[str, Any]) -> Path:
 
     A set whose absolute path is gone was moved: if its images are beside the yaml, they are taken.
     """
-    given = content.get("path") or "."
-    if not isinstance(given, str):
-        raise UserError(f"{file}: 'path:' must be a folder, not {str(given)[:40]}")
+    folder = content.get("path") or "."
+    if not isinstance(folder, str):
+        raise UserError(f"{file}: 'path:' must be a folder, not {str(folder)[:40]}")
     # A path of Windows is tried as it is written, and with this system's separators.
-    tails = [Path(os.path.expanduser(text)) for text in dict.fromkeys((given, given.replace("\\", "/")))]
+    tails = [Path(os.path.expanduser(text)) for text in dict.fromkeys((folder, folder.replace("\\", "/")))]
     candidates = [base / tail for tail in tails for base in (file.parent, ROOT, ROOT.parent / "datasets")]
     # If none exists yet: a yaml in data/ means a folder of the repository; others, and the built-in set, one beside it.
     relative_to_repository = file.parent == ROOT / "data" and not content.get("builtin")
     default = candidates[1] if relative_to_repository else candidates[0]
-    from_elsewhere = tails[-1].is_absolute() or PureWindowsPath(given).drive
+    from_elsewhere = tails[-1].is_absolute() or PureWindowsPath(folder).drive
     around = [p / tails[-1].name for p in (file.parent, file.parent.parent)]
-    there = [p for p in candidates if os.path.isdir(p)]
-    holding = [p for p in (*there, *((file.parent, *around) if from_elsewhere else ())) if _holds_images(p, content)]
-    return Path(os.path.realpath((holding or there or [default])[0]))
+    existing = [p for p in candidates if os.path.isdir(p)]
+    holding = [p for p in (*existing, *((file.parent, *around) if from_elsewhere else ())) if _holds_images(p, content)]
+    return Path(os.path.realpath((holding or existing or [default])[0]))
 
 
 def _holds_images(root: Path, content: dict[str, Any]) -> bool:

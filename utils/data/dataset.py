@@ -86,7 +86,7 @@ class DetectionDataset(Dataset[Sample]):
     first two are sequences over one array each, not lists (see ragged.py). .problems counts what was repaired or left
     out, .refused lists (path, reason) of the images that were left out, .notes and summary() are for the log.
     .broken are those that turned out to be broken when they were used: each stays in its place as a grey image without
-    labels, for another order of the others would be another training than that before a resume.
+    labels, because without it the others would have other places, and a resumed training would differ.
 
     UserError where a source is missing or none of the images can be used.
     """
@@ -114,40 +114,40 @@ class DetectionDataset(Dataset[Sample]):
         self._ram: Tensor | None = None
         self._disk: Path | None = None
         if cache in ("ram", "auto"):
-            self._fill_ram(asked=cache == "ram")
+            self._fill_ram(required=cache == "ram")
         elif cache == "disk":
             self._fill_disk()
 
     def _scan(self, sources: Sequence[Path], nc: int | None, single_cls: bool) -> tuple[Paths, Scan]:
         """The usable images, sorted by path, and what is known of them; sets .problems and .refused."""
-        found = sorted((image for source in sources for image in find_images(source)), key=path_order)
+        paths = sorted((image for source in sources for image in find_images(source)), key=path_order)
         self.where = where = ", ".join(map(str, sources)) or "no source"
-        if not found:
+        if not paths:
             raise UserError(f"{where}: no images there ({', '.join(sorted(s[1:] for s in IMAGE_SUFFIXES))})")
         # Decoding is the only proof of an image. Of many it would take too long: a broken one is found when it is used.
-        one = partial(scan_image, nc=nc, single_cls=single_cls, whole=len(found) < MANY)
+        one = partial(scan_image, nc=nc, single_cls=single_cls, whole=len(paths) < MANY)
 
         def scan_now(groups: Sequence[Sequence[str]]) -> Iterator[Scan]:
-            return scan_groups(partial(one, reading=label_reading(found)), groups, f"{self.prefix} scan".strip())
+            return scan_groups(partial(one, reading=label_reading(paths)), groups, f"{self.prefix} scan".strip())
 
-        scan = scan_with_cache(found, str(one.keywords), scan_now, 1 if single_cls else nc)
+        scan = scan_with_cache(paths, str(one.keywords), scan_now, 1 if single_cls else nc)
         problems: Counter[str] = Counter()
         reasons: dict[int, str] = {}
         examples: dict[str, str] = {}
         for i, counts, reason in scan.remarks():
             problems.update(counts)
-            examples = dict.fromkeys(counts, found[i]) | examples
+            examples = dict.fromkeys(counts, paths[i]) | examples
             if reason:
                 reasons[i] = reason
         self.problems: dict[str, int] = dict(problems)
-        self.refused = [(Path(found[i]), reason) for i, reason in reasons.items()]
-        images = Paths(found)
-        if len(reasons) == len(found):
+        self.refused = [(Path(paths[i]), reason) for i, reason in reasons.items()]
+        images = Paths(paths)
+        if len(reasons) == len(paths):
             reason, times = Counter(reasons.values()).most_common(1)[0]
             path = next(path for path, why in self.refused if why == reason)
-            raise UserError(f"{where}: none of the {len(found)} images can be used; {times}: {reason}, e.g. {path}")
+            raise UserError(f"{where}: none of the {len(paths)} images can be used; {times}: {reason}, e.g. {path}")
         if reasons:
-            usable = np.delete(np.arange(len(found)), list(reasons))
+            usable = np.delete(np.arange(len(paths)), list(reasons))
             images, scan = images.take(usable), scan.take(usable)
         if not scan.labels.counts.any():
             self.unlabelled = f"no image has a usable label: {why_unlabelled(images, self.problems, examples)}"
@@ -159,9 +159,9 @@ class DetectionDataset(Dataset[Sample]):
         if self.unlabelled:
             raise UserError(f"{self.where}: {self.unlabelled}")
 
-    def report_broken(self, found: Iterable[int]) -> None:
+    def report_broken(self, indices: Iterable[int]) -> None:
         """Name each image that was found to be broken on stderr, once. UserError where no other is left."""
-        for index in sorted(set(found) - self._named):
+        for index in sorted(set(indices) - self._named):
             self._named.add(index)
             tqdm.write(f"{self.images[index]}: can't be decoded; a grey image without labels stands in for it "
                        f"({len(self._named)} so far)", file=sys.stderr)
@@ -287,15 +287,15 @@ class DetectionDataset(Dataset[Sample]):
         linear = self.augment or max(h, w) > max(image.shape[:2])
         return cv2.resize(image, (w, h), interpolation=cv2.INTER_LINEAR if linear else cv2.INTER_AREA)
 
-    def _fill_ram(self, asked: bool) -> None:
+    def _fill_ram(self, required: bool) -> None:
         """Decode all images, if they fit, into one tensor, which workers share whatever their start method.
 
-        Where nobody asked for it they must be few, and processes of a training on one machine have a copy each.
+        Where this is not `required` they must be few, and processes of a training on one machine have a copy each.
         """
         sizes = np.array([math.prod(self._scaled_size(i)) * 3 for i in range(len(self))], np.int64)
         need, free = int(sizes.sum()), available_memory()
         copies = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
-        if not asked and copies * need > min(FEW_BYTES, FEW_SHARE * (free or math.inf)):
+        if not required and copies * need > min(FEW_BYTES, FEW_SHARE * (free or math.inf)):
             return
         if free is not None and need > 0.9 * free:
             self.notes.append(f"--cache ram needs {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free: going on without")

@@ -15,20 +15,20 @@ import cv2
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from utils.data.labels import LOSSES, NO_TEXT, parse_labels, reading_of
+from utils.data.labels import LABEL_LOSSES, NO_TEXT, parse_labels, reading_of
 from utils.errors import UserError
 from utils.text import decoded, read_lines
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".mpo", ".png", ".tif", ".tiff", ".webp"})
-LEAST_SIDE = 10          # pixels; smaller images are left out
+LEAST_IMAGE_SIDE = 10    # pixels; smaller images are left out
 EXIF_ORIENTATION = 274   # the tag's number
-SAMPLE = 200             # label files that tell what the rows of a set mean
+SAMPLED_FILES = 200      # label files that tell what the rows of a set mean
 # What Pillow raises for a file that it can't read, and decode().
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError, UserError)
 
 
 class DamagedImageError(UserError):
-    """An image can't be decoded. A file that can't be read at all is another error: the next one may not be either."""
+    """An image can't be decoded. A file that can't be read at all is another error: all files may be so."""
 
 
 class Header(NamedTuple):
@@ -179,7 +179,7 @@ def label_text(path: Path) -> str | None:
 
 def label_reading(images: Sequence[str]) -> str:
     """What rows of more than five numbers mean in the labels of some images: see labels.reading_of()."""
-    sample = images[::-(-len(images) // SAMPLE)]
+    sample = images[::-(-len(images) // SAMPLED_FILES)]
     return reading_of(label_text(Path(file)) or "" for file in label_files(sample))
 
 
@@ -188,7 +188,7 @@ def why_unlabelled(images: Iterable[Path], problems: Mapping[str, int], examples
 
     examples: an image that has each problem.
     """
-    lost = {what: problems[what] for what in LOSSES if what in problems}
+    lost = {what: problems[what] for what in LABEL_LOSSES if what in problems}
     if not lost:
         files = [Path(file) for file in label_files(map(str, images))]
         missing = sum(not file.is_file() for file in files)
@@ -239,9 +239,9 @@ def _ends_with(file: BinaryIO, mark: bytes) -> bool:
     """Whether a file ends with `mark`. Its position stays."""
     position = file.tell()
     file.seek(-len(mark), os.SEEK_END)
-    found = file.read() == mark
+    matches = file.read() == mark
     file.seek(position)
-    return found
+    return matches
 
 
 def decode(path: Path, orientation: int = 1) -> np.ndarray:
@@ -297,7 +297,7 @@ def scan_image(path: Path, nc: int | None = None, single_cls: bool = False, read
                whole: bool = True, labels: Path | None = None) -> Record:
     """Read an image and its labels. UserError for a class not below `nc`, or a label file that can't be read.
 
-    reading: see parse_labels(). whole: decode the image whatever its format; without it, where its header does not
+    reading: see parse_labels(). whole: decode the image whatever its format; else only where its header does not
     tell most damage. labels: label_path() where it is known.
     """
     no_labels = np.zeros((0, 5), np.float32)
@@ -310,8 +310,8 @@ def scan_image(path: Path, nc: int | None = None, single_cls: bool = False, read
     except UNREADABLE as error:
         reason = reason_of(error, path)
         return Record(path, (0, 0), 1, no_labels, Counter({"unreadable images skipped": 1}), reason)
-    if min(size) < LEAST_SIDE:
-        problems = Counter({f"images under {LEAST_SIDE} px skipped": 1})
+    if min(size) < LEAST_IMAGE_SIDE:
+        problems = Counter({f"images under {LEAST_IMAGE_SIDE} px skipped": 1})
         return Record(path, size, 1, no_labels, problems, f"{size[0]} x {size[1]} px")
     file = labels or label_path(path)
     text = label_text(file)

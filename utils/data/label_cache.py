@@ -25,9 +25,9 @@ from utils.data.scan import Scan
 from utils.errors import UserError
 from utils.files import atomic
 
-VERSION = 4                          # raise it with every change of what a scan finds
-FOLDER = "~/.cache/yolov5-slimming"  # the variable YOLO_CACHE names another
-PART = 10_000                        # images
+VERSION = 4                                # raise it with every change of what a scan finds
+CACHE_FOLDER = "~/.cache/yolov5-slimming"  # the variable YOLO_CACHE names another
+PART = 10_000                              # images
 # Of the arrays in a file: type and shape of a row. The last two have the rows of all images.
 COLUMNS = {"stamps": (np.int64, (4,)), "sizes": (np.int32, (2,)), "orientations": (np.uint8, ()),
            "boxes": (np.int64, ()), "lengths": (np.int64, ()), "labels": (np.float32, (5,)), "notes": (np.uint8, ())}
@@ -40,14 +40,14 @@ class _Part:
     images: Sequence[str]
     file: Path
     stamps: np.ndarray   # int64 (n, 4)
-    known: Scan | None   # of all images; outdated where `missing`
+    scan: Scan | None    # of all images; outdated where `missing`
     missing: np.ndarray  # (k,) indices of images to scan
 
 
 def cache_folder(kind: str) -> Path:
     """Where cached files of a kind ("labels", "images") are. Who has no home has a folder that takes no files."""
     try:
-        return Path(os.environ.get("YOLO_CACHE") or FOLDER).expanduser() / kind
+        return Path(os.environ.get("YOLO_CACHE") or CACHE_FOLDER).expanduser() / kind
     except RuntimeError:
         return Path(os.devnull) / kind
 
@@ -62,24 +62,24 @@ def scan_with_cache(images: Sequence[str], settings: str,
     parts = [_open(images[i:i + PART], settings, nc) for i in range(0, len(images), PART)]
     changed = [part for part in parts if len(part.missing)]
     fresh = scan([[part.images[i] for i in part.missing] for part in changed]) if changed else iter(())
-    for found, part in zip(fresh, changed):
-        _update(part, found)
+    for new, part in zip(fresh, changed):
+        _update(part, new)
         with suppress(UserError):
             _write(part)
-    return Scan.joined([part.known for part in parts if part.known is not None])
+    return Scan.joined([part.scan for part in parts if part.scan is not None])
 
 
 def _open(images: Sequence[str], settings: str, nc: int | None) -> _Part:
     digest = hashlib.sha256(os.fsencode("\n".join((f"{VERSION} {settings}", *images)))).hexdigest()[:40]
     file, stamps = cache_folder("labels") / f"{digest}.npz", _stamps(images)
-    old, known = np.empty(0), None
+    old, scan = np.empty(0), None
     if os.path.isfile(file):
         try:
-            old, known = _read(file, len(images), nc)
+            old, scan = _read(file, len(images), nc)
         except Exception:  # a damaged file raises many kinds of exceptions
             tqdm.write(f"{file}: damaged or changed; it is made anew, the labels are read again", file=sys.stderr)
-    missing = np.arange(len(images)) if known is None else np.flatnonzero((old != stamps).any(1))
-    return _Part(images, file, stamps, known, missing)
+    missing = np.arange(len(images)) if scan is None else np.flatnonzero((old != stamps).any(1))
+    return _Part(images, file, stamps, scan, missing)
 
 
 def _stamps(images: Sequence[str]) -> np.ndarray:
@@ -95,18 +95,18 @@ def _stamps(images: Sequence[str]) -> np.ndarray:
     return np.array(numbers, np.int64).reshape(-1, 4)
 
 
-def _update(part: _Part, found: Scan) -> None:
+def _update(part: _Part, new: Scan) -> None:
     """Put what was found of the missing images in its place."""
-    if part.known is None:
-        part.known = found
+    if part.scan is None:
+        part.scan = new
         return
     index = np.arange(len(part.images))
-    index[part.missing] = len(index) + np.arange(len(found))
-    part.known = Scan.joined([part.known, found]).take(index)
+    index[part.missing] = len(index) + np.arange(len(new))
+    part.scan = Scan.joined([part.scan, new]).take(index)
 
 
 def _write(part: _Part) -> None:
-    scan = part.known
+    scan = part.scan
     assert scan is not None
     with atomic(part.file) as temporary, open(temporary, "wb") as file:
         np.savez(file, stamps=part.stamps, sizes=scan.sizes, orientations=scan.orientations,
@@ -115,12 +115,12 @@ def _write(part: _Part) -> None:
 
 
 def _read(file: Path, images: int, nc: int | None) -> tuple[np.ndarray, Scan]:
-    """(stamps, what the file knows). Any exception where that is not of so many images, or not what a scan finds."""
+    """(stamps, scan) of a file. Some exception where it is not of so many images, or not what a scan can find."""
     with np.load(file, allow_pickle=False) as arrays:
-        found = {name: arrays[name] for name in COLUMNS}
-    stamps, sizes, orientations, boxes, lengths, labels, notes = found.values()
+        columns = {name: arrays[name] for name in COLUMNS}
+    stamps, sizes, orientations, boxes, lengths, labels, notes = columns.values()
     rows = [images] * 5 + [boxes.sum(dtype=float), lengths.sum(dtype=float)]  # whole numbers would wrap around
-    for (kind, row), array, count in zip(COLUMNS.values(), found.values(), rows):
+    for (kind, row), array, count in zip(COLUMNS.values(), columns.values(), rows):
         if array.dtype != kind or array.shape != (count, *row):
             raise ValueError("columns of another kind")
     scan = Scan(sizes, orientations, Ragged(labels, boxes), Ragged(notes, lengths))

@@ -14,17 +14,17 @@ from utils.errors import UserError
 MARGIN = 1e-5          # of an image's side: many times what float32 rounds away
 SLACK = 0.1            # of an image's side that a number may be outside of it; one in pixels is further out
 MOST_CORNERS = 1000    # of polygons whose edges are compared, each with each
-# Of a box's sides: how far its points may be outside of it, and how far where the set's long rows are such boxes.
+# How far points may lie outside of their box, as a share of its sides; and how far where the set's long rows are boxes.
 NEAR, FAR = 0.1, 0.5
-# How much a long row tells of what all long rows of its set are, above 0 polygons and below 0 boxes with points. About
-# the logarithm of how much more frequent such a row is among the ones than among the others.
+# The votes of a long row for what all long rows of its set are: above 0 polygons, below 0 boxes with points. A vote is
+# about the logarithm of how much more frequent such a row is among polygons than among boxes.
 ONLY_POLYGON, LIKE_POLYGON, LIKE_POINTS = 3.0, 0.3, -4.0
 
 POLYGONS, POINTS = "polygons (their boxes are used)", "boxes with points (the boxes are used)"
 MALFORMED, OUTSIDE = "malformed rows skipped", "rows outside the image skipped (pixels? divide by its width and height)"
 NO_AREA = "boxes dropped (no area in the image)"
 NO_TEXT = "label files skipped (no text; save them as UTF-8)"
-LOSSES = (MALFORMED, OUTSIDE, NO_AREA, NO_TEXT)  # problems that leave out labels
+LABEL_LOSSES = (MALFORMED, OUTSIDE, NO_AREA, NO_TEXT)  # problems that leave out labels
 
 
 def parse_labels(text: str, path: Path, nc: int | None = None, single_cls: bool = False,

@@ -126,10 +126,10 @@ def _collate_of(dataset: DetectionDataset, samples: Sequence[Sample]) -> Batch:
     return replace(collate(samples), broken=frozenset(dataset.broken))
 
 
-def usable_workers(wanted: int, world_size: int, batches: int) -> int:
-    """The number of worker processes: `wanted`, at most this process's share of the cores, at most one per batch."""
-    here = min(int(os.environ.get("LOCAL_WORLD_SIZE") or world_size), world_size)  # torchrun's, on this machine
-    return max(min(wanted, cores() // here, batches), 0)
+def usable_workers(workers: int, world_size: int, batches: int) -> int:
+    """The number of worker processes: `workers`, at most this process's share of the cores, at most one per batch."""
+    processes = min(int(os.environ.get("LOCAL_WORLD_SIZE") or world_size), world_size)  # torchrun's, on this machine
+    return max(min(workers, cores() // processes, batches), 0)
 
 
 def _start_worker(shutdown: Event | None, polite: bool, _: int) -> None:

@@ -18,7 +18,7 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from utils.data.image_files import LEAST_SIDE, Record, label_files
+from utils.data.image_files import LEAST_IMAGE_SIDE, Record, label_files
 from utils.data.ragged import Ragged
 from utils.errors import UserError
 
@@ -75,7 +75,7 @@ class Scan:
         return bool(((classes >= 0) & (classes < (nc or math.inf)) & (np.floor(classes) == classes)).all()
                     and ((boxes >= 0) & (boxes <= 1)).all() and (boxes[:, 2:] > 0).all()
                     and ((self.orientations >= 1) & (self.orientations <= 8)).all()
-                    and (self.sizes[~refused] >= LEAST_SIDE).all())
+                    and (self.sizes[~refused] >= LEAST_IMAGE_SIDE).all())
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -90,7 +90,7 @@ def scan_groups(scan: Callable[..., Record], groups: Sequence[Sequence[str]], ti
     """A Scan of each group of images, by scan_image(), in order; a progress bar appears after a second.
 
     Many images are read in as many processes as there are cores: what takes the time is Python. Where processes can't
-    be forked it is threads, which have the files' waiting times in common at least.
+    be forked there are threads, which at least wait for files at the same time.
     """
     total = sum(map(len, groups))
     readers = min(cores() // int(os.environ.get("LOCAL_WORLD_SIZE") or 1), MOST_READERS)  # torchrun's, on this machine

@@ -68,10 +68,10 @@ def _is_complete(root: Path) -> bool:
     """Whether the set is at `root`: False where there is nothing yet, UserError where there is something else."""
     marker = root / MARKER
     if marker.is_file():
-        found = read_text(marker).strip()
-        if found != str(VERSION):
-            raise UserError(f"{root}: drawn by another version of this program ({found or 'unknown'}, not {VERSION}); "
-                            "delete the folder and it is drawn anew")
+        version = read_text(marker).strip()
+        if version != str(VERSION):
+            raise UserError(f"{root}: drawn by another version of this program ({version or 'unknown'}, "
+                            f"not {VERSION}); delete the folder and it is drawn anew")
         return True
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
         raise UserError(f"{root}: holds something else than the built-in data set; move it away or delete it")

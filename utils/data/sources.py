@@ -42,9 +42,9 @@ def frames(source: str, every: int = 1, skipped: Counter[str] | None = None) -> 
     """The images that `source` names; of videos and streams every `every`-th frame.
 
     source: an image, a video, a folder of them, a pattern such as 'photos/*.jpg', a .txt list, the URL of an image or
-    a stream, a camera's number, or a .streams file of such, which are read in turns. What is there counts first: a
-    folder may be called 2024. UserError where there is nothing; among several sources one that can't be read is
-    reported on stdout, counted in `skipped` by its reason, and left out.
+    a stream, a camera's number, or a .streams file of such, which are read in turns. A file or folder of that name
+    comes first: a folder may be called 2024. UserError where there is nothing; among several sources one that can't be
+    read is reported on stdout, counted in `skipped` by its reason, and left out.
     """
     skipped = Counter() if skipped is None else skipped
     path = Path(source)
@@ -58,8 +58,8 @@ def frames(source: str, every: int = 1, skipped: Counter[str] | None = None) -> 
     if path.suffix == ".streams":
         yield from _in_turns(path, every, skipped)
         return
-    found = files(source)
-    for file in found:
+    paths = files(source)
+    for file in paths:
         try:
             if file.exists() and not file.is_file():  # a pipe might never end
                 raise UserError(f"--source {file}: not a file")
@@ -68,7 +68,7 @@ def frames(source: str, every: int = 1, skipped: Counter[str] | None = None) -> 
             else:
                 yield Frame(decode(file, read_header(file).orientation), file)
         except UNREADABLE as error:
-            if len(found) == 1 and file.suffix.lower() in VIDEO_SUFFIXES:
+            if len(paths) == 1 and file.suffix.lower() in VIDEO_SUFFIXES:
                 raise
             _skip(str(file), reason_of(error, file), skipped)
 
@@ -107,21 +107,21 @@ def files(source: str) -> list[Path]:
     """The image and video files that a path, pattern or list names. UserError if there are none."""
     path = Path(source)
     if path.is_dir():
-        found = sorted(p for p in path.iterdir() if p.is_file())
+        paths = sorted(p for p in path.iterdir() if p.is_file())
     elif path.suffix == ".txt":
         return [listed_path(path.parent, line) for line in _lines(path)]  # whatever they are: each is told about
     elif path.is_file():
-        found = [path]
+        paths = [path]
     else:
-        found = sorted(set(map(Path, _matches(source))))
-    if not found and not path.is_dir():
+        paths = sorted(set(map(Path, _matches(source))))
+    if not paths and not path.is_dir():
         raise UserError(f"--source {source}: no such file, folder or pattern")
     suffixes = IMAGE_SUFFIXES | VIDEO_SUFFIXES
-    wanted = [p for p in found if p.suffix.lower() in suffixes]
-    if not wanted:
-        known = ", ".join(sorted(suffix[1:] for suffix in suffixes))
-        raise UserError(f"--source {source}: no images or videos there ({known})")
-    return wanted
+    media = [p for p in paths if p.suffix.lower() in suffixes]
+    if not media:
+        kinds = ", ".join(sorted(suffix[1:] for suffix in suffixes))
+        raise UserError(f"--source {source}: no images or videos there ({kinds})")
+    return media
 
 
 def _matches(pattern: str) -> Iterator[str]:
@@ -179,8 +179,8 @@ def _video_frames(source: str, every: int, stream: str = STREAM) -> Iterator[Fra
 def _in_turns(path: Path, every: int, skipped: Counter[str]) -> Iterator[Frame]:
     """The frames of all sources in a .streams file, one of each in a turn; each is read by a thread of its own.
 
-    Of a stream or camera the newest frame counts, so that none lags behind; of a video every frame. Who has none yet is
-    not waited for.
+    Of a stream or camera the newest frame counts, so that none lags behind; of a video every frame. A source
+    that has no new frame is left out of the turn.
     """
     lines = list(dict.fromkeys(_lines(path)))
     lines = [line if _is_live(line) else str(listed_path(path.parent, line)) for line in lines]

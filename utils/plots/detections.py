@@ -156,7 +156,7 @@ def detections_to_targets(detections: Sequence[Tensor], size: tuple[int, int]) -
     Returns (n, 7) image, class, x, y, w, h normalised, confidence.
     """
     height, width = size
-    image = torch.cat([torch.full((len(found), 1), float(i)) for i, found in enumerate(detections)])
+    image = torch.cat([torch.full((len(rows), 1), float(i)) for i, rows in enumerate(detections)])
     boxes, confidence, cls = torch.cat(list(detections)).split((4, 1, 1), 1)
     return torch.cat((image, cls, xyxy2xywh(boxes) / torch.tensor([width, height, width, height]), confidence), 1)
 

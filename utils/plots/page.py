@@ -15,7 +15,7 @@ from PIL import Image
 from utils.files import write_text
 from utils.plots.style import narrow_form
 
-WIDTH = 480  # pixels, of a picture of a pair
+PICTURE_WIDTH = 480  # pixels, of a picture of a pair
 STYLE = """
 :root { color-scheme: light dark; --ink: #222; --paper: #fff; --line: #ddd; --soft: #f4f5f7; --shade: #0006 }
 @media (prefers-color-scheme: dark) {
@@ -124,9 +124,9 @@ def _pair(name: str, images: Sequence[np.ndarray]) -> str:
 
 
 def _jpeg(image: np.ndarray) -> str:
-    """An image (H, W, 3) as a data URI, at most WIDTH pixels wide."""
+    """An image (H, W, 3) as a data URI, at most PICTURE_WIDTH pixels wide."""
     picture = Image.fromarray(image)
-    picture.thumbnail((WIDTH, 4 * WIDTH))
+    picture.thumbnail((PICTURE_WIDTH, 4 * PICTURE_WIDTH))
     picture.save(stream := io.BytesIO(), "JPEG", quality=80)
     return _embedded(stream.getvalue(), "jpeg")
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-STAGES = (GREY, SKY, ORANGE, BLUE, GREEN, PINK)  # in the order of a run; a seventh stage is grey again
+STAGE_COLOURS = (GREY, SKY, ORANGE, BLUE, GREEN, PINK)  # in the order of a run; a seventh stage is grey again
 
 
 def plot_gammas(gammas: np.ndarray, path: str | Path, cut: np.ndarray | None = None,
@@ -137,11 +137,11 @@ def _draw_kept(rows: Sequence[Mapping[str, Any]], path: str | Path, title: str, 
     layers, original, kept, prunable = ([row[key] for row in rows] for key in ("layer", "original", "remaining",
                                                                                "prunable"))
     figure, ax = _layer_chart(layers, title, "channels", width)
-    y, left, free = np.arange(len(layers)), np.array(kept), np.array(prunable, bool)
+    y, lengths, free = np.arange(len(layers)), np.array(kept), np.array(prunable, bool)
     whole = ax.barh(y, original, height=0.74, color=PALE, label="cut")
-    ax.barh(y[free], left[free], height=0.74, color=BLUE, label="kept")
+    ax.barh(y[free], lengths[free], height=0.74, color=BLUE, label="kept")
     if not free.all():
-        ax.barh(y[~free], left[~free], height=0.74, color=GREY, label="may not be pruned")
+        ax.barh(y[~free], lengths[~free], height=0.74, color=GREY, label="may not be pruned")
     counts = [f"{b / a:.0%}  ({b}/{a})" for a, b in zip(original, kept, strict=True)]
     ax.bar_label(whole, counts, padding=4, fontsize=7.5, color=INK)
     ax.set_xlim(0, (1 + 1.3 / width) * max(original))  # room for the counts
@@ -205,7 +205,7 @@ def plot_sweep(rows: Sequence[Mapping[str, float]], path: str | Path, knee: int)
 def plot_tradeoff(rows: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
     """mAP50-95 (y) against milliseconds an image (x), a point per model. Each row has model (its name), ms and map."""
     figure, ax = new_chart(6.6, 3.8, "Accuracy and time", "ms an image", "mAP50-95")
-    for row, colour, marker in zip(rows, cycle(STAGES), cycle("osD^vPX")):
+    for row, colour, marker in zip(rows, cycle(STAGE_COLOURS), cycle("osD^vPX")):
         ax.plot(row["ms"], row["map"], color=colour, marker=marker, markersize=9, linestyle="",
                 label=readable(row["model"]))
     figure.legend(loc="outside right upper", frameon=False, fontsize=9)  # beside the axes, however close the points are
@@ -224,7 +224,7 @@ def plot_latencies(rows: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
     for i, model in enumerate(dict.fromkeys(row["model"] for row in timed)):
         places = [(y, row) for y, row in enumerate(timed) if row["model"] == model]
         bars = ax.barh([y for y, _ in places], [row["ms"] for _, row in places], height=0.74,
-                       color=STAGES[i % len(STAGES)], label=readable(model))
+                       color=STAGE_COLOURS[i % len(STAGE_COLOURS)], label=readable(model))
         texts = [f"{row['ms']:.1f} ms" + (f", mAP50-95 {row['mAP50-95']:.3f}" if row["mAP50-95"] != "" else "")
                  for _, row in places]
         ax.bar_label(bars, texts, padding=3, fontsize=8, color=INK)

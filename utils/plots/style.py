@@ -82,8 +82,8 @@ def readable(text: str, stand_in: str = "?", limit: int = 28) -> str:
     """
     from matplotlib.font_manager import FontProperties, findfont, get_font
 
-    known = get_font(findfont(FontProperties())).get_charmap()
-    runs = groupby(" ".join(text.split()), key=lambda letter: ord(letter) in known)
+    charmap = get_font(findfont(FontProperties())).get_charmap()
+    runs = groupby(" ".join(text.split()), key=lambda letter: ord(letter) in charmap)
     line = "".join("".join(run) if is_known else stand_in for is_known, run in runs)
     if len(line) > limit:
         line = line[:limit - 1] + "…"

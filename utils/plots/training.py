@@ -133,9 +133,9 @@ def _draw_curves(ax: Axes, epochs: np.ndarray, curves: Sequence[tuple[str, np.nd
     for label, values in curves:
         lines.setdefault(values.tobytes(), ([], values))[0].append(label)
     for i, (labels, values) in enumerate(lines.values()):
-        known, label = np.isfinite(values), ", ".join(labels)
-        ax.plot(epochs[known], values[known], color=PALETTE[i % len(PALETTE)], label=label, linewidth=1.8,
-                linestyle=("-", "--", ":", "-.")[i % 4], marker="o" if known.sum() <= 15 else None, markersize=4)
+        finite, label = np.isfinite(values), ", ".join(labels)
+        ax.plot(epochs[finite], values[finite], color=PALETTE[i % len(PALETTE)], label=label, linewidth=1.8,
+                linestyle=("-", "--", ":", "-.")[i % 4], marker="o" if finite.sum() <= 15 else None, markersize=4)
     if curves[0][0]:
         ax.legend(frameon=False, fontsize=9)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))

@@ -36,7 +36,7 @@ def find_branches(nodes: fx.Graph, model: nn.Module, norms: Collection[str], fir
         for name in _modules_around(node):
             inside.setdefault(name, set()).add(node)
     layers = {node for node in nodes.nodes if node.op in ("call_module", "get_attr")}
-    found: dict[str, Branch] = {}
+    branches: dict[str, Branch] = {}
     for add in nodes.nodes:
         if add.op not in ("call_function", "call_method") or add.target not in ops.SUMS:
             continue
@@ -49,9 +49,9 @@ def find_branches(nodes: fx.Graph, model: nn.Module, norms: Collection[str], fir
                 after = _behind(modules, add, x, end, inside[name])
                 if after is not None and own == inside[name] & layers:
                     of_branch = tuple(norm for norm in norms if norm.startswith(f"{name}."))
-                    found[last] = Branch(first + len(found), name, of_branch, after)
+                    branches[last] = Branch(first + len(branches), name, of_branch, after)
                     break
-    return found
+    return branches
 
 
 def _modules_around(node: fx.Node) -> list[str]:
@@ -100,14 +100,14 @@ def _is_passthrough(modules: dict[str, nn.Module], node: fx.Node) -> bool:
 
 
 def take_out(model: nn.Module, branches: Iterable[Branch]) -> None:
-    """Exchange the modules of these branches, in place, for what is behind their additions; mostly nothing is."""
+    """Replace the modules of these branches, in place, by what follows their additions: mostly nothing."""
     for branch in branches:
         old = model.get_submodule(branch.module)
-        left = [deepcopy(model.get_submodule(name)) for name in branch.after]
-        for module in left:
-            if "inplace" in vars(module):  # its input is no sum any more, but what others may read, too
+        behind = [deepcopy(model.get_submodule(name)) for name in branch.after]
+        for module in behind:
+            if "inplace" in vars(module):  # it gets no sum any more, but x, which others may read, too
                 vars(module)["inplace"] = False
-        new = left[0] if len(left) == 1 else nn.Sequential(*left) if left else nn.Identity()
+        new = behind[0] if len(behind) == 1 else nn.Sequential(*behind) if behind else nn.Identity()
         for parent in list(model.modules()):  # it may be registered under several names
             for name in [name for name, child in parent._modules.items() if child is old]:
                 parent.register_module(name, new)

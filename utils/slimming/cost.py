@@ -36,7 +36,7 @@ class Cost:
 
 
 def profile(model: nn.Module, imgsz: int = 640, channels: int = 3, inputs: Inputs | None = None) -> Cost:
-    """Cost of one square image of `imgsz` pixels, or of example inputs. Nothing is computed: it is a meta device's."""
+    """Cost of one square image of `imgsz` pixels, or of example inputs, on the meta device: nothing is computed."""
     _, flops = _meta_pass(model, (), imgsz, channels, inputs)
     floats = [t for t in model.state_dict().values() if t.is_floating_point()]
     return Cost(parameters=sum(p.numel() for p in model.parameters()), flops=flops,
@@ -112,9 +112,9 @@ class CostModel:
             counted += sum(p.numel() for p in layer.parameters(recurse=False))
         # What no cut of channels changes: attention, say.
         self.rest = sum(p.numel() for p in model.parameters()) - counted
-        known = {f"{name}.{key}" for name in (*graph.outputs, *graph.norms) for key in ("weight", "bias")}
+        of_channels = {f"{name}.{key}" for name in (*graph.outputs, *graph.norms) for key in ("weight", "bias")}
         self.rest_of_branches = [(p.numel(), graph.around(name)) for name, p in model.named_parameters()
-                                 if name not in known | graph.vectors.keys()]
+                                 if name not in of_channels | graph.vectors.keys()]
         self.rest_flops = total - round(sum(
             part.flops * len(graph.inputs[part.name]) * len(graph.outputs[part.name]) for part in self.parts))
 

@@ -42,12 +42,12 @@ def largest_difference(a: nn.Module, b: nn.Module, channels: int = 3, sizes: Siz
         return float("inf")
 
 
-def difference(expected: Sequence[Any], found: Sequence[Any]) -> float:
+def difference(expected: Sequence[Any], actual: Sequence[Any]) -> float:
     """Largest relative difference of two lists of outputs(). What is no tensor must be equal."""
     worst = 0.0
-    if len(expected) != len(found):
+    if len(expected) != len(actual):
         return float("inf")
-    for p, q in zip(expected, found):
+    for p, q in zip(expected, actual):
         if not isinstance(p, Tensor) or not isinstance(q, Tensor):
             if type(p) is not type(q) or p != q:
                 return float("inf")
@@ -75,14 +75,14 @@ def outputs(model: nn.Module, channels: int, sizes: Sizes, seed: int = 0, inputs
     if inputs is not None:
         calls = [tree_map_only(Tensor, lambda x: random(*x.shape) if x.is_floating_point() else x, as_call(inputs))]
     copy = copy_sharing(model, model.parameters()).eval()
-    found: list[Any] = []
+    values: list[Any] = []
     with _Doubles():
         for args, kwargs in calls:
             try:
-                found += _leaves(copy(*args, **kwargs))
+                values += _leaves(copy(*args, **kwargs))
             except Exception as error:  # whatever its code raises
                 raise UnfitImagesError(model, (args, kwargs), error) from error
-    return found
+    return values
 
 
 class _Doubles(TorchFunctionMode):

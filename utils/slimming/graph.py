@@ -26,8 +26,8 @@ Masks = dict[str, Tensor]  # BatchNorm name -> bool (channels,) over the channel
 class ChannelGraph:
     """Ids are integers 0..n-1. `group[id]` is equal for ids that can only be kept or cut together.
 
-    A branch is cut where its id is, whatever becomes of the ids of its channels, of which others may have some. In
-    masks it is cut where those of all of its BatchNorms are all False.
+    A branch has an id of its own and is cut where that is cut. The ids of its channels do not matter then: other layers
+    may have them, too. In masks a branch is cut where the masks of all of its BatchNorms are all False.
     """
 
     inputs: dict[str, np.ndarray] = field(default_factory=dict)   # layer name -> ids of its input channels
@@ -42,7 +42,7 @@ class ChannelGraph:
     notes: list[str] = field(default_factory=list)                # what the graph does not know, for the user
 
     def add_branches(self, branches: dict[str, Branch]) -> None:
-        """Note branches, numbered from the number of ids on. They are frozen: who lets branches go says so."""
+        """Note branches, numbered from the number of ids on. They are frozen, unless rules let branches go."""
         ids = np.array([branch.number for branch in branches.values()], int)
         self.branches, self.group = branches, np.append(self.group, ids)
         self.frozen = np.append(self.frozen, np.ones(len(ids), bool))
@@ -127,7 +127,7 @@ def require_mask(name: str, mask: Tensor, channels: int) -> None:
 
 def batch_norms(model: nn.Module, names: Iterable[str]) -> dict[str, _BatchNorm]:
     """Name -> BatchNorm of the model, for the names of a graph or of masks. ValueError for one that it lacks."""
-    found = {}
+    norms = {}
     for name in names:
         try:
             module = model.get_submodule(name)
@@ -135,18 +135,18 @@ def batch_norms(model: nn.Module, names: Iterable[str]) -> dict[str, _BatchNorm]
             module = model
         if not isinstance(module, _BatchNorm):
             raise ValueError(f"'{name}': the model has no BatchNorm of that name")
-        found[name] = module
-    return found
+        norms[name] = module
+    return norms
 
 
 def weighted_layers(model: nn.Module, names: Iterable[str]) -> dict[str, Layer]:
     """Name -> convolution or Linear of the model, for the names of a graph."""
-    found = {}
+    layers = {}
     for name in names:
         module = model.get_submodule(name)
         assert isinstance(module, Layer)
-        found[name] = module
-    return found
+        layers[name] = module
+    return layers
 
 
 def filters(layer: Layer) -> Tensor:
@@ -163,7 +163,7 @@ class UnknownNormError(ValueError):
 
 def matching(names: Iterable[str], patterns: Sequence[str]) -> set[str]:
     """The names that fit one of the patterns (model.0.*). UnknownNormError for a pattern that none fits."""
-    found = {pattern: {name for name in names if fnmatch(name, pattern)} for pattern in patterns}
-    if unused := [pattern for pattern in patterns if not found[pattern]]:
+    by_pattern = {pattern: {name for name in names if fnmatch(name, pattern)} for pattern in patterns}
+    if unused := [pattern for pattern in patterns if not by_pattern[pattern]]:
         raise UnknownNormError(f"no BatchNorm is called {', '.join(unused)}")
-    return set().union(*found.values())
+    return set().union(*by_pattern.values())

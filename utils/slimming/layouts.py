@@ -171,13 +171,13 @@ class Layouts(Ledger):
         return self.strange(node, args, kwargs)
 
     def equal_parts(self, x: Channels, count: int) -> list[Channels]:
-        """They stay equal, or the code would cut elsewhere."""
+        """Parts that stay equal: the code would split elsewhere otherwise."""
         self.align(x.ids, count)
         return [replace(x, ids=ids, loose=loose)
                 for ids, loose in zip(np.split(x.ids, count), np.split(x.loose, count))]
 
     def fixed_parts(self, x: Channels, starts: Any) -> list[Channels]:
-        """The code holds their sizes."""
+        """Parts whose sizes the code states: their channels stay."""
         self.note(f"parts of fixed sizes{self.place}: what is split stays whole", x)
         return [replace(x, ids=ids, loose=loose)
                 for ids, loose in zip(np.split(x.ids, starts[1:]), np.split(x.loose, starts[1:]))]

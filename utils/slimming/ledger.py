@@ -21,7 +21,7 @@ class Ledger:
         self.parent: list[int] = []  # union-find over the ids
         self.frozen: set[int] = set()
         self.coupled: set[int] = set()
-        self.held: set[int] = set()
+        self.held_back: set[int] = set()
         self.notes: list[tuple[str, set[int]]] = []
         self.place = ""  # where the node is that is looked at, for notes
         self.parameters = {name for name, _ in model.named_parameters()}
@@ -52,7 +52,7 @@ class Ledger:
             self.unite(first, other)
 
     def same_number(self, a: np.ndarray, b: np.ndarray) -> bool:
-        """Let equally many of both be kept, as far as that can be; can it?"""
+        """Make both keep equally many channels. False where their numbers differ now."""
         if len(a) != len(b):
             return False
         if not np.array_equal(np.sort(a), np.sort(b)):
@@ -60,9 +60,9 @@ class Ledger:
         return True
 
     def join(self, values: Sequence[Channels], product: bool = False) -> Channels:
-        """Channels that are kept or cut together from here on. A product is 0 where one of them is, else all must be.
+        """Unite channels, which are kept or cut together from here on; ones united by a sum or the like are coupled.
 
-        Channels that this ties, other than by a product, are coupled.
+        A product is 0 where one of its factors is. Other results are 0 only where all operands are.
         """
         first, *others = values
         for other in others:
@@ -104,7 +104,7 @@ class Ledger:
         self.note(f"{what}: not known to the channel graph, what it reads stays whole", *args, *kwargs.values())
 
     def strange(self, node: fx.Node, args: list, kwargs: dict) -> None:
-        """An operation without a rule, or on what its rule does not cover."""
+        """An operation that has no rule, or whose rule does not cover these arguments."""
         name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
         if any(isinstance(value, Count) for value in (*args, *kwargs.values())):
             return self.unknown(args, kwargs, f"the number of channels{self.place}")
@@ -113,13 +113,13 @@ class Ledger:
     def hold_back(self, x: Any) -> None:
         """A BatchNorm that the graph does not know reads x: a note on it tells of channels that could be pruned."""
         if isinstance(x, Ids):
-            self.held.update(x.ids.ravel().tolist())
+            self.held_back.update(x.ids.ravel().tolist())
 
     def finish(self) -> ChannelGraph:
         graph, count = self.graph, len(self.parent)
         with_norm = {self.root(i) for norms in (graph.norms, graph.unscaled) for ids in norms.values() for i in ids}
-        with_norm |= {self.root(i) for i in self.held}
-        # Other notes hold back nothing that is prunable; where nothing is, they say why.
+        with_norm |= {self.root(i) for i in self.held_back}
+        # Other notes concern no prunable channel. Where no channel is prunable, they say why.
         graph.notes = list(dict.fromkeys(text for text, ids in self.notes
                                          if not with_norm or not with_norm.isdisjoint(map(self.root, ids))))
         graph.group = np.array([self.root(i) for i in range(count)], int)

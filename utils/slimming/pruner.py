@@ -20,7 +20,7 @@ from tqdm import tqdm
 from utils.slimming.equivalence import EQUIVALENCE_BOUND, Sizes, UnfitImagesError, difference, outputs
 from utils.slimming.graph import Masks
 from utils.slimming.ranking import SCORES, NothingToCutError, Ranking, Rules, SafeThreshold, TracedModel
-from utils.slimming.result import PruneResult, TargetOutcome, gammas_tell
+from utils.slimming.result import PruneResult, TargetOutcome, separates
 from utils.slimming.surgery import M, masked_view, slim
 from utils.slimming.targets import TARGETS, is_target
 
@@ -75,7 +75,7 @@ class Pruner(TracedModel[M]):
         ranking, keep, outcome = self._choose(percent, target)
         masks, (gammas, kept) = self.graph.masks(keep), self._gammas_and_kept(ranking, keep)
         narrow = slim(self.model, masks, self.graph)
-        difference = self.check(masked_view(self.model, masks), narrow)
+        difference = self.check_equivalence(masked_view(self.model, masks), narrow)
         return PruneResult(
             self.model, narrow, masks, [branch.module for branch in self.graph.gone(keep)],
             prunable=ranking.prunable, gammas=gammas, kept=kept,
@@ -94,7 +94,7 @@ class Pruner(TracedModel[M]):
             return ranking, ranking.keep_percent(percent or 0.0), None
 
         choice = choose(self.ranking)
-        if self.score == "auto" and not gammas_tell(*self._gammas_and_kept(*choice[:2])):
+        if self.score == "auto" and not separates(*self._gammas_and_kept(*choice[:2])):
             return choose(self.ranked_by("taylor", self.per_flop))
         return choice
 
@@ -123,7 +123,7 @@ class Pruner(TracedModel[M]):
         safe = min((float(gammas.max()) for gammas in self.gammas(alone).values()), default=0.0)
         return SafeThreshold(safe, ranking.leading_share(self.largest("weight") < safe))
 
-    def check(self, zeroed: M, narrow: M) -> float:
+    def check_equivalence(self, zeroed: M, narrow: M) -> float:
         """The equivalence check: the largest relative |narrow - zeroed| in float64. ValueError if it is too large.
 
         The images are small ones of two shapes; for a model that does not compute these, of `imgsz`. Of example inputs
@@ -145,15 +145,15 @@ class Pruner(TracedModel[M]):
             raise ValueError(f"{type(zeroed).__name__} gives values that are not finite, with the cut channels masked; "
                              "a cut can't be checked")
         try:
-            found = difference(expected, outputs(narrow, self.channels, sizes, inputs=self.inputs))
+            deviation = difference(expected, outputs(narrow, self.channels, sizes, inputs=self.inputs))
         except UnfitImagesError:
-            found = float("inf")
-        if not found < EQUIVALENCE_BOUND:
-            raise ValueError(f"the slim model differs from the masked one by {found:.1e} (relative; rounding is "
+            deviation = float("inf")
+        if not deviation < EQUIVALENCE_BOUND:
+            raise ValueError(f"the slim model differs from the masked one by {deviation:.1e} (relative; rounding is "
                              f"below {EQUIVALENCE_BOUND:.0e}): it holds a block that the channel graph misreads")
-        return found
+        return deviation
 
-    def _reach(self, ranking: Ranking, name: str, wanted: float) -> tuple[np.ndarray, TargetOutcome]:
+    def _reach(self, ranking: Ranking, name: str, goal: float) -> tuple[np.ndarray, TargetOutcome]:
         """What the cut keeps that just reaches a target, and the outcome."""
         target = TARGETS[name]
 
@@ -162,12 +162,12 @@ class Pruner(TracedModel[M]):
             return target.value(self, ranking.keep_groups(groups))
 
         if target.allowance:  # one group less than the first cut that loses more
-            groups, exceeded = ranking.smallest_cut(lambda groups: value(groups) < -wanted)
+            groups, exceeded = ranking.smallest_cut(lambda groups: value(groups) < -goal)
             groups -= int(exceeded and groups > 0)
             reached = True
         else:
-            groups, reached = ranking.smallest_cut(lambda groups: value(groups) <= wanted)
-        return ranking.keep_groups(groups), TargetOutcome(name, wanted, value(groups), reached)
+            groups, reached = ranking.smallest_cut(lambda groups: value(groups) <= goal)
+        return ranking.keep_groups(groups), TargetOutcome(name, goal, value(groups), reached)
 
     def preview(self, percent: float) -> tuple[Masks, int, int]:
         """(masks, parameters, FLOPs) that cut(percent) would leave. Nothing is cut."""

@@ -123,18 +123,18 @@ class TracedModel(Generic[M]):
 
         Of a branch, of its last BatchNorm's.
         """
-        found = np.zeros(len(self.graph.group))
+        magnitudes = np.zeros(len(self.graph.group))
         for name, norm in self.norms.items():
             for key in keys:
                 values = getattr(norm, key).detach().float().cpu().abs().numpy()
-                np.maximum.at(found, self.graph.group[self.graph.norms[name]], values)
+                np.maximum.at(magnitudes, self.graph.group[self.graph.norms[name]], values)
                 if branch := self.graph.branches.get(name):
-                    found[branch.number] = max(found[branch.number], values.max())
-        return found
+                    magnitudes[branch.number] = max(magnitudes[branch.number], values.max())
+        return magnitudes
 
 
 def _refuse_unfit(model: nn.Module, inputs: Inputs | None) -> None:
-    """ValueError for what is no model with values that are finite, and for inputs that are missing."""
+    """ValueError for what is no model, for values that are not finite, and for inputs that are missing."""
     if not isinstance(model, nn.Module):
         raise ValueError(f"an nn.Module is needed, not {type(model).__name__}; a checkpoint is loaded first")
     inside = WRAPPERS.get(type(model).__name__)

@@ -17,9 +17,9 @@ from utils.slimming.compensation import norms_behind
 from utils.slimming.graph import ChannelGraph, Masks, weighted_layers
 from utils.slimming.surgery import M, masked
 
-FEWEST, MOST = 4096, 16384  # samples of a layer: positions of its output that the fit looks at
-PER_INPUT = 4               # samples for each weight of a filter, between these bounds
-RIDGE = 0.01                # of the mean square of an input: what holds the weights near their values
+FEWEST_SAMPLES, MOST_SAMPLES = 4096, 16384  # samples of a layer: positions of its output that the fit looks at
+PER_INPUT = 4                               # samples for each weight of a filter, between these bounds
+RIDGE = 0.01                                # of the mean square of an input: what holds the weights near their values
 SEED = 0
 
 Positions = tuple[Tensor, Tensor, Tensor]  # (samples,) each: image, row, column
@@ -37,11 +37,11 @@ def reconstruct(model: M, graph: ChannelGraph, masks: Masks, images: Tensor) -> 
     model = deepcopy(model).eval()
     new = masked(model, masks).eval()
     keep = graph.kept(masks)
-    wanted = _sampled_outputs(model, list(refitted_layers(model, graph)), keep, graph, images)
+    targets = _sampled_outputs(model, list(refitted_layers(model, graph)), keep, graph, images)
     following = norms_behind(new, graph)
 
     def refit(name: str, conv: nn.Conv2d, x: Tensor) -> None:
-        positions, y = wanted.pop(name)
+        positions, y = targets.pop(name)
         rows, columns = (torch.from_numpy(np.flatnonzero(keep[ids[name]])).to(x.device)
                          for ids in (graph.outputs, graph.inputs))
         patches = sampled_patches(conv, x, positions)[:, columns].flatten(1)
@@ -59,7 +59,7 @@ def reconstruct(model: M, graph: ChannelGraph, masks: Masks, images: Tensor) -> 
             norm.running_mean[rows] -= shift
 
     handles = [conv.register_forward_pre_hook(lambda layer, inputs, name=name: refit(name, layer, inputs[0]))
-               for name, conv in refitted_layers(new, graph).items() if name in wanted]
+               for name, conv in refitted_layers(new, graph).items() if name in targets]
     new(images)
     for handle in handles:
         handle.remove()
@@ -77,25 +77,26 @@ def _sampled_outputs(model: nn.Module, names: list[str], keep: np.ndarray, graph
                      images: Tensor) -> dict[str, tuple[Positions, Tensor]]:
     """Name -> positions, and (samples, out) the outputs of the convolution there. Only of those that run once."""
     random, calls = torch.Generator().manual_seed(SEED), Counter[str]()
-    found: dict[str, tuple[Positions, Tensor]] = {}
+    samples: dict[str, tuple[Positions, Tensor]] = {}
 
-    def look(name: str, conv: nn.Conv2d, y: Tensor) -> None:
+    def sample(name: str, conv: nn.Conv2d, y: Tensor) -> None:
         calls[name] += 1
         inputs = int(keep[graph.inputs[name]].sum()) * conv.kernel_size[0] * conv.kernel_size[1]
         images, _, height, width = y.shape
         places = images * height * width
-        chosen = torch.randint(places, (min(places, MOST, max(FEWEST, PER_INPUT * inputs)),), generator=random)
+        count = min(places, MOST_SAMPLES, max(FEWEST_SAMPLES, PER_INPUT * inputs))
+        chosen = torch.randint(places, (count,), generator=random)
         chosen = chosen.to(y.device)
         positions = chosen // (height * width), chosen // width % height, chosen % width
-        found[name] = positions, y[positions[0], :, positions[1], positions[2]]
+        samples[name] = positions, y[positions[0], :, positions[1], positions[2]]
 
     layers = weighted_layers(model, names)
-    handles = [conv.register_forward_hook(lambda layer, _, y, name=name: look(name, layer, y))
+    handles = [conv.register_forward_hook(lambda layer, _, y, name=name: sample(name, layer, y))
                for name, conv in layers.items()]
     model(images)
     for handle in handles:
         handle.remove()
-    return {name: pair for name, pair in found.items() if calls[name] == 1}
+    return {name: pair for name, pair in samples.items() if calls[name] == 1}
 
 
 def sampled_patches(conv: nn.Conv2d, x: Tensor, positions: Positions) -> Tensor:

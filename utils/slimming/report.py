@@ -55,7 +55,7 @@ def lineage_note(before: Masks, after: Masks) -> str:
 
 def target_note(target: TargetOutcome, again: float | None = None) -> str:
     """What a target took. again: its figure for the cut, measured once more."""
-    text = f"target {target.name}={target.wanted:g}: "
+    text = f"target {target.name}={target.goal:g}: "
     if target.name == "map-drop":
         return f"{text}mAP50-95 falls by {-target.value:.4f} without the cut channels, before any fine-tuning"
     text += f"{target.value:.3f} of the {target.name} are left"
@@ -76,7 +76,7 @@ def score_note(score: str, images: int) -> str:
 
 
 def _floor(share: float) -> str:
-    """Three digits that are not above `share`, so that a cut of so much keeps what is said of it."""
+    """`share`, rounded down to three digits: what the report says of it holds for a cut of the rounded share."""
     return f"{math.floor(1000 * share + 1e-9) / 1000:.3f}"
 
 

@@ -14,7 +14,7 @@ from utils.slimming.surgery import M, masked
 FAR_BELOW = 0.1  # largest |gamma| of a channel that goes, relative to the median of those that stay
 
 
-def gammas_tell(gammas: Tensor, kept: Tensor) -> bool:
+def separates(gammas: Tensor, kept: Tensor) -> bool:
     """Do |gamma| (channels,) tell which channels to cut: are those not `kept` (channels,) far below those that are?"""
     if kept.all() or not kept.any():
         return True
@@ -26,7 +26,7 @@ class TargetOutcome:
     """What became of a target."""
 
     name: str
-    wanted: float
+    goal: float
     value: float    # the target's figure for the cut that was made
     reached: bool   # False: there is no cut that reaches it
 
@@ -58,9 +58,9 @@ class PruneResult(Generic[M]):
         return masked(self.model, self.masks)
 
     @property
-    def small_gammas(self) -> bool:
+    def gammas_separate(self) -> bool:
         """Do the gammas tell which channels to cut?"""
-        return gammas_tell(self.gammas, self.kept)
+        return separates(self.gammas, self.kept)
 
     @property
     def layers(self) -> list[dict[str, Any]]:

@@ -30,8 +30,8 @@ def slim(model: M, masks: Masks, graph: ChannelGraph | None = None) -> M:
                                                    *batch_norms(model, graph.norms).values())
                                for tensor in (getattr(layer, key, None) for key in REPLACED)))
     take_out(new, gone := graph.gone(keep))
-    left = partial(filter, lambda name: not any(branch.holds(name) for branch in gone))
-    for name, layer in weighted_layers(new, left(graph.outputs)).items():
+    remaining = partial(filter, lambda name: not any(branch.holds(name) for branch in gone))
+    for name, layer in weighted_layers(new, remaining(graph.outputs)).items():
         outputs, inputs = (torch.from_numpy(keep[ids[name]]) for ids in (graph.outputs, graph.inputs))
         rows, columns = (inputs, outputs) if isinstance(layer, nn.ConvTranspose2d) else (outputs, inputs)
         weight = layer.weight.detach()[rows]
@@ -39,11 +39,11 @@ def slim(model: M, masks: Masks, graph: ChannelGraph | None = None) -> M:
         _replace(layer, "weight", weight if width == 1 else weight[:, columns[:width]])
         if layer.bias is not None:
             _replace(layer, "bias", layer.bias.detach()[outputs])
-    for name, norm in batch_norms(new, left(graph.norms)).items():
+    for name, norm in batch_norms(new, remaining(graph.norms)).items():
         for key in REPLACED:
             if (old := getattr(norm, key)) is not None:
                 _replace(norm, key, old.detach()[torch.from_numpy(keep[graph.norms[name]])])
-    for name in left(graph.vectors):
+    for name in remaining(graph.vectors):
         ids, (owner, _, key) = graph.vectors[name], name.rpartition(".")
         vector = new.get_parameter(name).detach()
         _replace(new.get_submodule(owner), key, vector[tuple(

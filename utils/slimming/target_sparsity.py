@@ -59,7 +59,7 @@ class TargetSparsity:
         trained = self.trained = [i for i, norm in enumerate(norms) if norm.weight.requires_grad]
         self.sizes = [self.lengths[i] for i in trained]
         self.total = sum(self.sizes)  # channels
-        self.follow(norms, copies)
+        self.attach(norms, copies)
         sizes, device = np.asarray(self.sizes, int), self.gammas[0].device if self.gammas else None
 
         def of_all(values: Sequence[np.ndarray] | None, default: np.ndarray) -> np.ndarray:
@@ -85,16 +85,16 @@ class TargetSparsity:
         self.score = torch.zeros(len(self.groups), device=device)  # (groups,) importances
         self.dead = torch.zeros(len(self.groups), dtype=torch.bool, device=device)  # (groups,) they are 0 for good
 
-    def follow(self, norms: Sequence[_BatchNorm | None], copies: Sequence[_BatchNorm | None] = (),
+    def attach(self, norms: Sequence[_BatchNorm | None], copies: Sequence[_BatchNorm | None] = (),
                kept: Sequence[np.ndarray] | None = None) -> None:
-        """Act on these BatchNorms from now on: the same ones, of which dead channels have been cut; None: all of one.
+        """Act on these BatchNorms from now on: the same ones after a cut of dead channels; None: all of one were cut.
 
-        kept: bool (channels,) per BatchNorm, over the channels of the first ones: these are left. All that is counted
-        and ranked here goes on being over the first ones' channels, so that a cut changes no choice.
+        kept: bool (channels,) per BatchNorm, over the channels of the first ones: those that are left. What is counted
+        and ranked here still refers to the channels of the first ones, so that a cut changes no choice.
         """
-        left = [norm for i in self.trained if (norm := norms[i])]
-        self.gammas: list[Tensor] = [norm.weight for norm in left]
-        self.betas: list[Tensor] = [norm.bias for norm in left]
+        active = [norm for i in self.trained if (norm := norms[i])]
+        self.gammas: list[Tensor] = [norm.weight for norm in active]
+        self.betas: list[Tensor] = [norm.bias for norm in active]
         followers = [copy for i in self.trained if (copy := copies[i])] if copies else []
         self.copies: list[Tensor] = [tensor for copy in followers for tensor in (copy.weight, copy.bias)]
         self.present: Tensor | slice = slice(None)  # numbers of the channels that are left
@@ -105,24 +105,24 @@ class TargetSparsity:
     def aim(self, reached: Callable[[list[np.ndarray]], bool]) -> list[np.ndarray]:
         """Choose the smallest share with which `reached` is true, by the present ranking. Returns what goes with it.
 
-        reached: of what goes, bool (channels,) per BatchNorm. Taken to stay true where more goes.
+        reached: of what goes, bool (channels,) per BatchNorm. It is assumed to stay true where more goes.
         """
         blocks, order, channels, protected = self._arranged()
         low, high = 0, int((~protected).sum())
 
-        def gone(number: int) -> list[np.ndarray]:
+        def gone_with(number: int) -> list[np.ndarray]:
             flags = torch.zeros_like(protected)
             flags[order[:number]] = True
             return self._per_norm(self._groups_of(flags, blocks))
 
         while low < high:
             middle = (low + high) // 2
-            if reached(gone(middle)):
+            if reached(gone_with(middle)):
                 high = middle
             else:
                 low = middle + 1
         self.share = int(channels[order[:high]].sum()) / self.total
-        return gone(high)
+        return gone_with(high)
 
     @property
     def most_gone(self) -> list[np.ndarray]:
@@ -139,7 +139,7 @@ class TargetSparsity:
         """Is this a moment at which aim() is needed: before the first channel shrinks, and before the last one is 0?"""
         return not self.settled and (progress >= self.LAST or (progress >= self.BEGIN and not self.share))
 
-    def wanted(self, progress: float) -> int:
+    def channels_at(self, progress: float) -> int:
         """Channels that should be 0, or on their way there, at this point (0..1) of the run."""
         u = min(max((progress - self.BEGIN) / (self.END - self.BEGIN), 0.0), 1.0)
         return round(self.share * (1 - (1 - u) ** 3) * self.total)
@@ -156,12 +156,12 @@ class TargetSparsity:
     @torch.no_grad()
     def shrink(self, progress: float) -> None:
         """Shrink what ranks lowest now. Call it after the optimizer's step."""
-        if not (wanted := self.wanted(progress)):
+        if not (count := self.channels_at(progress)):
             self.settled |= progress >= self.LAST
             return
         blocks, order, channels, protected = self._arranged()
         chosen = torch.zeros_like(protected)
-        chosen[order] = channels[order].cumsum(0) <= wanted
+        chosen[order] = channels[order].cumsum(0) <= count
         if self.settled:  # no channel is given up any more
             chosen &= append(self.dead, False)[blocks].any(1)
         else:
@@ -192,10 +192,10 @@ class TargetSparsity:
 
     def _per_norm(self, groups: Tensor) -> list[np.ndarray]:
         """Flags of groups -> bool (channels,) per BatchNorm; no channel of a frozen one is flagged."""
-        found = [np.zeros(length, bool) for length in self.lengths]
+        per_norm = [np.zeros(length, bool) for length in self.lengths]
         for i, flags in zip(self.trained, groups[self.groups.group].split(self.sizes)):
-            found[i] = flags.cpu().numpy()
-        return found
+            per_norm[i] = flags.cpu().numpy()
+        return per_norm
 
     def _arranged(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The blocks by the present ranking.
@@ -221,9 +221,9 @@ class TargetSparsity:
 
     def _groups_of(self, flags: Tensor, blocks: Tensor) -> Tensor:
         """Flags of blocks -> flags of their groups."""
-        found = append(torch.zeros_like(self.dead), False)
-        found[blocks] = flags[:, None].expand_as(blocks)
-        return found[:-1]
+        group_flags = append(torch.zeros_like(self.dead), False)
+        group_flags[blocks] = flags[:, None].expand_as(blocks)
+        return group_flags[:-1]
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs."""

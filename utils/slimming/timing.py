@@ -29,7 +29,7 @@ def latency(models: Sequence[nn.Module], imgsz: int = 640, batch: int = 1, runs:
 
 
 def prepared(model: nn.Module, inputs: Inputs) -> Callable[[], object]:
-    """A call of the model with these inputs that ends when the device is done. Images are laid out as the fast way."""
+    """A call of the model with these inputs that ends when the device is done. Images are laid out channels_last."""
     device = next(model.parameters()).device
     if isinstance(inputs, torch.Tensor) and inputs.dim() == 4:
         inputs = inputs.to(memory_format=torch.channels_last)
@@ -67,7 +67,7 @@ def medians(calls: Sequence[Callable[[], object]], runs: int = 20, seconds: floa
 def on_first_core() -> Iterator[None]:
     """Keep the calling thread on its first core, away from the threads that a runtime has started (Linux only).
 
-    Without, the system puts it on a core with one of them now and then, and all calls take up to twice the time.
+    Otherwise the system puts it on a core with one of them now and then, and all calls take up to twice the time.
     """
     if not hasattr(os, "sched_getaffinity"):
         yield

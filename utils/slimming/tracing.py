@@ -45,7 +45,7 @@ def trace(model: nn.Module, inputs: Inputs | None = None) -> ChannelGraph:
     new = copy_sharing(model, model.parameters()).train()
     for layer in (m for m in new.modules() if isinstance(m, _BatchNorm) and not is_plain(m)):
         vars(layer)["_check_input_dim"] = lambda x: None  # a branch on the input
-    given, defaults = _inputs(new, inputs)
+    arguments, defaults = _inputs(new, inputs)
     opaque: set[type[nn.Module]] = set()
     while True:
         tracer = _Tracer(opaque)
@@ -56,7 +56,7 @@ def trace(model: nn.Module, inputs: Inputs | None = None) -> ChannelGraph:
             if tracer.failed is None:
                 raise ValueError(f"torch.fx can't trace {type(model).__name__}: {reason(error)}") from error
             opaque.add(type(tracer.failed))
-    graph = Walker(new, {name for name, x in given.items() if isinstance(x, Tensor) and x.dim() == 2}).walk(nodes)
+    graph = Walker(new, {name for name, x in arguments.items() if isinstance(x, Tensor) and x.dim() == 2}).walk(nodes)
     graph.add_branches(find_branches(nodes, new, graph.norms, len(graph.group)))
     return graph
 
@@ -95,12 +95,12 @@ def refuse_made_weights(model: nn.Module) -> None:
 
 
 def _inputs(model: nn.Module, inputs: Inputs | None) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The inputs of a model that are given, and those that need not be, as they are when they are not."""
+    """The arguments of a model by name: those that are given, and the plain defaults of the others."""
     args, kwargs = as_call(inputs)
     parameters = inspect.signature(model.forward).parameters
-    given = {**dict(zip(parameters, args)), **kwargs}
-    return given, {name: p.default for name, p in parameters.items() if name not in given
-                   and (p.default is None or isinstance(p.default, (bool, int, float)))}
+    arguments = {**dict(zip(parameters, args)), **kwargs}
+    return arguments, {name: p.default for name, p in parameters.items() if name not in arguments
+                       and (p.default is None or isinstance(p.default, (bool, int, float)))}
 
 
 class _Proxy(fx.Proxy):
