@@ -85,6 +85,8 @@ def test_what_the_machine_does_ends_in_one_line_and_a_resumable_state(flags, who
     mine[workers] = "2" if injection in ("dead-worker", "bus-error", "vanished") else "0"
     code, output = run_with(injection, mine, tmp_path)
     assert code == 2 and words in output and "Traceback" not in output, output[-2000:]
+    if injection not in ("full-disk", "dead-worker", "vanished"):
+        return  # the others end in the same way
     if injection == "vanished":
         shutil.copytree(tiny.parent, data, dirs_exist_ok=True)
     crash.finish("train_sparsity.py", crash.going_on(mine, tmp_path), tmp_path)

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import re
 import subprocess
 import sys
@@ -10,9 +11,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import cv2
 import pytest
 
 from tests.conftest import ROOT
+from tests.forks import Forks, forks
 from tests.test_docs import flags_of
 
 FILE = ROOT / "examples" / "tutorial.ipynb"
@@ -63,24 +66,39 @@ def test_its_links_lead_somewhere():
         assert target.startswith("https:") or (FILE.parent / target).resolve().exists(), target
 
 
-@pytest.mark.slow
-def test_it_runs(tiny, cfg, tmp_path):
-    """Every cell, on a smaller data set, in a folder of its own; the pictures are in the outputs."""
-    nbclient = pytest.importorskip("nbclient", reason="pip install -r requirements-dev.txt")
-    pytest.importorskip("ipykernel", reason="pip install -r requirements-dev.txt")
-    import nbformat
+class Commands(list):
+    """In the place of subprocess.Popen: the commands that were run, and what they printed."""
 
-    book: Any = nbformat.read(FILE, as_version=4)
-    first = next(cell for cell in book.cells if cell.cell_type == "code")
-    first.source = first.source.replace(WORK, f"Path({str(tmp_path / 'work')!r})")
+    def __init__(self, forks: Forks):
+        super().__init__()
+        self.forks = forks
+
+    def __call__(self, command: list[str], **options: Any) -> Commands:
+        done = self.forks.run(command[1:], Path.cwd(), dict(os.environ))
+        self.append(done)
+        self.stdout, self.returncode = (done.stdout + done.stderr).splitlines(keepends=True), done.returncode
+        return self
+
+    def __enter__(self) -> Commands:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+
+@pytest.mark.slow
+def test_it_runs(tiny, cfg, tmp_path, monkeypatch, capsys):
+    """Every cell, on a smaller data set, in a folder of its own; the pictures are there."""
+    pictures, commands = [], Commands(forks())
+    monkeypatch.chdir(FILE.parent)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(subprocess, "Popen", commands)
+    monkeypatch.setitem(sys.modules, "IPython.display", SimpleNamespace(
+        Image=lambda filename, width: cv2.imread(filename), display=pictures.append))
     smaller = f"--data '{tiny}' --weights '' --cfg '{cfg}' --imgsz 64 --batch-size 4 --workers 0"
-    for cell in book.cells:
-        cell.source = cell.source.replace('run(f"train.py ', f'run(f"train.py {smaller} ')
-    nbclient.NotebookClient(book, timeout=600, kernel_name="python3",
-                            resources={"metadata": {"path": str(FILE.parent)}}).execute()
-    outputs = [output for cell in book.cells for output in cell.get("outputs", ())]
-    pictures = [kind for output in outputs for kind in output.get("data", {}) if kind in ("image/png", "image/jpeg")]
-    assert len(pictures) == 5
-    printed = "".join(output.get("text", "") for output in outputs)
+    book = "\n".join(sources("code")).replace(WORK, f"Path({str(tmp_path / 'work')!r})")
+    exec(book.replace('run(f"train.py ', f'run(f"train.py {smaller} '), {})
+    assert len(commands) == 6 and len(pictures) == 5 and all(picture is not None for picture in pictures)
+    printed = capsys.readouterr().out
     assert "equivalence check: largest relative" in printed and re.search(r"tuned  mAP50-95 \d\.\d{3} ", printed)
     assert (tmp_path / "work/runs/train/tuned/weights/best.pt").is_file()

@@ -108,8 +108,13 @@ def test_a_drop_of_map_is_cut_and_tuned(flags, capsys):
 def test_milliseconds_are_reached(flags, monkeypatch, capsys):
     """As if the time were that of the FLOPs; and where nothing makes it faster, it is said."""
     monkeypatch.setitem(TARGETS, "latency", TARGETS["flops"])
-    pipeline = slim.main([*flags, "--target", "latency=0.7", "--epochs", "3", "--teacher", "none"])
-    assert "teacher:" not in capsys.readouterr().out and 0.6 < share_left(pipeline, "flops") <= 0.7
+    monkeypatch.setattr(slim, "stopwatch", lambda *args, **kwargs: lambda models: [1.0] * len(models))
+    pipeline = slim.main([*flags, "--target", "latency=0.7", "--epochs", "3", "--teacher", "none", "--runtime",
+                          "onnxruntime", "--int8"])
+    done = json.loads((pipeline / "slim.json").read_text())["done"]
+    assert "--runtime onnxruntime --int8" in done["sparse"]["command"] and 0.6 < share_left(pipeline, "flops") <= 0.7
+    said = capsys.readouterr().out
+    assert "teacher:" not in said and "timed in turns: onnxruntime int8" in said
     monkeypatch.setitem(TARGETS, "latency", Target(lambda traced, keep: 1.0))
     again = ["--weights", str(pipeline / "dense/weights/best.pt"), "--target", "latency=0.7"]
     with pytest.raises(UserError, match="at most 0.0 of the latency can go"):
@@ -214,23 +219,6 @@ def test_one_image_is_refused(flags, tiny, tmp_path):
     with pytest.raises(UserError, match="one.yaml: train: has a single image"):
         slim.main([*flags, "--data", str(data)])
     assert not (tmp_path / "runs").exists()
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("quick")
-def test_milliseconds_in_another_runtime(flags, monkeypatch, capsys):
-    """The target and the table take them from --runtime, in 8 bits where it says so."""
-    asked = []
-
-    def stopwatch(runtime, imgsz, device, batch=1, precision="fp32"):
-        asked.append((runtime, precision))
-        return lambda models: [float(profile(model, 64).flops) for model in models]
-
-    monkeypatch.setattr(slim, "stopwatch", stopwatch)
-    pipeline = slim.main([*flags, "--target", "latency=0.7", "--runtime", "onnxruntime", "--int8", "--epochs", "3"])
-    assert set(asked) == {("onnxruntime", "int8")} and share_left(pipeline, "flops") <= 0.7
-    said = capsys.readouterr().out
-    assert "measured on the model before, in onnxruntime int8" in said and "timed in turns: onnxruntime int8" in said
 
 
 @pytest.mark.slow

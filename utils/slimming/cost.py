@@ -17,6 +17,8 @@ from utils.slimming.branches import Branch
 from utils.slimming.equivalence import Inputs, UnfitImagesError, as_call
 from utils.slimming.graph import ChannelGraph, weighted_layers
 
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -52,6 +54,9 @@ def _meta_pass(model: nn.Module, names: Iterable[str], imgsz: int, channels: int
     memo: dict[int, Any] = {id(b): b.to("meta") for b in model.buffers()}
     memo |= {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in model.parameters()}
     meta_model = deepcopy(model, memo).eval()
+    for module in meta_model.modules():
+        if type(module) in BATCH_NORMS:  # it counts no FLOPs, and meta tensors take it through Python
+            module.forward = nn.Identity().forward
     pixels = dict.fromkeys(names, 0)
 
     def count(name: str, layer: nn.Module, args: tuple, kwargs: dict, y: Tensor) -> None:
