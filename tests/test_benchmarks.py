@@ -117,7 +117,7 @@ def test_titles_tell_checkpoints_apart():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flags", [["--runtime", "onnxruntime"], ["--runtime", "onnxruntime", "--int8"]])
+@pytest.mark.parametrize("flags", [["--runtime", "onnxruntime", "--int8"]])
 def test_a_latency_target_is_measured_in_the_runtime(pair, tiny, tmp_path, monkeypatch, capsys, flags):
     pytest.importorskip("onnxruntime")
     monkeypatch.chdir(tmp_path)

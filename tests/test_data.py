@@ -88,7 +88,7 @@ def test_sample_is_a_function_of_seed_epoch_and_index(images: Path) -> None:
     assert any(not torch.equal(forth[k].image, three[k].image) for k in keys)
 
 
-@pytest.mark.parametrize("context", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("context", ["fork"])
 def test_workers_change_nothing(images: Path, monkeypatch: pytest.MonkeyPatch, context: str) -> None:
     monkeypatch.setattr(loader_module, "usable_workers", lambda wanted, *_: wanted)
     dataset = DetectionDataset([images], 64, HYP, augment=True, cache="ram")

@@ -39,7 +39,7 @@ from utils.slimming import Pruner
 
 pytestmark = pytest.mark.slow
 BOUNDED = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
-FEW = settings(BOUNDED, max_examples=8, phases=[Phase.generate])  # each takes a good part of a second
+FEW = settings(BOUNDED, max_examples=5, phases=[Phase.generate])  # each takes a good part of a second
 scalars = st.none() | st.booleans() | st.integers(-3, 200) | st.floats() | st.text(max_size=12)
 values = st.recursive(
     scalars, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),

@@ -47,7 +47,6 @@ def slim_file(cfg, tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("script, mode", [
-    pytest.param("train_sparsity", ["--sr", "0.05"], id="l1"),
     pytest.param("train_sparsity", ["--target-sparsity", "0.4", "--shrink"], id="shrink"),
     pytest.param("finetune_pruned", ["--teacher"], id="finetune with a teacher")])
 def test_two_processes_follow_one(tiny, cfg, slim_file, teacher, tmp_path, script, mode):

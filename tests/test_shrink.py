@@ -114,9 +114,9 @@ def check(first: nn.Module, optimizer: str, monkeypatch: pytest.MonkeyPatch, wea
     return shrinking
 
 
-@pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
-@pytest.mark.parametrize("name", ["SqueezeExcite", "Separable", "C2f", "WeightedAdd", "Grouped", "Multiplied",
-                                  "Cropped", "Twice", "Bare"])
+@pytest.mark.parametrize("name, optimizer", [
+    ("SqueezeExcite", "SGD"), ("Separable", "AdamW"), ("C2f", "SGD"), ("WeightedAdd", "AdamW"), ("Grouped", "SGD"),
+    ("Multiplied", "AdamW"), ("Cropped", "SGD"), ("Twice", "AdamW"), ("Bare", "SGD")])
 def test_a_block_of_ones_own_shrinks_exactly(name, optimizer, monkeypatch):
     torch.manual_seed(0)
     check(Net(NETWORKS[name]()), optimizer, monkeypatch, target_sparsity=0.4)
@@ -206,8 +206,7 @@ def test_a_run_ends_slim_and_prune_cuts_nothing_more(whole, tmp_path, monkeypatc
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("when", [
-    pytest.param("slim from here on", id="at the first cut"), pytest.param("    5/6 ", id="when slim")])
+@pytest.mark.parametrize("when", ["slim from here on"])
 def test_killed_at_any_time_it_ends_bit_identical(flags, whole, tmp_path, when):
     assert crash.kill("train_sparsity.py", flags, tmp_path, crash.when_logged(when))
     crash.finish("train_sparsity.py", crash.going_on(flags, tmp_path), tmp_path)

@@ -29,6 +29,7 @@ def reference(tiny, cfg, tmp_path_factory, method, teacher):
 
 @pytest.mark.slow
 def test_accumulation_changes_nothing(tiny, cfg, tmp_path, method, teacher, reference):
+    """Of one image a step in the place of four."""
     steps, increments = trajectory.go(flags(tiny, cfg, tmp_path, method, teacher), 1)
     assert steps.shape == reference[0].shape == (18, steps.shape[1])
     assert torch.allclose(steps, reference[0], rtol=0, atol=1e-5)  # float32 sums in another order

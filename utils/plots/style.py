@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import colorsys
 from collections.abc import Sequence
+from functools import cache
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -80,14 +81,20 @@ def readable(text: str, stand_in: str = "?", limit: int = 28) -> str:
     A run of letters that the font lacks becomes one `stand_in`. A dollar sign does not start a formula. A text of more
     than `limit` letters ends in an ellipsis.
     """
-    from matplotlib.font_manager import FontProperties, findfont, get_font
-
-    charmap = get_font(findfont(FontProperties())).get_charmap()
-    runs = groupby(" ".join(text.split()), key=lambda letter: ord(letter) in charmap)
+    letters = _letters()
+    runs = groupby(" ".join(text.split()), key=lambda letter: ord(letter) in letters)
     line = "".join("".join(run) if is_known else stand_in for is_known, run in runs)
     if len(line) > limit:
         line = line[:limit - 1] + "…"
     return line.replace("$", r"\$")
+
+
+@cache
+def _letters() -> frozenset[int]:
+    """Those that the font has, by their numbers in Unicode."""
+    from matplotlib.font_manager import FontProperties, findfont, get_font
+
+    return frozenset(get_font(findfont(FontProperties())).get_charmap())
 
 
 def short_number(value: float) -> str:
@@ -107,6 +114,9 @@ def narrow_form(path: str | Path) -> Path:
 def save_figure(figure: Figure, path: str | Path) -> Path:
     """Write the figure as a PNG and return its path. A missing folder is created."""
     path = Path(path)
+    if engine := figure.get_layout_engine():  # once: savefig would lay it out, and draw it, twice
+        engine.execute(figure)
+        figure.set_layout_engine("none")
     with atomic(path) as temporary:
         figure.savefig(temporary, format="png")
     return path
