@@ -23,6 +23,7 @@ from models.config import read_yaml
 from models.schema import is_number, whole
 from models.summary import show
 from utils.errors import UserError, first_line, run_cli
+from utils.modules import copy_module
 
 LEAST_DIVISOR = 32  # as in YOLOv5, also where the strides are smaller
 # What blocks raise for wrong arguments.
@@ -273,6 +274,9 @@ class Model(nn.Module):
             if i in self.kept:
                 kept[i] = x
         return x
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Model:
+        return copy_module(self, memo)
 
     def train(self, mode: bool = True) -> Model:
         """nn.Module.train. Conv's SiLU works in place in eval mode only: where its input is needed for the gradient,

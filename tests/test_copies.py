@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from models.yolo import Model
 from tests.blocks import randomised
+from utils.modules import deep_copy
 from utils.slimming import Pruner, slim
 from utils.slimming.equivalence import outputs
 from utils.slimming.surgery import masked, masked_view
@@ -79,3 +80,31 @@ def test_the_check_computes_what_a_float64_copy_would():
         assert all(module.training for module in model.modules())
         assert all(torch.equal(value, before[name]) and value.dtype == before[name].dtype
                    for name, value in model.state_dict().items())
+
+
+class _Own(nn.Module):
+    """A module that says itself how it is copied."""
+
+    def __deepcopy__(self, memo):
+        return self
+
+
+@pytest.mark.parametrize("make", [small, lambda: nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2), nn.ReLU())])
+def test_a_copy_is_that_of_deepcopy(make):
+    model = make()
+    layer, kept = next(m for m in model.modules() if list(m.parameters(recurse=False))), _Own()
+    layer.register_forward_hook(lambda module, args, output: output * 2)
+    model.again, model.own, model.none = layer, kept, None  # a layer under two names
+    model.note = {"layer": layer, "number": [1, 2]}
+    one = deep_copy(model, {})
+    assert one.again is one.note["layer"] is not layer and one.own is kept and one.none is None
+    assert one.again is dict(one.named_modules())[{m: n for n, m in model.named_modules()}[layer]]
+    assert [*one.state_dict()] == [*model.state_dict()] and one.note["number"] is not model.note["number"]
+    for key, value in one.state_dict().items():
+        assert torch.equal(value, model.state_dict()[key]) and value.data_ptr() != model.state_dict()[key].data_ptr()
+    assert one.training == model.training and len(one.again._forward_hooks) == 1
+    if make is not small:  # a Model's deepcopy is ours
+        two = deepcopy(model)
+        assert [(k, type(v)) for k, v in vars(one).items()] == [(k, type(v)) for k, v in vars(two).items()]
+    one.again.weight.data.zero_()
+    assert bool(layer.weight.any())

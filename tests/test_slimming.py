@@ -228,7 +228,7 @@ RULES = [Rules(), Rules(coupled=True), Rules(round_to=8), Rules(coupled=True, ro
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rules, score", [*zip(RULES, SCORES), (RULES[3], SCORES[0]), (RULES[0], SCORES[-1])], ids=str)
+@pytest.mark.parametrize("rules, score", [*zip(RULES, SCORES), (RULES[3], "gamma"), (RULES[1], "taylor")], ids=str)
 def test_every_rule_is_kept_and_every_cut_exact(model, rules, score):
     def losses(candidate):
         yield sum(y.square().mean() for y in candidate(torch.rand(2, 3, 64, 64))[1])

@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from utils.modules import deep_copy
 from utils.slimming.branches import Branch
 from utils.slimming.equivalence import Inputs, UnfitImagesError, as_call
 from utils.slimming.graph import ChannelGraph, weighted_layers
@@ -53,7 +53,7 @@ def _meta_pass(model: nn.Module, names: Iterable[str], imgsz: int, channels: int
     # deepcopy takes what the memo has in the place of a tensor: no weight is copied.
     memo: dict[int, Any] = {id(b): b.to("meta") for b in model.buffers()}
     memo |= {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in model.parameters()}
-    meta_model = deepcopy(model, memo).eval()
+    meta_model = deep_copy(model, memo).eval()
     for module in meta_model.modules():
         if type(module) in BATCH_NORMS:  # it counts no FLOPs, and meta tensors take it through Python
             module.forward = nn.Identity().forward

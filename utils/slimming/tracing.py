@@ -10,13 +10,13 @@ from __future__ import annotations
 import inspect
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from copy import deepcopy
 from typing import Any, TypeVar
 
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrize import is_parametrized
 
+from utils.modules import deep_copy
 from utils.slimming.branches import find_branches
 from utils.slimming.graph import ChannelGraph, Convolution, Layer
 from utils.slimming.operations import CHUNKS, DROPS, PASSTHROUGH, SPLITS, is_plain
@@ -75,7 +75,7 @@ def reason(error: Exception) -> str:
 
 def copy_sharing(model: M, tensors: Iterable[Tensor | None]) -> M:
     """A deep copy of `model`, except for these parameters and buffers, which both hold."""
-    return deepcopy(model, {id(tensor): tensor for tensor in tensors if tensor is not None})
+    return deep_copy(model, {id(tensor): tensor for tensor in tensors if tensor is not None})
 
 
 def refuse_made_weights(model: nn.Module) -> None:
