@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO_FLAGS ?=
+# One process more than there are cores: some tests wait for what they have started.
+WORKERS = $$($(PYTHON) -c "import os; print(os.cpu_count() + 1)")
 
 .PHONY: setup test test-oldest lint demo clean
 
@@ -13,7 +15,7 @@ setup: .venv/ready
 	touch $@
 
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile --durations=15
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --durations=15
 
 # The oldest versions that requirements.txt allows, in an environment of their own. They exist for Python 3.10 to 3.12.
 test-oldest: .venv-oldest/ready
