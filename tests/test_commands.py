@@ -136,19 +136,6 @@ def test_a_target_is_reached_resumed_exactly_and_cut_without_a_trace(script, tin
 
 
 @pytest.mark.slow
-def test_blocks_of_channels_go_and_prune_follows(script, tiny, untrained, tmp_path):
-    script("train_sparsity.py", "--target-sparsity", 0.5, "--data", tiny, "--weights", untrained, "--epochs", 3,
-           "--noplots", *FAST, cwd=tmp_path)
-    last = rows(tmp_path / "runs/train/exp/results.csv")[-1]
-    script("prune.py", "--percent", 0.5, "--batch-size", 4, cwd=tmp_path)  # blocks of 16: known from the training
-    report = json.loads((tmp_path / "runs/prune/exp/report.json").read_text())
-    assert report["threshold"] == 0 and report["achieved"] == pytest.approx(float(last["sparsity/zero"]), abs=1e-4)
-    assert all(r["remaining"] % 16 == 0 or r["remaining"] == r["original"] for r in report["layers"])
-    assert sum(r["remaining"] < r["original"] for r in report["layers"]) > 5
-    assert [c["after"] for c in report["cost"][:2]] == pytest.approx(left_at_the_end(last))
-
-
-@pytest.mark.slow
 def test_channels_of_shortcuts_take_part_as_groups(script, tiny, untrained, tmp_path):
     script("train_sparsity.py", "--sparsity", "target", "--round-to", 1, "--shortcuts", "joint",
            "--only", "model.[2-9].*", "--data", tiny, "--weights", untrained, "--epochs", 2, "--noplots", *FAST,
@@ -225,10 +212,6 @@ def test_prune_to_targets_and_by_rules(script, tiny, untrained, tmp_path):
     report = json.loads((tmp_path / "runs/prune/exp3/report.json").read_text())
     assert [s["stage"] for s in report["stages"]] == ["before", "masked", "slim", "reconstructed"]
     assert report["difference"] < 1e-9 and not checkpoint.read(tmp_path / "pruned_model.pt")["gradual"]
-    done = script(*common, "--target", "latency=0.9", "--per-flop", "--score", "gamma-l1", "--noval", cwd=tmp_path,
-                  code=None)
-    # What so small a model gains is at the mercy of the machine's other work.
-    assert "of the latency are left" in done.stdout or "with all that the rules let go" in done.stderr
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-HEALED = 0.25       # what is left of a channel's loss after training, of that right after a cut with --reconstruct
+UNHEALED = 0.25      # what training leaves of the loss right after a cut with --reconstruct: an assumption
 MOST_SIZES = 5      # image sizes that are tried
 MOST_CHANNELS = 2.5  # times faster that channels alone are asked for, while images can be smaller
 NO_CUT = 0.97       # share of the time from which on no channel is cut for the rest
@@ -49,7 +49,7 @@ def choose(wanted: float, known: Measured) -> Levers:
     """The levers for a model that is to be `wanted` times faster."""
     whole = max(known.sizes)
     rest = wanted / known.precision
-    a, b = curvature(known.sizes, known.size_losses), HEALED * curvature({0: known.probe}, {0: known.probe_loss})
+    a, b = curvature(known.sizes, known.size_losses), UNHEALED * curvature({0: known.probe}, {0: known.probe_loss})
     share = share_of_images(a, b)
     imgsz = choose_size(rest, share, known.sizes)
     latency = min(known.sizes[imgsz] / rest, 1.0)
