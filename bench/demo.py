@@ -1,6 +1,6 @@
 """slim.py on the built-in data set, then the four steps, and a table of their models. This is what `make demo` runs.
 
-    python bench/demo.py             # 15 minutes on two cores
+    python bench/demo.py             # 20 minutes on two cores, or more
     python bench/demo.py --quick     # two or three epochs per step: shows that everything runs, not how well
 """
 from __future__ import annotations
@@ -29,7 +29,7 @@ def main() -> None:
     """The pipeline in one command and in four, their table."""
     parser = HelpfulParser(__doc__)
     parser.add_argument("--quick", action="store_true", help="two or three epochs per step")
-    whole, train, sparse, tune = (3, 2, 2, 2) if parser.parse_args().quick else (45, 35, 35, 20)  # epochs
+    whole, train, sparse, tune = (3, 2, 2, 2) if parser.parse_args().quick else (60, 45, 45, 30)  # epochs
     folder, started = new_run_folder(ROOT / "runs" / "demo"), time.time()
     run(f"slim.py --epochs {whole}", folder)
     run(f"train.py --epochs {train} --name dense", folder)
