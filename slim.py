@@ -307,7 +307,8 @@ def compare(pipeline: Pipeline, timed: list[dict[str, Any]]) -> tuple[list[dict[
                      "parameters": cost.parameters, "GFLOPs": cost.gflops, "MB": cost.megabytes})
     device, file_format = select_device(pipeline.device), runtimes().get(settings.runtime)
     if settings.target[0] == "speedup":  # of different sizes and precisions
-        ms = {measured_in(settings.runtime): in_turns([
+        slim_in = "" if settings.precision == "fp32" else f", slim in {settings.precision}"
+        ms = {measured_in(settings.runtime) + slim_in: in_turns([
             Timed(models["before"], settings.imgsz, file_format),
             Timed(models["slim"], pipeline.imgsz, file_format, settings.precision)], device)}
     else:
@@ -331,7 +332,7 @@ def write_page(pipeline: Pipeline, rows: list[dict[str, Any]], files: list[dict[
     points = [{"model": f"{row['model']}, {row['format']} {row['precision']}", "ms": row["ms"], "map": row["mAP50-95"]}
               for row in files if not row["reason"]] or [{**row, "map": row["mAP50-95 val"]} for row in rows]
     drawn = {"Accuracy and time": plot_tradeoff(points, folder / "tradeoff.png"),
-             "Channels kept": plot_kept(kept, folder / "channels.png")}
+             **({"Channels kept": plot_kept(kept, folder / "channels.png")} if kept else {})}
     if histories:
         drawn["BatchNorm scales over the epochs"] = plot_gamma_history(histories, folder / "gamma_history.png")
     commands = [pipeline.command, *(pipeline.done[stage.name]["command"] for stage in settings.stages)]

@@ -123,6 +123,15 @@ def test_milliseconds_are_reached(flags, monkeypatch, capsys):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("quick")
+def test_a_speed_that_needs_no_cut(flags, monkeypatch):
+    monkeypatch.setattr(slim, "in_turns", lambda timed, device: [1.0] * len(timed))
+    pipeline = slim.main([*flags, "--target", "speedup=1.02", "--epochs", "3"])
+    assert "--no-st" in json.loads((pipeline / "slim.json").read_text())["done"]["sparse"]["command"]
+    assert not checkpoint.load(pipeline / "slim.pt").masks and (pipeline / "report.html").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick")
 def test_a_speed_is_shared_out(flags, tiny, monkeypatch, capsys):
     """As if the time were that of the FLOPs."""
     monkeypatch.setitem(TARGETS, "latency", TARGETS["flops"])

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-UNHEALED = 0.25      # what training leaves of the loss right after a cut with --reconstruct: an assumption
+UNHEALED = 0.25     # what training leaves of the loss right after a cut with --reconstruct: an assumption
 MOST_SIZES = 5      # image sizes that are tried
 MOST_CHANNELS = 2.5  # times faster that channels alone are asked for, while images can be smaller
 NO_CUT = 0.97       # share of the time from which on no channel is cut for the rest
